@@ -1,0 +1,204 @@
+"""Every setting of a run, frozen and validated, so that a wrong value is refused before anything is written.
+
+Names are those of the published configs (``kv_lora_rank``, ``n_routed_experts``). Fields that are fractions of
+the run let one recipe serve three million tokens and fourteen trillion alike.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class YarnConfig(Settings):
+    """YaRN context extension of the decoupled rotary key (arXiv 2309.00071; V3 report section 4.3)."""
+
+    factor: Annotated[float, Field(ge=1)]
+    original_max_position_embeddings: Positive
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+class ModelConfig(Settings):
+    """Sizes of a DeepSeek-V3-style transformer (arXiv 2412.19437 sections 2.1, 2.2 and 4.2)."""
+
+    vocab_size: Positive
+    hidden_size: Positive
+    num_hidden_layers: Positive
+    first_k_dense_replace: Natural = 1
+    intermediate_size: Positive
+    num_attention_heads: Positive
+    q_lora_rank: Positive | None = None
+    kv_lora_rank: Positive
+    qk_nope_head_dim: Positive
+    qk_rope_head_dim: Annotated[int, Field(gt=0, multiple_of=2)]
+    v_head_dim: Positive
+    n_routed_experts: Positive
+    moe_intermediate_size: Positive
+    n_shared_experts: Natural = 1
+    num_experts_per_tok: Positive
+    n_group: Positive = 1
+    topk_group: Positive = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: Annotated[float, Field(gt=0)] = 1.0
+    num_nextn_predict_layers: Natural = 0
+    max_position_embeddings: Positive = 4096
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rope_scaling: YarnConfig | None = None
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    initializer_range: Annotated[float, Field(gt=0)] = 0.006
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(f"n_group={self.n_group} must divide n_routed_experts={self.n_routed_experts}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group={self.topk_group} must be at most n_group={self.n_group}")
+        reachable = self.topk_group * (self.n_routed_experts // self.n_group)
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be at most {reachable}, "
+                             f"the experts in topk_group={self.topk_group} groups")
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(f"first_k_dense_replace={self.first_k_dense_replace} must be at most "
+                             f"num_hidden_layers={self.num_hidden_layers}")
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one query or key head: the part without position and the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers the cache holds per token and layer: compressed latent and shared rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+class DataConfig(Settings):
+    """Which text, and how it becomes training sequences."""
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("chitchat",)
+    """``chitchat``, ``stdlib``, or paths of .txt, .md, .py and .jsonl files or folders of them."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of documents held out; a document is in one split only."""
+    tokenizer: str | None = None
+    """A tokenizer directory to use; by default one is trained on the training split."""
+    mask_documents: bool = False
+    """Keep attention and MTP within documents; the published pretraining packs without masks."""
+    seed: Natural = 0
+
+
+class OptimizerConfig(Settings):
+    """AdamW as published (V3 report section 4.2), or Muon for matrices with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 2.2e-4
+    matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    """Muon's peak rate for hidden matrices; ``learning_rate`` then serves embedding, head, norms and gates."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ScheduleConfig(Settings):
+    """The published course of a run, every moment a fraction of its tokens (V3 report section 4.2).
+
+    The learning rate rises linearly until ``warmup``, stays at its peak until ``decay_start``, falls along a cosine
+    to ``decay_factor`` of the peak at ``decay_end``, stays there until ``tail_start`` and ends at ``tail_factor``.
+    """
+
+    warmup: Fraction = 0.02
+    decay_start: Fraction = 10.0 / 14.8
+    decay_end: Fraction = 14.3 / 14.8
+    decay_factor: Fraction = 0.1
+    tail_start: Fraction = 14.633 / 14.8
+    tail_factor: Fraction = 7.3 / 220.0
+    batch_ramp: Fraction = 0.0
+    """The batch grows from ``batch_ramp_start`` of its size to all of it over this fraction."""
+    batch_ramp_start: Annotated[float, Field(gt=0, le=1)] = 0.2
+    bias_update_speed: Annotated[float, Field(ge=0)] = 0.001
+    bias_update_until: Fraction = 14.3 / 14.8
+    balance_loss_weight: Annotated[float, Field(ge=0)] = 1e-4
+    mtp_loss_weight: Annotated[float, Field(ge=0)] = 0.3
+    mtp_late_loss_weight: Annotated[float, Field(ge=0)] = 0.1
+    mtp_late_start: Fraction = 10.0 / 14.8
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        moments = ("warmup", "decay_start", "decay_end", "tail_start")
+        for earlier, later in zip(moments, moments[1:], strict=False):
+            if getattr(self, earlier) > getattr(self, later):
+                raise ValueError(f"{earlier}={getattr(self, earlier):g} must not be after "
+                                 f"{later}={getattr(self, later):g}")
+        return self
+
+
+class TrainConfig(Settings):
+    """Pretraining: length, batch, optimizer and what is kept."""
+
+    steps: Positive | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Instead of ``steps``: as many steps as this machine does in so many minutes, measured once at the start."""
+    batch_size: Positive = 8
+    """Sequences per optimizer step."""
+    micro_batch_size: Positive | None = None
+    """Sequences per forward and backward pass; by default the whole batch."""
+    sequence_length: Positive = 256
+    seed: Natural = 0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an exponential moving average of the weights kept beside them; 0 keeps none."""
+    validate_every: Positive = 200
+    """Steps between validations."""
+    validation_tokens: Positive = 65536
+    """Tokens of a validation during the run; the last one reads the whole held-out split."""
+    checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @model_validator(mode="after")
+    def _length_given_once(self) -> Self:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("give either steps or minutes")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}")
+        return self
+
+
+class PrecisionConfig(Settings):
+    """Arithmetic of training; master weights and optimizer state are always fp32."""
+
+    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    """``auto`` measures one step of the model in each and takes the faster; bf16 pays only on units that have it."""
+
+
+class InferenceConfig(Settings):
+    """Defaults of ``generate`` and ``chat``."""
+
+    max_new_tokens: Positive = 200
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.8
+    top_k: Natural = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class RunConfig(Settings):
+    """A recipe: everything ``benthic run`` needs to know."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    precision: PrecisionConfig = PrecisionConfig()
+    inference: InferenceConfig = InferenceConfig()

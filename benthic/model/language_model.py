@@ -1,0 +1,76 @@
+"""The whole model as it is trained and stored: the transformer with its MTP modules composed onto it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benthic.config.schema import ModelConfig
+from benthic.model.layers import RMSNorm
+from benthic.model.moe import Routing
+from benthic.model.mtp import MTPModule
+from benthic.model.transformer import Transformer, attention_context
+
+
+class LanguageModel(nn.Module):
+    """A transformer and ``num_nextn_predict_layers`` MTP modules that share its embedding and head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.mtp = nn.ModuleList(MTPModule(config, depth) for depth in range(config.num_nextn_predict_layers))
+
+    def forward(self, tokens_BT: Tensor, **context: Any) -> Tensor:
+        """Logits of the next token (B, T, V)."""
+        logits_BTV: Tensor = self.transformer(tokens_BT, **context)
+        return logits_BTV
+
+    def training_hidden(
+        self, tokens_BS: Tensor, document_BS: Tensor | None = None
+    ) -> tuple[list[Tensor], list[Routing]]:
+        """States ready for the head, of the main model and each MTP depth, over the first T = S - depths tokens.
+
+        Args:
+            tokens_BS: T tokens and as many more as there are MTP modules.
+            document_BS: document of each token; attention then stays within documents.
+
+        Returns:
+            depths + 1 tensors (B, T, D): the k-th predicts token i + k + 1 at position i; and one
+            :class:`Routing` per MoE layer, those of MTP modules last.
+        """
+        length = tokens_BS.shape[1] - len(self.mtp)
+        tokens_BT = tokens_BS[:, :length]
+        document_BT = None if document_BS is None else document_BS[:, :length]
+        hidden_BTD, routings = self.transformer.hidden(tokens_BT, document_BT=document_BT)
+        states = [hidden_BTD]
+        context = attention_context(self.config, tokens_BT, document_BT)
+        for depth, module in enumerate(self.mtp, start=1):
+            embedding_BTD = self.transformer.embed(tokens_BS[:, depth : depth + length])
+            hidden_BTD, routing = module(hidden_BTD, embedding_BTD, context)
+            states.append(module.norm(hidden_BTD))
+            routings += [] if routing is None else [routing]
+        return states, routings
+
+
+def build_model(
+    config: ModelConfig, *, seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """A model with fresh weights: normal with ``initializer_range``, norms 1, router bias 0 (V3 report section 4.2).
+
+    On the ``meta`` device nothing is allocated.
+    """
+    with torch.device(device or "cpu"):
+        model = LanguageModel(config).to(dtype)
+    if torch.device(device or "cpu").type != "meta":
+        _initialise(model, config.initializer_range, seed)
+    return model
+
+
+@torch.no_grad()
+def _initialise(model: LanguageModel, std: float, seed: int) -> None:
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    norms = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
+    for parameter in model.parameters():
+        if id(parameter) not in norms:
+            parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,119 @@
+"""Multi-head latent attention: keys and values come from one compressed latent per token (V3 report section 2.1.1).
+
+Two forms of one layer with the same weights. The naive form expands the latent into keys and values and suits
+training and prefill, where arithmetic is the limit. The absorbed form moves the expansion onto queries and outputs,
+so that attention runs in the latent space and a decode step reads only the cache.
+
+Shapes: B batch, T time, S cached time, D model, H heads, N nope width, R rope width, V value width,
+C latent (kv_lora_rank), L = C + R numbers cached per token.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from benthic.config.schema import ModelConfig
+from benthic.model.layers import RMSNorm
+from benthic.ops.attention import causal_attention
+from benthic.ops.latent_attention import latent_attention
+from benthic.ops.rope import apply_rope, softmax_scale
+
+_LATENT_NORM_EPS = 1e-6
+"""DeepSeek and transformers normalise the latents with this whatever ``rms_norm_eps`` says."""
+
+
+class Cache(Protocol):
+    """What attention asks of a latent cache."""
+
+    @property
+    def length(self) -> int:
+        """Tokens cached before this step."""
+
+    def append(self, layer: int, latent_BTL: Tensor) -> Tensor:
+        """Store a layer's new latents and return all of its latents (B, S, L)."""
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """What the layers of one forward pass share: rotations, document of each position, cache."""
+
+    cos_TP: Tensor
+    sin_TP: Tensor
+    document_BT: Tensor | None = None
+    cache: Cache | None = None
+
+
+class LatentAttention(nn.Module):
+    """One MLA layer. ``layer`` is its index in the cache."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        width, heads = config.hidden_size, config.num_attention_heads
+        if config.q_lora_rank is None:
+            self.q = nn.Linear(width, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a = nn.Linear(width, config.q_lora_rank, bias=False)
+            self.q_norm = RMSNorm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a = nn.Linear(width, config.latent_dim, bias=False)
+        self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_NORM_EPS)
+        self.kv_b = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.o = nn.Linear(heads * config.v_head_dim, width, bias=False)
+        self.scale = softmax_scale(config)
+
+    def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
+        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, context)
+        latent_BTC, k_rope_BTR = self._latent(x_BTD, context)
+        if context.cache is None:
+            out_BTHV = self._naive(q_nope_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR, context.document_BT)
+        else:
+            start = context.cache.length
+            cached_BSL = context.cache.append(self.layer, torch.cat((latent_BTC, k_rope_BTR), -1))
+            if start == 0 and x_BTD.shape[1] > 1:
+                out_BTHV = self._naive(q_nope_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR, None)
+            else:
+                out_BTHV = self._absorbed(q_nope_BTHN, q_rope_BTHR, cached_BSL, start)
+        out: Tensor = self.o(out_BTHV.flatten(-2))
+        return out
+
+    def _queries(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        flat = self.q(x_BTD) if self.config.q_lora_rank is None else self.q_b(self.q_norm(self.q_a(x_BTD)))
+        q_BTHK = flat.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
+        q_nope_BTHN, q_rope_BTHR = q_BTHK.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), -1)
+        return q_nope_BTHN, apply_rope(q_rope_BTHR, context.cos_TP, context.sin_TP)
+
+    def _latent(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        latent_BTC, k_rope_BTR = self.kv_a(x_BTD).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
+        k_rope_BTR = apply_rope(k_rope_BTR.unsqueeze(2), context.cos_TP, context.sin_TP).squeeze(2)
+        return self.kv_norm(latent_BTC), k_rope_BTR
+
+    def _naive(
+        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor,
+        document_BT: Tensor | None,
+    ) -> Tensor:
+        """Attention over keys and values expanded from the latents: (B, T, H, V)."""
+        config = self.config
+        kv_BTHX = self.kv_b(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
+        k_nope_BTHN, v_BTHV = kv_BTHX.split((config.qk_nope_head_dim, config.v_head_dim), -1)
+        k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
+        q_BTHK = torch.cat((q_nope_BTHN, q_rope_BTHR), -1)
+        k_BTHK = torch.cat((k_nope_BTHN, k_rope_BTHR), -1)
+        out_BHTV = causal_attention(
+            q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2),
+            scale=self.scale, document_BT=document_BT,
+        )
+        return out_BHTV.transpose(1, 2)
+
+    def _absorbed(self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, cached_BSL: Tensor, start: int) -> Tensor:
+        """Attention in the latent space, the expansion applied to queries and outputs instead: (B, T, H, V)."""
+        config = self.config
+        kv_b_HXC = self.kv_b.weight.unflatten(0, (config.num_attention_heads, -1))
+        key_HNC, value_HVC = kv_b_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)
+        out_BHTC = latent_attention(
+            q_nope_BTHN.transpose(1, 2) @ key_HNC, q_rope_BTHR.transpose(1, 2), cached_BSL,
+            scale=self.scale, start=start,
+        )
+        return (out_BHTC @ value_HVC.transpose(-1, -2)).transpose(1, 2)

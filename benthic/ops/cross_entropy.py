@@ -1,0 +1,68 @@
+"""Cross-entropy of a linear head, fused so that the logits of a whole batch never exist at once.
+
+Shapes: N positions, D model width, V vocabulary, C positions of a chunk.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+"""Targets with this value count for nothing."""
+
+_CHUNK = 512
+
+
+def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+    """Mean over counted targets of -log softmax(x @ weight.T)[target], in nats."""
+    return F.cross_entropy((x_ND @ weight_VD.T).float(), target_N, ignore_index=IGNORE)
+
+
+def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+    """Same as :func:`linear_cross_entropy_reference`; 0 if no target counts.
+
+    Gradients are computed chunk by chunk during the forward pass, while a chunk's logits are at hand, so that
+    nothing of size (N, V) is kept or built twice.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, target_N)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        counted = int((target_N != IGNORE).sum())
+        dx_ND = torch.empty_like(x_ND) if needs_x else None
+        dweight_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        total = torch.zeros((), dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
+        for start in range(0, len(x_ND), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            nats, dlogits_CV = _chunk_loss(x_ND[rows] @ weight_VD.T, target_N[rows], max(counted, 1))
+            total += nats
+            if dx_ND is not None:
+                torch.mm(dlogits_CV, weight_VD, out=dx_ND[rows])
+            if dweight_VD is not None:
+                dweight_VD.addmm_(dlogits_CV.T, x_ND[rows])
+        ctx.save_for_backward(dx_ND, dweight_VD)
+        return total / max(counted, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grads
+        dx_ND, dweight_VD = ctx.saved_tensors
+        return tuple(None if d is None else d * scale.to(d.dtype) for d in (dx_ND, dweight_VD)) + (None,)
+
+
+def _chunk_loss(logits_CV: Tensor, target_C: Tensor, counted: int) -> tuple[Tensor, Tensor]:
+    """Summed nats of a chunk, and the gradient of the mean loss with respect to its logits (in their dtype)."""
+    logits = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    keep_C1 = (target_C != IGNORE)[:, None]
+    target_C1 = target_C[:, None].clamp_min(0)
+    log_normaliser_C1 = logits.logsumexp(-1, keepdim=True)
+    nats = ((log_normaliser_C1 - logits.gather(-1, target_C1)) * keep_C1).sum()
+    dlogits_CV = logits.sub_(log_normaliser_C1).exp_().mul_(keep_C1 / counted)
+    dlogits_CV.scatter_add_(-1, target_C1, keep_C1.to(dlogits_CV.dtype).neg_().div_(counted))
+    return nats, dlogits_CV.to(logits_CV.dtype)

@@ -1,0 +1,119 @@
+"""Routed SwiGLU experts as grouped matrix products over tokens sorted by expert.
+
+Nothing is dropped or padded: each expert multiplies exactly the tokens that chose it. The gate scales the hidden
+activation, not the output, so the output of an expert need not be kept for the backward pass.
+
+Shapes: N tokens, K experts per token, E experts, D model width, F expert width, S = N * K rows sorted by expert.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def routed_experts_reference(
+    x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Sum over a token's experts of gate times SwiGLU, one expert at a time with masks."""
+    out_ND = torch.zeros_like(x_ND)
+    for expert in range(gate_up_EGD.shape[0]):
+        weight_N = (gate_NK * (index_NK == expert)).sum(-1, keepdim=True)
+        gate_NF, up_NF = (x_ND @ gate_up_EGD[expert].T).chunk(2, -1)
+        out_ND = out_ND + weight_N * ((F.silu(gate_NF) * up_NF) @ down_EDF[expert].T)
+    return out_ND
+
+
+def routed_experts(
+    x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Same as :func:`routed_experts_reference`, visiting each expert's tokens only.
+
+    Args:
+        x_ND: tokens. index_NK: their experts. gate_NK: the weights of these.
+        gate_up_EGD: (E, 2F, D), gate rows before up rows. down_EDF: (E, D, F).
+    """
+    out: Tensor = _RoutedExperts.apply(x_ND, index_NK, gate_NK, gate_up_EGD, down_EDF)
+    return out
+
+
+class _RoutedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        order_S, slot_NK, counts = _sort_by_expert(index_NK, gate_up_EGD.shape[0])
+        token_S, gate_S = order_S // index_NK.shape[1], gate_NK.flatten()[order_S].to(x_ND.dtype)
+        rows = len(order_S)
+        gate_up_SG = x_ND.new_empty(rows, gate_up_EGD.shape[1])
+        y_SD = torch.empty_like(x_ND[:1].expand(rows, -1))
+        for expert, rows_e in _segments(counts):
+            torch.mm(x_ND[token_S[rows_e]], gate_up_EGD[expert].T, out=gate_up_SG[rows_e])
+            hidden = _swiglu(gate_up_SG[rows_e]).mul_(gate_S[rows_e, None])
+            torch.mm(hidden, down_EDF[expert].T, out=y_SD[rows_e])
+        ctx.save_for_backward(x_ND, token_S, slot_NK, gate_S, gate_up_SG, gate_up_EGD, down_EDF)
+        ctx.counts, ctx.order = counts, order_S
+        return _combine(y_SD, slot_NK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dout_ND,) = grads
+        x_ND, token_S, slot_NK, gate_S, gate_up_SG, gate_up_EGD, down_EDF = ctx.saved_tensors
+        dgate_up_EGD, ddown_EDF = torch.zeros_like(gate_up_EGD), torch.zeros_like(down_EDF)
+        dx_SD = x_ND.new_empty(len(token_S), x_ND.shape[1])
+        dgate_S = gate_S.new_empty(gate_S.shape)
+        for expert, rows_e in _segments(ctx.counts):
+            token_e = token_S[rows_e]
+            dy = dout_ND[token_e]
+            dhidden = dy @ down_EDF[expert]
+            hidden, dgate_up, dgate_S[rows_e] = _swiglu_backward(gate_up_SG[rows_e], gate_S[rows_e, None], dhidden)
+            torch.mm(dy.T, hidden, out=ddown_EDF[expert])
+            torch.mm(dgate_up.T, x_ND[token_e], out=dgate_up_EGD[expert])
+            torch.mm(dgate_up, gate_up_EGD[expert], out=dx_SD[rows_e])
+        dgate_NK = torch.empty_like(dgate_S).index_copy_(0, ctx.order, dgate_S).view(slot_NK.shape)
+        return _combine(dx_SD, slot_NK), None, dgate_NK, dgate_up_EGD, ddown_EDF
+
+
+def _sort_by_expert(index_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Flat choices in order of their expert (S,), where each choice went (N, K), and how many each expert got."""
+    flat = index_NK.flatten()
+    order_S = flat.argsort(stable=True)
+    slot = torch.empty_like(order_S)
+    slot[order_S] = torch.arange(len(order_S), device=order_S.device)
+    return order_S, slot.view(index_NK.shape), torch.bincount(flat, minlength=n_experts).tolist()
+
+
+def _segments(counts: list[int]) -> list[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has any."""
+    segments, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            segments.append((expert, slice(start, start + count)))
+        start += count
+    return segments
+
+
+def _combine(y_SD: Tensor, slot_NK: Tensor) -> Tensor:
+    """Sum of each token's rows (N, D)."""
+    out_ND = y_SD[slot_NK[:, 0]]
+    for k in range(1, slot_NK.shape[1]):
+        out_ND += y_SD[slot_NK[:, k]]
+    return out_ND
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_backward(gate_up: Tensor, weight: Tensor, dhidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For hidden = weight * silu(gate) * up: (hidden, d gate_up, d weight summed over the width)."""
+    gate, up = gate_up.chunk(2, -1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    activated = silu * up
+    dweight = (dhidden * activated).sum(-1)
+    dactivated = dhidden * weight
+    dgate = dactivated * up * (sigmoid + silu * (1 - sigmoid))
+    return activated * weight, torch.cat((dgate, dactivated * silu), -1), dweight

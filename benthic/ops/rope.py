@@ -1,0 +1,72 @@
+"""Rotary position embedding with YaRN, on interleaved pairs as DeepSeek lays them out.
+
+Shapes: B batch, T time, H heads, R rotary width (even), P = R / 2 pairs.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from benthic.config.schema import ModelConfig, YarnConfig
+
+
+def rope_angles(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, P) in fp32 of the rotation at each position, YaRN applied where configured."""
+    angles_TP = positions_T.float()[:, None] * _inverse_frequencies(config).to(positions_T.device)
+    factor = _cosine_factor(config.rope_scaling)
+    return angles_TP.cos() * factor, angles_TP.sin() * factor
+
+
+def apply_rope(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    """Rotate the pairs (0, 1), (2, 3), ... of the last dimension by their position's angle (arXiv 2104.09864)."""
+    cos_TP, sin_TP = cos_TP[:, None].to(x_BTHR.dtype), sin_TP[:, None].to(x_BTHR.dtype)
+    even, odd = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
+    return torch.stack((even * cos_TP - odd * sin_TP, odd * cos_TP + even * sin_TP), -1).flatten(-2)
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """Scale of attention scores: 1/sqrt(width), times YaRN's squared temperature (V3 report section 4.3)."""
+    scale = config.qk_head_dim**-0.5
+    yarn = config.rope_scaling
+    if yarn is None or not yarn.mscale_all_dim:
+        return scale
+    return scale * _temperature(yarn.factor, yarn.mscale_all_dim) ** 2
+
+
+def _temperature(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _cosine_factor(yarn: YarnConfig | None) -> float:
+    if yarn is None:
+        return 1.0
+    if yarn.mscale and yarn.mscale_all_dim:
+        return _temperature(yarn.factor, yarn.mscale) / _temperature(yarn.factor, yarn.mscale_all_dim)
+    return _temperature(yarn.factor, 1.0)
+
+
+@lru_cache(maxsize=32)
+def _inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Radians per position of each pair (P,): low frequencies interpolated by YaRN, high ones kept."""
+    width, yarn = config.qk_rope_head_dim, config.rope_scaling
+    with torch.device("cpu"), torch.inference_mode(False):
+        periods = config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+        if yarn is None:
+            return 1.0 / periods
+        low, high = _ramp_bounds(config.rope_theta, width, yarn)
+        ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+        return (1.0 / (yarn.factor * periods)) * ramp + (1.0 / periods) * (1 - ramp)
+
+
+def _ramp_bounds(theta: float, width: int, yarn: YarnConfig) -> tuple[float, float]:
+    """Pair indices between which YaRN goes from keeping to interpolating (arXiv 2309.00071 section 3.2)."""
+
+    def pair_turning(rotations: float) -> float:
+        wavelength_share = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
+        return width * math.log(wavelength_share) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_turning(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_turning(yarn.beta_slow)), width - 1)
+    return low, high if high != low else high + 0.001
