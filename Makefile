@@ -1,0 +1,51 @@
+# Every target does its own set-up: all it needs is Python 3.11 or later, with its venv module, and make.
+
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name))))
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+
+.PHONY: help setup quickstart check test test-all bench
+help:
+	@echo "make quickstart   train a small model on this machine's CPU, about ten minutes, and say how to talk to it"
+	@echo "make setup        a virtual environment in $(VENV) with all that the tests need"
+	@echo "make check        lint, format, types and import order"
+	@echo "make test         the fast tests; make test-all runs every test"
+	@echo "make bench        speed of training, prefill and decode here, beside transformers"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "error: Python 3.11 or later is needed; name it with make PYTHON=/path/to/python"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[quickstart]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.quickstart
+
+setup: $(VENV)/.dev
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/benthic run quickstart --out $(RUN)
+	@echo
+	@echo "Your model is in $(RUN). Talk to it:   $(BIN)/benthic chat $(RUN)"
+	@echo "Let it write:                  $(BIN)/benthic generate $(RUN) --prompt 'Hello, how are you?'"
+	@echo "Measure it:                    $(BIN)/benthic eval $(RUN)"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup
+	$(BIN)/pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks

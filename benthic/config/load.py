@@ -1,0 +1,161 @@
+"""Recipes in, settings out: the one door through which a user's choices enter, and where their mistakes are caught.
+
+A recipe is a TOML file, ``--set a.b=c`` goes over it, and ``[model] preset = "nano"`` stands for all of a model's
+sizes. Whatever is wrong is refused before anything is written, with one line that says where, what and what is
+allowed.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from benthic.config.complain import complaint, nearest, shown, source_of
+from benthic.config.presets import PRESETS
+from benthic.config.schema import ModelConfig, RunConfig
+from benthic.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "quickstart"
+
+# A run's length is given once: setting one key on the command line takes the other out of the recipe.
+ALTERNATIVES = {"train.steps": "train.minutes", "train.minutes": "train.steps"}
+
+Tree = dict[str, Any]
+
+
+def load_run_config(recipe: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a recipe, lays ``overrides`` over it and checks the whole.
+
+    Args:
+        recipe: path of a TOML file or the name of one that comes with Benthic; by default ``quickstart``.
+        overrides: settings such as ``train.steps=200``; the value is read as TOML, or else as plain text.
+
+    Raises:
+        InputError: the recipe cannot be found or read, is not TOML, or holds a wrong key or value.
+    """
+    path = _find_recipe(recipe or DEFAULT_RECIPE)
+    return _resolve(_read_toml(path), str(path), overrides)
+
+
+def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
+    """The model of a preset or of a recipe, by the preset's name first. Raises InputError as ``load_run_config``."""
+    if name not in PRESETS:
+        if not Path(name).exists() and name not in recipe_names():
+            raise InputError(_unknown("preset or recipe", name, [*PRESETS, *recipe_names()]))
+        return load_run_config(name, overrides).model
+    # A preset says nothing of a run's length; one step makes it a whole recipe.
+    return _resolve({"model": {"preset": name}, "train": {"steps": 1}}, f"preset {name}", overrides).model
+
+
+def dump_toml(config: RunConfig) -> str:
+    """Every setting with its value, as TOML that ``load_run_config`` reads back to an equal config.
+
+    TOML has no null: a setting that is ``None`` is left out, and every such setting has ``None`` as its default.
+    """
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with Benthic."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def _find_recipe(recipe: str | Path) -> Path:
+    if str(recipe) in recipe_names():
+        return RECIPES / f"{recipe}.toml"
+    if not Path(recipe).exists():
+        raise InputError(_unknown("recipe", str(recipe), recipe_names()))
+    return Path(recipe)
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> str:
+    return f"{kind} {name!r}: no such file or name; {nearest(name, known)}"
+
+
+def _read_toml(path: Path) -> Tree:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {' '.join(str(error).split())}") from error
+
+
+def _resolve(tree: Tree, origin: str, overrides: Sequence[str]) -> RunConfig:
+    settings = [_parse_override(text) for text in overrides]
+    keys = [key for key, _ in settings]
+    for key in keys:
+        if key in ALTERNATIVES:
+            _remove(tree, ALTERNATIVES[key])
+        if key == "model.preset":
+            _remove(tree, "model")
+    for key, value in settings:
+        _assign(tree, key, value)
+    try:
+        return RunConfig.model_validate(_tuples(_expand_preset(tree, source_of("model.preset", origin, keys))), strict=True)
+    except ValidationError as error:
+        raise InputError(complaint(error, RunConfig, origin, keys)) from None
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise InputError(f"--set {text}: must be KEY=VALUE, such as train.steps=200")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        return key, value
+    return key, parsed["value"] if len(parsed) == 1 else value
+
+
+def _assign(tree: Tree, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for depth, name in enumerate(parents):
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"--set {key}: {'.'.join(parents[: depth + 1])} is a single value and has no keys")
+    tree[last] = value
+
+
+def _remove(tree: Tree, key: str) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        child = tree.get(name)
+        if not isinstance(child, dict):
+            return
+        tree = child
+    tree.pop(last, None)
+
+
+def _expand_preset(tree: Tree, source: str) -> Tree:
+    """Replaces ``model.preset`` by its sizes, under whatever else the recipe says of the model."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return tree
+    name = model["preset"]
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"{source} model.preset = {shown(name)}: no such preset; {nearest(str(name), list(PRESETS))}")
+    own = {key: value for key, value in model.items() if key != "preset"}
+    return tree | {"model": _merge(PRESETS[name].model_dump(), own)}
+
+
+def _merge(base: Tree, over: Tree) -> Tree:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _tuples(value: Any) -> Any:
+    """TOML's arrays as tuples, which strict validation of frozen settings asks for."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
