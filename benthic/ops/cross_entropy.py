@@ -59,10 +59,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk_loss(logits_CV: Tensor, target_C: Tensor, counted: int) -> tuple[Tensor, Tensor]:
     """Summed nats of a chunk, and the gradient of the mean loss with respect to its logits (in their dtype)."""
     logits = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    keep_C1 = (target_C != IGNORE)[:, None]
+    keep_C1 = (target_C != IGNORE)[:, None].to(logits.dtype)
     target_C1 = target_C[:, None].clamp_min(0)
     log_normaliser_C1 = logits.logsumexp(-1, keepdim=True)
     nats = ((log_normaliser_C1 - logits.gather(-1, target_C1)) * keep_C1).sum()
     dlogits_CV = logits.sub_(log_normaliser_C1).exp_().mul_(keep_C1 / counted)
-    dlogits_CV.scatter_add_(-1, target_C1, keep_C1.to(dlogits_CV.dtype).neg_().div_(counted))
+    dlogits_CV.scatter_add_(-1, target_C1, -keep_C1 / counted)
     return nats, dlogits_CV.to(logits_CV.dtype)
