@@ -23,7 +23,9 @@ def distribution(logits_V: Tensor, *, temperature: float, top_k: int = 0, top_p:
     return _nucleus(probability_V, top_p) if top_p < 1 else probability_V
 
 
-def draw(logits_V: Tensor, generator: torch.Generator, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> int:
+def draw(
+    logits_V: Tensor, generator: torch.Generator, *, temperature: float, top_k: int = 0, top_p: float = 1.0
+) -> int:
     """The next token's id; at temperature 0 the generator is left as it is."""
     if temperature == 0:
         return int(logits_V.argmax())

@@ -6,7 +6,7 @@ V3 report section 2.1.2). Every token reaches all the experts it chose.
 Shapes: B batch, T time, N = B * T tokens, D model, E routed experts, K experts per token.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,24 @@ from benthic.ops.experts import routed_experts
 from benthic.ops.routing import expert_load, gate_values, select_experts, sequence_balance_loss
 
 
-class Routing(NamedTuple):
-    """What one MoE layer did with one batch."""
+@dataclass(frozen=True)
+class Routing:
+    """What one MoE layer did with one batch; what training asks of it is computed only when asked."""
 
-    load_E: Tensor
-    """Tokens each expert received, int64."""
-    balance_loss: Tensor
-    """Per-sequence balance loss, unweighted scalar."""
+    scores: Tensor
+    """Affinities (B, T, E)."""
+    index: Tensor
+    """Chosen experts (B, T, K)."""
+
+    @property
+    def load_E(self) -> Tensor:  # noqa: N802 - a shape suffix
+        """Tokens each expert received, int64."""
+        return expert_load(self.index, self.scores.shape[-1])
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """Per-sequence balance loss, unweighted scalar."""
+        return sequence_balance_loss(self.scores, self.index)
 
 
 class Router(nn.Module):
@@ -82,5 +93,4 @@ class MoE(nn.Module):
         out_BTD = out_ND.view_as(x_BTD)
         if self.shared is not None:
             out_BTD = out_BTD + self.shared(x_BTD)
-        load_E = expert_load(index_BTK, config.n_routed_experts)
-        return out_BTD, Routing(load_E, sequence_balance_loss(scores_BTE, index_BTK))
+        return out_BTD, Routing(scores_BTE, index_BTK)

@@ -34,6 +34,8 @@ def routed_experts(
         x_ND: tokens. index_NK: their experts. gate_NK: the weights of these.
         gate_up_EGD: (E, 2F, D), gate rows before up rows. down_EDF: (E, D, F).
     """
+    if x_ND.shape[0] == 1 and not torch.is_grad_enabled():
+        return _experts_of_one_token(x_ND[0], index_NK[0], gate_NK[0], gate_up_EGD, down_EDF).unsqueeze(0)
     out: Tensor = _RoutedExperts.apply(x_ND, index_NK, gate_NK, gate_up_EGD, down_EDF)
     return out
 
@@ -73,6 +75,19 @@ class _RoutedExperts(torch.autograd.Function):
             torch.mm(dgate_up, gate_up_EGD[expert], out=dx_SD[rows_e])
         dgate_NK = torch.empty_like(dgate_S).index_copy_(0, ctx.order, dgate_S).view(slot_NK.shape)
         return _combine(dx_SD, slot_NK), None, dgate_NK, dgate_up_EGD, ddown_EDF
+
+
+def _experts_of_one_token(
+    x_D: Tensor, index_K: Tensor, gate_K: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """A decode step of one sequence: matrix-vector products that read each chosen expert once, and no sorting."""
+    experts: list[int] = index_K.tolist()
+    gate_up_KG = torch.stack([gate_up_EGD[expert] @ x_D for expert in experts])
+    hidden_KF = _swiglu(gate_up_KG).mul_(gate_K.to(x_D.dtype).unsqueeze(1))
+    out_D = torch.zeros_like(x_D)
+    for expert, hidden_F in zip(experts, hidden_KF, strict=True):
+        out_D.addmv_(down_EDF[expert], hidden_F)
+    return out_D
 
 
 def _sort_by_expert(index_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, list[int]]:
