@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from benthic.config.complain import complaint, nearest, shown, source_of
 from benthic.config.presets import PRESETS
-from benthic.config.schema import ModelConfig, RunConfig
+from benthic.config.schema import RunConfig
 from benthic.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -41,14 +41,21 @@ def load_run_config(recipe: str | Path | None = None, overrides: Sequence[str] =
     return _resolve(_read_toml(path), str(path), overrides)
 
 
-def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
-    """The model of a preset or of a recipe, by the preset's name first. Raises InputError as ``load_run_config``."""
-    if name not in PRESETS:
-        if not Path(name).exists() and name not in recipe_names():
-            raise InputError(_unknown("preset or recipe", name, [*PRESETS, *recipe_names()]))
-        return load_run_config(name, overrides).model
+def load_preset_or_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe, or the model of a preset with sequences of its pretraining length. Raises as ``load_run_config``."""
+    if name in PRESETS:
+        return _resolve(_preset_recipe(name), f"preset {name}", overrides)
+    if not Path(name).exists() and name not in recipe_names():
+        raise InputError(_unknown("preset or recipe", name, [*PRESETS, *recipe_names()]))
+    return load_run_config(name, overrides)
+
+
+def _preset_recipe(name: str) -> Tree:
+    model = PRESETS[name]
+    yarn = model.rope_scaling
+    length = model.max_position_embeddings if yarn is None else yarn.original_max_position_embeddings
     # A preset says nothing of a run's length; one step makes it a whole recipe.
-    return _resolve({"model": {"preset": name}, "train": {"steps": 1}}, f"preset {name}", overrides).model
+    return {"model": {"preset": name}, "train": {"steps": 1, "sequence_length": length}}
 
 
 def dump_toml(config: RunConfig) -> str:
