@@ -104,8 +104,9 @@ def _resolve(tree: Tree, origin: str, overrides: Sequence[str]) -> RunConfig:
             _remove(tree, "model")
     for key, value in settings:
         _assign(tree, key, value)
+    tree = _expand_preset(tree, source_of("model.preset", origin, keys))
     try:
-        return RunConfig.model_validate(_tuples(_expand_preset(tree, source_of("model.preset", origin, keys))), strict=True)
+        return RunConfig.model_validate(_tuples(tree), strict=True)
     except ValidationError as error:
         raise InputError(complaint(error, RunConfig, origin, keys)) from None
 

@@ -33,9 +33,7 @@ def main_model(config: ModelConfig) -> Counts:
     """The transformer without MTP modules."""
     vocabulary = config.vocab_size * config.hidden_size
     dense_layers = config.first_k_dense_replace
-    dense = replace(
-        _attention_and_norms(config), dense_ffn=3 * config.hidden_size * config.intermediate_size
-    )
+    dense = replace(_attention_and_norms(config), dense_ffn=3 * config.hidden_size * config.intermediate_size)
     return _add(
         Counts(embedding=vocabulary, norms=config.hidden_size, head=vocabulary),
         _times(dense, dense_layers),

@@ -71,7 +71,8 @@ def test_dump_round_trips_and_names_every_setting(name, recipe):
 
 @pytest.mark.parametrize(("text", "value"), [
     ("train.steps=200", 200), ("train.minutes=1.5", 1.5), ("train.minutes=2", 2.0), ("model.rms_norm_eps=1e-5", 1e-5),
-    ("data.mask_documents=true", True), ('data.sources=["a", "b"]', ("a", "b")), ("train.optimizer.name=adamw", "adamw"),
+    ("data.mask_documents=true", True),
+    ('data.sources=["a", "b"]', ("a", "b")), ("train.optimizer.name=adamw", "adamw"),
     ("data.tokenizer=some/dir=x", "some/dir=x"), ("train.optimizer.betas=[0.5, 1]", (0.5, 1.0)),
 ])  # fmt: skip
 def test_set_reads_a_value_as_toml_or_else_as_text(recipe, text, value):

@@ -28,10 +28,10 @@ def test_v3_caches_70272_bytes_a_token():
 
 @pytest.mark.parametrize(("layers", "heads", "length"), [(1, 1, 16), (3, 5, 33)])
 def test_forward_flops_against_the_counter_of_pytorch(layers, heads, length):
-    # With all layers dense every product is one the counter sees; norms are parameters but no products.
-    config = PRESETS["tiny"].model_copy(
-        update={"num_hidden_layers": layers, "first_k_dense_replace": layers, "num_attention_heads": heads}
-    )
+    # Dense layers and values as wide as keys: every product is one the counter sees, and none is padded. Norms are
+    # parameters but no products.
+    sizes = {"num_hidden_layers": layers, "first_k_dense_replace": layers, "num_attention_heads": heads}
+    config = PRESETS["tiny"].model_copy(update=sizes | {"v_head_dim": PRESETS["tiny"].qk_head_dim})
     model = build_model(config).transformer
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, length, dtype=torch.long))
