@@ -84,7 +84,7 @@ class Engine:
             context: of a conversation; what the prompt shares with the last one is not read again.
             **sampling: as for :meth:`generate`, whose errors it raises, before the first piece.
         """
-        settings, ids = self._settings(sampling), self._prompt_ids(prompt)
+        settings, ids = self.settings(**sampling), self._prompt_ids(prompt)
         return self._complete(ids, settings, context or self.new_context())
 
     def new_context(self) -> Context:
@@ -92,6 +92,13 @@ class Engine:
         weight = self.model.transformer.embed.weight
         layers, latent_dim = self.config.num_hidden_layers, self.config.latent_dim
         return Context(LatentCache(layers, 1, latent_dim, dtype=weight.dtype, device=weight.device))
+
+    def settings(self, **sampling: Any) -> Sampling:
+        """The defaults with ``sampling`` over them; raises ``InputError`` if a key or value is wrong."""
+        try:
+            return Sampling.model_validate(self.defaults.model_dump() | sampling)
+        except ValidationError as error:
+            raise InputError(complaint(error, Sampling, "sampling")) from None
 
     def _complete(self, ids: list[int], settings: Sampling, context: Context) -> Generator[str, None, Completion]:
         decoder, scanner = StreamDecoder(self.tokenizer), StopScanner(settings.stop)
@@ -136,12 +143,6 @@ class Engine:
         context.have_read(ids)
         logits_V: Tensor = transformer.head(hidden_BTD[0, -1])
         return logits_V
-
-    def _settings(self, sampling: dict[str, Any]) -> Sampling:
-        try:
-            return Sampling.model_validate(self.defaults.model_dump() | sampling)
-        except ValidationError as error:
-            raise InputError(complaint(error, Sampling, "sampling")) from None
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if not prompt:
