@@ -1,0 +1,29 @@
+"""In which precision a module computes, applied to it from outside; master weights stay fp32."""
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Compute = Literal["fp32", "bf16"]
+
+
+def compute_dtype(compute: Compute) -> torch.dtype:
+    """The dtype of a mode's matrix products."""
+    return torch.bfloat16 if compute == "bf16" else torch.float32
+
+
+def call_in(compute: Compute, module: nn.Module, *args: Any, keep: Collection[str] = ()) -> Any:
+    """``module(*args)``, computed in fp32 or with weights rounded to bf16.
+
+    Gradients reach the fp32 weights through the rounding. ``keep`` names parameters that are not rounded. Activations
+    take the weights' precision, so a bf16 step also moves half the memory.
+    """
+    if compute == "fp32":
+        return module(*args)
+    rounded: dict[str, Tensor] = {
+        name: parameter.to(torch.bfloat16) for name, parameter in module.named_parameters() if name not in keep
+    }
+    return functional_call(module, rounded, args)

@@ -1,0 +1,170 @@
+"""Checkpoints that are whole or absent: a kill at any moment leaves the last committed one in place.
+
+A checkpoint is a directory ``step-N`` of safetensors files, ``state.json``, and ``manifest.json`` with the size and
+hash of each, written last. All of it is written into a hidden sibling, pushed to disk, and renamed: the rename is
+the commit. Nothing is believed when read back, and nothing is ever unpickled.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benthic.errors import InputError
+from benthic.files import read_json_object, require_plain, sha256, sync
+
+_HEADER_LIMIT = 16 * 2**20
+_STEP = re.compile(r"step-(\d{1,18})")
+_FILE = re.compile(r"[a-z_]+\.safetensors|state\.json")
+
+
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written; those already there are intact."""
+
+
+class Checkpoint(NamedTuple):
+    """Named groups of named tensors (``model``, ``optimizer``, ...), and a JSON object."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def save(root: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    """Commit ``root/step-N`` and delete all but the newest ``keep``. Raises CheckpointFailed."""
+    target = root / f"step-{step}"
+    temporary = root / f".{target.name}.tmp"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _discard_leftovers(root)
+        temporary.mkdir()
+        _write(temporary, checkpoint)
+        temporary.rename(target)
+        sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointFailed(f"{target}: not saved ({error}); earlier checkpoints are intact") from error
+    for old in committed(root)[:-keep]:
+        _discard(old)
+    return target
+
+
+def committed(root: Path) -> list[Path]:
+    """All committed checkpoints, oldest first."""
+    found = [(int(match[1]), path) for path in root.glob("step-*") if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest(root: Path) -> Path | None:
+    """The newest committed checkpoint."""
+    return next(reversed(committed(root)), None)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint after checking every byte of it against its manifest.
+
+    Raises:
+        InputError: a file is missing, damaged, or not what a checkpoint may hold; the message names it, and an
+            older checkpoint if there is one.
+    """
+    try:
+        return _load(path)
+    except InputError as error:
+        older = [other for other in committed(path.parent) if _step(other) < _step(path)]
+        advice = f"; to resume from {older[-1].name} instead, remove {path}" if older else ""
+        raise InputError(f"{error}{advice}") from error
+
+
+def _write(directory: Path, checkpoint: Checkpoint) -> None:
+    for name, tensors in checkpoint.tensors.items():
+        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()},
+                  directory / f"{name}.safetensors")
+    (directory / "state.json").write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
+    files = sorted(directory.iterdir())
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    manifest = directory / "manifest.json"
+    manifest.write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
+    for file in (*files, manifest, directory):
+        sync(file)
+
+
+def _discard(directory: Path) -> None:
+    """Delete a checkpoint, by a rename first, so that a kill half way leaves no partial one under its name."""
+    doomed = directory.with_name(f".{directory.name}.tmp")
+    directory.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _discard_leftovers(root: Path) -> None:
+    """Delete what a killed save or deletion left behind."""
+    for leftover in root.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def _load(path: Path) -> Checkpoint:
+    if path.is_symlink():
+        raise InputError(f"{path}: must be a directory, not a link")
+    for name, entry in _manifest_entries(path / "manifest.json").items():
+        _check(path / name, entry)
+    state = read_json_object(path / "state.json")
+    tensors = {file.stem: _read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    return Checkpoint(tensors, state)
+
+
+def _manifest_entries(path: Path) -> dict[str, Any]:
+    entries = read_json_object(path).get("files")
+    if not isinstance(entries, dict) or "state.json" not in entries:
+        raise InputError(f"{path}: lists no checkpoint's files")
+    for name in entries:
+        if not _FILE.fullmatch(name):
+            raise InputError(f"{path}: lists {name!r}; a checkpoint holds .safetensors files and state.json")
+    unlisted = {file.name for file in path.parent.iterdir()} - entries.keys() - {path.name}
+    if unlisted:
+        raise InputError(f"{path.parent / min(unlisted)}: not listed in {path.name}")
+    return entries
+
+
+def _check(path: Path, entry: Any) -> None:
+    size = require_plain(path)
+    if not isinstance(entry, dict) or size != entry.get("bytes"):
+        raise InputError(f"{path}: damaged, its {size} bytes are not those of its manifest")
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _HEADER_LIMIT:
+            raise InputError(f"{path}: header of {header} bytes; at most {_HEADER_LIMIT} are read")
+    if sha256(path) != entry.get("sha256"):
+        raise InputError(f"{path}: damaged, its content does not match its manifest")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a safetensors file ({error})") from error
+
+
+def _step(path: Path) -> int:
+    match = _STEP.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def copy_into(targets: Mapping[str, Tensor], loaded: Mapping[str, Tensor], source: str) -> None:
+    """Copy loaded tensors into those of the same name. Raises InputError if names, shapes or types differ.
+
+    ``source`` is what the message names.
+    """
+    for name in sorted(targets.keys() ^ loaded.keys()):
+        raise InputError(f"{source}: tensor {name} is {'missing' if name in targets else 'unknown to this model'}")
+    for name, target in targets.items():
+        found = loaded[name]
+        if found.shape != target.shape or found.dtype != target.dtype:
+            raise InputError(f"{source}: tensor {name} is {found.dtype} {tuple(found.shape)}, "
+                             f"this model's is {target.dtype} {tuple(target.shape)}")
+    for name, target in targets.items():
+        target.detach().copy_(loaded[name])

@@ -1,0 +1,34 @@
+"""Exponential moving average of the weights, an early estimate of the model after decay (V3 report section 3.2.3)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """Average of a model's parameters, moved towards them by ``1 - decay`` at every update."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._decay = decay
+        self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the present weights."""
+        torch._foreach_lerp_(list(self.tensors.values()), list(self._parameters.values()), 1 - self._decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within it, the model has the average as its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data, self.tensors[name] = self.tensors[name], parameter.data

@@ -1,0 +1,63 @@
+"""metrics.jsonl: one JSON object a line for every step, validation and event of a run, in order and without gaps."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from benthic.files import write_atomically
+
+
+class MetricsLog:
+    """Appends rows to a file. Opening it drops the rows after ``step``, which a resumed run will write again."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = [line for line in _lines(path) if _step_of(line) <= step]
+        write_atomically(path, "".join(kept))
+        # A line reaches the system as soon as it is whole: a kill loses nothing of it.
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row, which has a ``step``. NaN and infinity, which JSON lacks, are written as null."""
+        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+
+    def sync(self) -> None:
+        """Push all rows to the disk."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a metrics file."""
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines; the last is left out if a power cut tore it."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and _step_of(line) >= 0]
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return -1
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,111 @@
+"""The optimizer of a language model: which parameters are updated how, and its state by parameter name.
+
+Weight decay applies to matrices, among them embedding, head and router; norm weights are not decayed. With Muon, hidden
+matrices are orthogonalised; embedding, head, router and norms, whose rows are not one linear map between hidden
+states, stay with AdamW.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benthic.config.schema import OptimizerConfig
+from benthic.model import LanguageModel
+from benthic.model.layers import SwiGLU
+from benthic.model.moe import Experts, Router
+from benthic.train.checkpoint import copy_into
+from benthic.train.muon import Muon
+
+_ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+_MUON_STATE = ("momentum",)
+
+
+class ModelOptimizer:
+    """AdamW, or Muon beside AdamW, over all parameters of a model.
+
+    ``dtype`` is that of Muon's matrix products.
+    """
+
+    def __init__(self, model: LanguageModel, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> None:
+        self.config = config
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        matrices = _hidden_matrices(model) if config.name == "muon" else {}
+        others = [parameter for parameter in self._names if parameter not in matrices]
+        self._parts: list[tuple[torch.optim.Optimizer, float, tuple[str, ...]]] = [
+            (_adamw(others, config), config.learning_rate, _ADAMW_STATE)
+        ]
+        if matrices:
+            muon = Muon(_groups_by_parts(matrices), config.matrix_learning_rate, weight_decay=config.weight_decay,
+                        dtype=dtype)
+            self._parts.append((muon, config.matrix_learning_rate, _MUON_STATE))
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for parameter in self._names:
+            parameter.grad = None
+
+    def grad_norm(self) -> Tensor:
+        """L2 norm of all gradients together, a scalar."""
+        return torch.nn.utils.get_total_norm(list(self._grads()))
+
+    def step(self, learning_rate_factor: float, grad_norm: float) -> None:
+        """Clip the gradients, whose norm is given, and update at this share of the peak rates."""
+        if grad_norm > self.config.clip_norm:
+            torch._foreach_mul_(list(self._grads()), self.config.clip_norm / grad_norm)
+        for optimizer, peak, _ in self._parts:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * learning_rate_factor
+            optimizer.step()
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """State of every parameter under ``<parameter>.<state>``; empty before the first update."""
+        return {
+            f"{self._names[parameter]}.{key}": state[key]
+            for optimizer, _, keys in self._parts for parameter, state in optimizer.state.items() for key in keys
+        }
+
+    def load_state_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Take over a saved state. Raises InputError, naming ``source``, if it is of another model or optimizer."""
+        if not tensors:
+            return
+        for optimizer, _, keys in self._parts:
+            for parameter in _parameters(optimizer):
+                optimizer.state[parameter] = {
+                    key: torch.empty((), device=parameter.device) if key == "step" else torch.empty_like(parameter)
+                    for key in keys
+                }
+        copy_into(self.state_tensors(), tensors, source)
+
+    def _grads(self) -> Iterable[Tensor]:
+        return (parameter.grad for parameter in self._names if parameter.grad is not None)
+
+
+def _adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _hidden_matrices(model: LanguageModel) -> dict[Tensor, int]:
+    """Muon's parameters, and how many matrices each holds one above the other: gate and up are two."""
+    apart = [model.transformer.embed.weight, model.transformer.head.weight]
+    apart += [module.weight for module in model.modules() if isinstance(module, Router)]
+    fused = {id(module.gate_up.weight) for module in model.modules() if isinstance(module, SwiGLU)}
+    fused |= {id(module.gate_up) for module in model.modules() if isinstance(module, Experts)}
+    kept = {id(parameter) for parameter in apart}
+    return {p: 2 if id(p) in fused else 1 for p in model.parameters() if p.ndim >= 2 and id(p) not in kept}
+
+
+def _groups_by_parts(matrices: dict[Tensor, int]) -> list[dict[str, Any]]:
+    return [
+        {"params": [p for p, count in matrices.items() if count == parts], "parts": parts}
+        for parts in sorted(set(matrices.values()))
+    ]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])

@@ -1,0 +1,85 @@
+"""One optimizer step: losses, gradients, the guard against non-finite numbers, the update, the routers' bias.
+
+Shapes: B sequences, K predictions per position, M MoE layers, E experts.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benthic.data.batches import Batch
+from benthic.model.moe import Router
+from benthic.ops.cross_entropy import IGNORE
+from benthic.precision.compute import Compute, call_in
+from benthic.train.objective import Losses, Objective, prediction_targets, router_weights
+from benthic.train.optimizer import ModelOptimizer
+from benthic.train.schedule import StepSettings
+
+
+class StepReport(NamedTuple):
+    """What a step saw and did."""
+
+    cross_entropy: list[float]
+    """Nats per token of the main model, then of each MTP depth."""
+    balance: float
+    grad_norm: float
+    load_ME: Tensor
+    updated: bool
+    """False if a loss or a gradient was not finite: then nothing has changed."""
+
+
+def train_step(
+    objective: Objective, optimizer: ModelOptimizer, batch: Batch, settings: StepSettings, *,
+    micro_batch_size: int, compute: Compute,
+) -> StepReport:
+    """Learn from one batch. A loss or gradient that is NaN or infinite stops the update before it happens."""
+    optimizer.zero_grad()
+    losses = accumulate_gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
+    numbers = torch.stack([*losses.cross_entropy_K, losses.balance, optimizer.grad_norm()]).tolist()
+    *cross_entropy, balance, grad_norm = numbers
+    updated = all(math.isfinite(number) for number in numbers)
+    if updated:
+        optimizer.step(settings.learning_rate_factor, grad_norm)
+        update_router_bias(objective.routers, losses.load_ME, settings.bias_speed)
+    return StepReport(cross_entropy, balance, grad_norm, losses.load_ME, updated)
+
+
+def accumulate_gradients(
+    objective: Objective, batch: Batch, settings: StepSettings, *, micro_batch_size: int, compute: Compute
+) -> Losses:
+    """Gradients of the batch's loss, a micro-batch at a time, and the batch's losses without their graph.
+
+    Each micro-batch counts by its share of the targets that are not ignored, so that the sum is the loss of the
+    whole batch however it is cut.
+    """
+    targets_KBT = prediction_targets(batch.tokens_BS, batch.document_BS, objective.predictions)
+    counts_K = _counted(targets_KBT)
+    keep = router_weights(objective)
+    parts = []
+    for start in range(0, len(batch.tokens_BS), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        document = None if batch.document_BS is None else batch.document_BS[rows]
+        losses: Losses = call_in(
+            compute, objective, batch.tokens_BS[rows], document, targets_KBT[:, rows], keep=keep
+        )
+        share_K = _counted(targets_KBT[:, rows]) / counts_K.clamp_min(1)
+        share = len(batch.tokens_BS[rows]) / len(batch.tokens_BS)
+        weighted = Losses(losses.cross_entropy_K * share_K, losses.balance * share, losses.load_ME)
+        weighted.total(settings.mtp_weight, settings.balance_weight).backward()  # type: ignore[no-untyped-call]
+        parts.append(Losses(*(part.detach() for part in weighted)))
+    return Losses(*(torch.stack(part).sum(0) for part in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def update_router_bias(routers: list[Router], load_ME: Tensor, speed: float) -> None:
+    """Raise the bias of experts below the mean load and lower it above (arXiv 2408.15664; V3 report 2.1.2)."""
+    if not speed:
+        return
+    for router, load_E in zip(routers, load_ME.to(torch.float32), strict=True):
+        router.bias.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
+
+
+def _counted(targets_KBT: Tensor) -> Tensor:
+    return (targets_KBT != IGNORE).sum((1, 2))

@@ -1,0 +1,57 @@
+"""Bits per byte of held-out text: a loss that does not depend on the tokenizer.
+
+Shapes: B sequences, S tokens, T = S - 1 predictions, D model width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from benthic.data.batches import validation_batches
+from benthic.data.shards import TokenStore
+from benthic.model import LanguageModel, Transformer
+from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy
+from benthic.precision.compute import Compute, call_in
+from benthic.train.objective import prediction_targets, router_weights
+
+
+class _TotalNats(nn.Module):
+    """Cross-entropy of the next tokens, summed, and how many there were."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, tokens_BS: Tensor, document_BS: Tensor | None) -> tuple[float, int]:
+        document_BT = None if document_BS is None else document_BS[:, :-1]
+        hidden_BTD, _ = self.transformer.hidden(tokens_BS[:, :-1], document_BT=document_BT)
+        target_N = prediction_targets(tokens_BS, document_BS, 1).flatten()
+        mean = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.transformer.head.weight.detach(), target_N)
+        counted = int((target_N != IGNORE).sum())
+        return float(mean) * counted, counted
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: LanguageModel, store: TokenStore, *, sequence_length: int, batch_size: int, compute: Compute = "fp32",
+    mask_documents: bool = False, max_tokens: int | None = None,
+) -> float:
+    """Bits the model needs for a byte of the validation split.
+
+    The split is read in sequences of ``sequence_length``, every token predicted once. A part of it, of about
+    ``max_tokens``, is charged for bytes in proportion to its tokens.
+    """
+    total = _TotalNats(model.transformer)
+    keep = router_weights(total)
+    nats, tokens = 0.0, 0
+    for batch in validation_batches(store, batch_size, sequence_length, mask_documents=mask_documents,
+                                    max_tokens=max_tokens):
+        batch_nats, batch_tokens = call_in(compute, total, batch.tokens_BS, batch.document_BS, keep=keep)
+        nats, tokens = nats + batch_nats, tokens + batch_tokens
+    return nats / math.log(2) / _bytes(store, tokens, whole=max_tokens is None or max_tokens >= store.tokens - 1)
+
+
+def _bytes(store: TokenStore, tokens: int, *, whole: bool) -> float:
+    split = store.manifest.val
+    return split.bytes if whole else split.bytes * tokens / split.tokens

@@ -1,0 +1,82 @@
+"""The schedule against the values DeepSeek-V3's report publishes, at the moments it publishes."""
+
+import math
+
+import pytest
+
+from benthic.config.schema import ScheduleConfig
+from benthic.train.schedule import Course, batch_share, steps_per_full_batch
+
+TOKENS, LENGTH, BATCH, PEAK = 14.8e12, 4096, 15360, 2.2e-4
+
+
+def published_course() -> Course:
+    ramp = 469e9 / TOKENS
+    steps = round(TOKENS / LENGTH / BATCH * steps_per_full_batch(ScheduleConfig(batch_ramp=ramp)))
+    return Course(ScheduleConfig(batch_ramp=ramp, warmup=2000 / steps), steps, BATCH)
+
+
+@pytest.fixture(scope="module")
+def course() -> Course:
+    return published_course()
+
+
+def rate(course: Course, tokens: float) -> float:
+    return PEAK * course.at(course.step_at(tokens / TOKENS)).learning_rate_factor
+
+
+def test_the_published_run_reads_its_tokens(course):
+    assert course.sequences * LENGTH == pytest.approx(TOKENS, rel=1e-4)
+
+
+def test_warm_up_is_linear_over_two_thousand_steps(course):
+    for step in (1, 500, 1000, 2000):
+        assert PEAK * course.at(step - 1).learning_rate_factor == pytest.approx(PEAK * step / 2000)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [
+    (1e12, 2.2e-4), (9.99e12, 2.2e-4), (10e12, 2.2e-4),
+    (12.15e12, (2.2e-4 + 2.2e-5) / 2),
+    (11.075e12, 2.2e-5 + (2.2e-4 - 2.2e-5) * (1 + math.cos(math.pi / 4)) / 2),
+    (14.299e12, 2.2e-5), (14.4e12, 2.2e-5), (14.632e12, 2.2e-5), (14.634e12, 7.3e-6), (14.8e12, 7.3e-6),
+])
+def test_learning_rate(course, tokens, expected):
+    assert rate(course, tokens) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(0, 3072), (234.5e9, 9216), (469e9, 15360), (5e12, 15360)])
+def test_batch_ramp(course, tokens, batch):
+    assert course.at(course.step_at(tokens / TOKENS)).batch_size == pytest.approx(batch, abs=3)
+
+
+@pytest.mark.parametrize(("tokens", "speed", "mtp"), [
+    (1e12, 0.001, 0.3), (9.999e12, 0.001, 0.3), (10.001e12, 0.001, 0.1), (14.299e12, 0.001, 0.1),
+    (14.301e12, 0.0, 0.1),
+])
+def test_bias_speed_and_mtp_weight(course, tokens, speed, mtp):
+    settings = course.at(course.step_at(tokens / TOKENS))
+    assert (settings.bias_speed, settings.mtp_weight) == (speed, mtp)
+
+
+@pytest.mark.parametrize("ramp", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_steps_read_every_sequence_once_in_whole_micro_batches(ramp, multiple):
+    course = Course(ScheduleConfig(batch_ramp=ramp), steps=57, batch_size=40, multiple=multiple)
+    position = 0
+    for step in range(57):
+        settings = course.at(step)
+        assert settings.first_sequence == position == course.sequences_before(step)
+        assert settings.batch_size % multiple == 0
+        assert settings.batch_size > 0
+        position += settings.batch_size
+    assert position == course.sequences
+    assert course.at(56).batch_size == pytest.approx(40, abs=2 * multiple)
+
+
+def test_batch_share_starts_and_ends_where_it_says():
+    schedule = ScheduleConfig(batch_ramp=0.5, batch_ramp_start=0.25)
+    assert [batch_share(schedule, x) for x in (0.0, 0.25, 0.5, 1.0)] == [0.25, 0.625, 1.0, 1.0]
+
+
+def test_a_run_without_warm_up_starts_at_its_peak():
+    assert Course(ScheduleConfig(warmup=0), 10, 4).at(0).learning_rate_factor == 1.0
