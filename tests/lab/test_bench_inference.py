@@ -1,0 +1,51 @@
+import pytest
+
+from benthic.config.presets import PRESETS
+from benthic.errors import InputError
+from benthic.lab import bench_inference
+from benthic.lab.bench_inference import bench_decode, bench_prefill
+from benthic.plan.decode import decode_bytes
+
+KEYS = {"tokens_per_s", "context", "batch", "precision", "memory_gb_per_s", "gemm_gflops", "share_of_limit",
+        "accepted_per_step"}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    monkeypatch.setattr(bench_inference, "measure_bandwidth_gb_s", lambda: 10.0)
+    monkeypatch.setattr(bench_inference, "measure_gemm_gflops", lambda dtype: 100.0)
+
+
+@pytest.mark.parametrize("bench", [bench_prefill, bench_decode])
+@pytest.mark.parametrize(("batch", "precision"), [(1, "fp32"), (3, "bf16")])
+def test_has_the_promised_keys(bench, batch, precision):
+    speed = vars(bench(PRESETS["tiny"], context=9, batch=batch, precision=precision))
+    assert set(speed) == KEYS
+    assert (speed["context"], speed["batch"], speed["precision"]) == (9, batch, precision)
+    assert speed["tokens_per_s"] > 0
+    assert speed["share_of_limit"] > 0
+
+
+def test_share_of_limit_follows_from_speed_and_traffic(monkeypatch):
+    monkeypatch.setattr(bench_inference, "_median_seconds", lambda work: 0.5)
+    config = PRESETS["nano"]
+    speed = bench_decode(config, context=100, batch=2)
+    seconds_a_step = 0.5 / 16
+    assert speed.tokens_per_s == pytest.approx(2 / seconds_a_step)
+    assert speed.share_of_limit == pytest.approx(decode_bytes(config, 100, 2) / 10e9 / seconds_a_step)
+
+
+def test_prefill_is_charged_one_row_of_logits(monkeypatch):
+    monkeypatch.setattr(bench_inference, "_median_seconds", lambda work: 0.5)
+    wide, narrow = (PRESETS["nano"].model_copy(update={"vocab_size": size}) for size in (1000, 400))
+    rows = [bench_prefill(config, context=64, batch=2).share_of_limit * 0.5 * 100e9 for config in (wide, narrow)]
+    assert rows[0] - rows[1] == pytest.approx(2 * 2 * 600 * 256)
+
+
+@pytest.mark.parametrize("bench", [bench_prefill, bench_decode])
+@pytest.mark.parametrize(
+    ("context", "batch", "words"), [(0, 1, "context=0"), (256, 1, "context=256"), (5, 0, "batch=0")]
+)
+def test_wrong_sizes_are_refused(bench, context, batch, words):
+    with pytest.raises(InputError, match=words):
+        bench(PRESETS["tiny"], context=context, batch=batch)
