@@ -1,0 +1,146 @@
+"""From raw text to a tokenizer and token shards, in three passes over the corpus and bounded memory.
+
+The passes are: count and split, train the tokenizer on the training split alone, encode. Results are built in a
+temporary directory and renamed into place, the data last, so an interruption leaves nothing that looks finished.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benthic.config.schema import DataConfig
+from benthic.data.corpus import files_digest, read_corpus
+from benthic.data.document import Document
+from benthic.data.manifest import FILE_NAME, SPLITS, Manifest, Split, SplitManifest
+from benthic.data.shards import ShardWriter, token_dtype
+from benthic.data.split import Survey, split_documents, survey
+from benthic.data.tokenizer import Tokenizer
+from benthic.errors import InputError
+from benthic.files import sync
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is being done, how many documents are done, and how many there are if that is known."""
+
+ENCODE_BATCH = 256
+REPORT_EVERY = 100
+Item = TypeVar("Item")
+
+
+def prepare(config: DataConfig, vocab_size: int, out: Path, progress: Progress = lambda *_: None) -> Manifest:
+    """Write ``out/tokenizer`` and ``out/data``, or keep them if they were prepared with the same settings.
+
+    ``vocab_size`` is the model's; a tokenizer trained here has at most as many tokens. Raises ``InputError`` for a
+    corpus that cannot be read or split, a tokenizer that does not fit, or data that was prepared differently.
+    """
+    if (out / "data" / FILE_NAME).exists():
+        return _prepared_before(config, vocab_size, out)
+    files = files_digest(config.sources)
+    found = survey(_counted(read_corpus(config.sources), "reading", None, progress),
+                   config.validation_fraction, config.seed)
+    tokenizer = _tokenizer(config, found, vocab_size, progress)
+    settings = {**_settings(config, vocab_size), "source_files": files}
+    with _building(out) as folder:
+        tokenizer.save(folder / "tokenizer")
+        splits = _encode(config, found, tokenizer, folder / "data", progress)
+        manifest = _manifest(found, tokenizer, splits, settings)
+        manifest.save(folder / "data")
+        for name in ("tokenizer", "data"):
+            shutil.rmtree(out / name, ignore_errors=True)
+            (folder / name).rename(out / name)
+        sync(out)
+    return manifest
+
+
+def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
+    return {**config.model_dump(mode="json", exclude={"mask_documents"}), "vocab_size": vocab_size}
+
+
+def _prepared_before(config: DataConfig, vocab_size: int, out: Path) -> Manifest:
+    manifest = Manifest.load(out / "data")
+    for key, value in _settings(config, vocab_size).items():
+        if manifest.settings.get(key) != value:
+            raise InputError(f"{out / 'data'}: prepared with {key}={manifest.settings.get(key)!r}, not {value!r}; "
+                             "choose another directory or delete this one")
+    if _files_changed(config, manifest):
+        raise InputError(f"{out / 'data'}: the files of {', '.join(config.sources)} have changed since it was "
+                         "prepared; choose another directory or delete this one")
+    if Tokenizer.load(out / "tokenizer").fingerprint != manifest.tokenizer_sha256:
+        raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
+    return manifest
+
+
+def _files_changed(config: DataConfig, manifest: Manifest) -> bool:
+    try:
+        return bool(files_digest(config.sources) != manifest.settings["source_files"])
+    except InputError:
+        return False  # prepared data is whole without its sources, for instance on another machine
+
+
+def _tokenizer(config: DataConfig, found: Survey, vocab_size: int, progress: Progress) -> Tokenizer:
+    if config.tokenizer is None:
+        documents = _counted(_documents(config, found), "training the tokenizer", found.documents, progress)
+        texts = (turn.text for split, document in documents if split == "train" for turn in document.turns)
+        return Tokenizer.train(texts, vocab_size)
+    tokenizer = Tokenizer.load(config.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise InputError(f"{config.tokenizer}: {tokenizer.vocab_size} tokens, but model.vocab_size={vocab_size}")
+    return tokenizer
+
+
+def _encode(
+    config: DataConfig, found: Survey, tokenizer: Tokenizer, directory: Path, progress: Progress
+) -> dict[Split, SplitManifest]:
+    directory.mkdir()
+    dtype = token_dtype(tokenizer.vocab_size)
+    writers = {split: ShardWriter(directory, split, dtype) for split in SPLITS}
+    documents = _counted(_documents(config, found), "encoding", found.documents, progress)
+    while batch := list(islice(documents, ENCODE_BATCH)):
+        encoded = tokenizer.encode_documents([document for _, document in batch])
+        for (split, document), ids in zip(batch, encoded, strict=True):
+            writers[split].append(ids, len(document.plain_text.encode()))
+    return {split: writer.close() for split, writer in writers.items()}
+
+
+def _documents(config: DataConfig, found: Survey) -> Iterator[tuple[Split, Document]]:
+    return split_documents(config.sources, config.seed, found.threshold)
+
+
+def _manifest(
+    found: Survey, tokenizer: Tokenizer, splits: dict[Split, SplitManifest], settings: dict[str, Any]
+) -> Manifest:
+    train, val = splits["train"], splits["val"]
+    return Manifest(
+        documents=train.documents + val.documents, tokens=train.tokens + val.tokens, bytes=train.bytes + val.bytes,
+        rejected=found.rejected, duplicates=found.duplicates, train_tokens=train.tokens, val_tokens=val.tokens,
+        vocab_size=tokenizer.vocab_size, dtype=token_dtype(tokenizer.vocab_size),
+        tokenizer_sha256=tokenizer.fingerprint, settings=settings, rejections=found.rejections, train=train, val=val,
+    )
+
+
+@contextmanager
+def _building(out: Path) -> Iterator[Path]:
+    """A fresh directory inside ``out`` that is gone afterwards, as is ``out`` itself if nothing came to be in it."""
+    folder = out / ".preparing"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not any(out.iterdir()):
+            out.rmdir()
+
+
+def _counted(items: Iterable[Item], doing: str, total: int | None, progress: Progress) -> Iterator[Item]:
+    done = 0
+    for done, item in enumerate(items, 1):
+        if done % REPORT_EVERY == 0:
+            progress(doing, done, total)
+        yield item
+    progress(doing, done, done)

@@ -1,0 +1,33 @@
+"""Text as it is generated: a character split across tokens appears once it is whole, never as U+FFFD."""
+
+from benthic.data.tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+_MAX_WINDOW = 32
+
+
+class StreamDecoder:
+    """Turns token ids into text piece by piece; the pieces joined equal ``tokenizer.decode`` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._sent = 0
+        """Characters of the window's text that are already out."""
+
+    def push(self, token_id: int) -> str:
+        """The text that ``token_id`` completes, possibly empty."""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        whole = text.rstrip(_REPLACEMENT)
+        piece = whole[self._sent :]
+        self._sent = max(self._sent, len(whole))
+        if len(self._window) > _MAX_WINDOW and len(whole) == len(text):
+            # The last token stays as context, for decoders that treat the start of a text differently.
+            self._window = self._window[-1:]
+            self._sent = len(self._tokenizer.decode(self._window))
+        return piece
+
+    def finish(self) -> str:
+        """What is still held back at the end, such as the bytes of a character that was never completed."""
+        return self._tokenizer.decode(self._window)[self._sent :]

@@ -1,0 +1,211 @@
+"""Byte-level BPE in the Hugging Face layout, safe by default.
+
+Text never becomes a control token: ``encode`` ignores special-token strings, and ``apply_chat`` lets only the
+template, not the messages, produce them. A file that transformers, vLLM or SGLang load is all that is stored.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from benthic.data.chat_template import CHAT_TEMPLATE, ChatTemplate, Message
+from benthic.data.document import ROLES, Document, Role, Turn
+from benthic.errors import InputError
+from benthic.files import read_json_object, write_atomically
+
+BOS, EOS = "<|begin|>", "<|end|>"
+ROLE_TOKENS: dict[Role, str] = {role: f"<|{role}|>" for role in ROLES}
+MIN_VOCAB_SIZE = 256 + 2 + len(ROLES)
+_GUARD = "\ufdd0"
+"""A Unicode noncharacter that breaks up control-token strings in messages while a template is rendered."""
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    ``bos_id`` and ``eos_id`` begin and end a document; ``role_ids`` are the ids of the role markers (empty for a
+    third-party tokenizer without them); ``stop_ids`` are all tokens that end an assistant's turn.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: dict[str, Any], stop_ids: Iterable[int] = ()) -> None:
+        self._backend = backend
+        self._plain = _without_added_tokens(backend)
+        self._settings = settings
+        self.bos_id, self.eos_id = _id(backend, settings["bos_token"]), _id(backend, settings["eos_token"])
+        found = {role: backend.token_to_id(token) for role, token in ROLE_TOKENS.items()}
+        self.role_ids: dict[Role, int] = {role: index for role, index in found.items() if index is not None}
+        self.stop_ids = frozenset({self.eos_id, *self.role_ids.values(), *stop_ids})
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        template = settings.get("chat_template")
+        self._template = ChatTemplate(template) if template else None
+        added = backend.get_added_tokens_decoder().values()
+        self._special = _any_of(token.content for token in added if token.special)
+        self._control = _any_of(token.content for token in added)
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        """Byte-level BPE of at most ``vocab_size`` tokens from ``texts``; the same texts give the same tokenizer."""
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise InputError(f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE}: all bytes and special tokens")
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[BOS, EOS, *ROLE_TOKENS.values()], show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        )
+        backend.train_from_iterator(texts, trainer)
+        backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+        return cls(backend, {"bos_token": BOS, "eos_token": EOS, "chat_template": CHAT_TEMPLATE,
+                             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """From a directory with ``tokenizer.json``, or a run directory; raises ``InputError`` if it is not usable."""
+        folder = Path(path)
+        if (folder / "tokenizer" / "tokenizer.json").is_file():
+            folder = folder / "tokenizer"
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(f"{folder}: no tokenizer.json in this folder")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{file}: not a tokenizer: {' '.join(str(error).split())}") from None
+        settings, stop_ids = _load_settings(folder, backend)
+        return cls(backend, settings, stop_ids)
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` as transformers' AutoTokenizer reads them."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "tokenizer.json", self._backend.to_str(pretty=True))
+        write_atomically(directory / "tokenizer_config.json", json.dumps(self._settings, indent=2))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's content: equal means equal ids for every text."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` alone: no begin token, and special-token strings in it are ordinary characters."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, on all cores."""
+        try:
+            return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except (UnicodeEncodeError, TypeError):
+            raise InputError("text with a lone surrogate cannot be encoded as UTF-8") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids`` without special tokens; the inverse of ``encode``."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+    def encode_documents(self, documents: Sequence[Document]) -> list[list[int]]:
+        """Each document from begin to end token; a conversation as ``apply_chat`` renders it without a prompt."""
+        texts = iter(self.encode_batch([turn.text for document in documents for turn in document.turns]))
+        return [self._assemble(document, [next(texts) for _ in document.turns]) for document in documents]
+
+    def _assemble(self, document: Document, texts: list[list[int]]) -> list[int]:
+        spoken = any(turn.role for turn in document.turns)
+        if spoken and not self.role_ids and self._template:
+            return self.apply_chat([_message(turn) for turn in document.turns], add_generation_prompt=False)
+        ids = [self.bos_id]
+        for turn, text in zip(document.turns, texts, strict=True):
+            if turn.role in self.role_ids:
+                ids.append(self.role_ids[turn.role])
+            ids += text
+        return [*ids, self.eos_id]
+
+    def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation, ready for the assistant's next turn or, without the prompt, ended.
+
+        Special-token strings inside messages stay text. Only an assistant's own message may hold tokens that its
+        tokenizer adds but does not call special, such as ``</think>``, because templates look for them there.
+        """
+        if self._template is None:
+            raise InputError("this tokenizer has no chat_template")
+        guarded = [self._guard(message) for message in messages]
+        text = self._template.render(guarded, bos_token=self._settings["bos_token"],
+                                     eos_token=self._settings["eos_token"], add_generation_prompt=add_generation_prompt)
+        return [index for piece in self._split(text) for index in piece]
+
+    def _guard(self, message: Message) -> Message:
+        content = message.get("content")
+        if not isinstance(content, str):
+            return message
+        control = self._special if message.get("role") == "assistant" else self._control
+        content = content.replace(_GUARD, 2 * _GUARD)
+        return {**message, "content": control.sub(lambda match: match[0][0] + _GUARD + match[0][1:], content)}
+
+    def _split(self, text: str) -> Iterator[list[int]]:
+        """Control tokens by their ids, and the text between them, freed of the guard, encoded."""
+        position = 0
+        for match in self._control.finditer(text):
+            yield self.encode(_unguard(text[position : match.start()]))
+            yield [_id(self._backend, match[0])]
+            position = match.end()
+        yield self.encode(_unguard(text[position:]))
+
+
+def _id(backend: tokenizers.Tokenizer, token: str) -> int:
+    index = backend.token_to_id(token)
+    assert index is not None, token
+    return index
+
+
+def _unguard(text: str) -> str:
+    return re.sub(f"{_GUARD}({_GUARD}?)", r"\1", text)
+
+
+def _message(turn: Turn) -> Message:
+    return {"role": turn.role, "content": turn.text}
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of ``tokens``, the longest first; nothing if there are none."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    plain = tokenizers.Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        plain.pre_tokenizer = backend.pre_tokenizer
+    return plain
+
+
+def _load_settings(folder: Path, backend: tokenizers.Tokenizer) -> tuple[dict[str, Any], set[int]]:
+    """tokenizer_config.json with bos, eos and chat template filled in from the other places they may be."""
+    settings, config, generation = (
+        read_json_object(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "config.json", "generation_config.json")
+    )
+    stop_ids = {*_ids(config.get("eos_token_id")), *_ids(generation.get("eos_token_id"))}
+    for key in ("eos_token", "bos_token"):
+        token = settings.get(key)
+        token = token.get("content") if isinstance(token, dict) else token
+        ids = _ids(config.get(f"{key}_id"))
+        token = token or (backend.id_to_token(ids[0]) if ids else None) or settings.get("eos_token")
+        if not isinstance(token, str) or backend.token_to_id(token) is None:
+            raise InputError(f"{folder}: no usable {key} in tokenizer_config.json and no {key}_id in config.json")
+        settings[key] = token
+    template_file = folder / "chat_template.jinja"
+    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else settings.get("chat_template")
+    if isinstance(template, list):
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return {**settings, "chat_template": template}, stop_ids
+
+
+def _ids(value: Any) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [index for index in values if isinstance(index, int)]

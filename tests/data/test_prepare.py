@@ -1,0 +1,171 @@
+"""Preparation keeps the splits apart, counts honestly, repeats exactly, and is never found half done."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from benthic.data.corpus import read_corpus
+from benthic.data.document import Document
+from benthic.data.manifest import Manifest
+from benthic.data.prepare import prepare
+from benthic.data.shards import TokenStore
+from benthic.data.tokenizer import Tokenizer
+from benthic.errors import InputError
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stored_documents(run, split):
+    store = TokenStore(run / "data", split)
+    ids, start = store.take(np.arange(store.tokens)).tolist(), 0
+    for end in store.document_ends_D.tolist():
+        yield tuple(ids[start:end])
+        start = end
+
+
+def test_every_unique_document_is_in_one_split(prepared, data_config):
+    tokenizer = Tokenizer.load(prepared)
+    documents = [item for item in read_corpus(data_config.sources) if isinstance(item, Document)]
+    expected = {tuple(ids) for ids in tokenizer.encode_documents(documents)}
+    train, val = (list(stored_documents(prepared, split)) for split in ("train", "val"))
+    assert len(documents) == 120
+    assert len(train) == 72
+    assert len(val) == 18
+    assert {*train, *val} == expected
+    assert not {*train} & {*val}
+
+
+def test_the_manifest_counts(prepared, data_config):
+    manifest = Manifest.load(prepared / "data")
+    unique = {item.plain_text for item in read_corpus(data_config.sources) if isinstance(item, Document)}
+    assert (manifest.documents, manifest.duplicates, manifest.rejected) == (90, 30, 2)
+    assert manifest.bytes == sum(len(text.encode()) for text in unique) == manifest.train.bytes + manifest.val.bytes
+    assert manifest.train_tokens == sum(map(len, stored_documents(prepared, "train")))
+    assert manifest.val_tokens == sum(map(len, stored_documents(prepared, "val")))
+    assert manifest.tokens == manifest.train_tokens + manifest.val_tokens
+    assert [rejection.reason.split(":")[0] for rejection in manifest.rejections] == ["bad JSON", "empty document"]
+    assert manifest.vocab_size == Tokenizer.load(prepared).vocab_size <= 400
+    promised = ["documents", "tokens", "bytes", "rejected", "duplicates", "train_tokens", "val_tokens"]
+    assert set(promised) <= set(json.loads((prepared / "data" / "manifest.json").read_text()))
+
+
+def test_the_tokenizer_sees_only_the_training_split(prepared, data_config, tmp_path):
+    tokenizer = Tokenizer.load(prepared)
+    val = set(stored_documents(prepared, "val"))
+    documents = [item for item in read_corpus(data_config.sources) if isinstance(item, Document)]
+    unique = dict(zip(map(tuple, tokenizer.encode_documents(documents)), documents, strict=True))
+    train = [turn.text for ids, document in unique.items() if ids not in val for turn in document.turns]
+    assert Tokenizer.train(train, 400).fingerprint == tokenizer.fingerprint
+
+
+def test_preparing_again_gives_the_same_bytes_or_keeps_them(prepared, data_config, tmp_path):
+    before = contents(prepared)
+    prepare(data_config, 400, tmp_path / "other")
+    assert contents(tmp_path / "other") == before
+    times = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
+    assert prepare(data_config, 400, prepared) == Manifest.load(prepared / "data")
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == times
+
+
+@pytest.mark.parametrize(("change", "vocab_size", "named"), [
+    ({"seed": 4}, 400, "seed=3, not 4"), ({"validation_fraction": 0.1}, 400, "validation_fraction=0.2, not 0.1"),
+    ({}, 500, "vocab_size=400, not 500"),
+])
+def test_other_settings_are_refused_with_the_difference(prepared, data_config, change, vocab_size, named):
+    with pytest.raises(InputError, match=named):
+        prepare(data_config.model_copy(update=change), vocab_size, prepared)
+
+
+def test_changed_files_and_another_tokenizer_are_refused_but_missing_files_are_not(data_config, corpus_file, tmp_path):
+    copy, run = tmp_path / "corpus.jsonl", tmp_path / "run"
+    copy.write_bytes(corpus_file.read_bytes())
+    config = data_config.model_copy(update={"sources": (str(copy),)})
+    prepare(config, 400, run)
+    with copy.open("a") as file:
+        file.write('\n{"text": "more"}')
+    with pytest.raises(InputError, match="have changed"):
+        prepare(config, 400, run)
+    copy.unlink()
+    assert prepare(config, 400, run).documents == 90
+    Tokenizer.train(["something else"], 300).save(run / "tokenizer")
+    with pytest.raises(InputError, match="not the tokenizer"):
+        prepare(config, 400, run)
+
+
+def test_the_split_depends_on_the_seed_and_not_on_the_order(prepared, data_config, corpus_file, tmp_path):
+    lines = corpus_file.read_text().split("\n")
+    reordered = tmp_path / "reordered.jsonl"
+    reordered.write_text("\n".join(lines[::-1]))
+    tokenizer = str(prepared / "tokenizer")
+    same = data_config.model_copy(update={"sources": (str(reordered),), "tokenizer": tokenizer})
+    prepare(same, 400, tmp_path / "same")
+    prepare(same.model_copy(update={"seed": 9}), 400, tmp_path / "different")
+    held_out = set(stored_documents(prepared, "val"))
+    assert set(stored_documents(tmp_path / "same", "val")) == held_out
+    assert set(stored_documents(tmp_path / "different", "val")) != held_out
+
+
+def test_a_tokenizer_too_large_for_the_model_is_refused(prepared, data_config, tmp_path):
+    config = data_config.model_copy(update={"tokenizer": str(prepared / "tokenizer")})
+    with pytest.raises(InputError, match=r"model\.vocab_size=300"):
+        prepare(config, 300, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["", "only one"])
+def test_a_corpus_that_cannot_be_split_leaves_nothing_behind(data_config, tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    config = data_config.model_copy(update={"sources": (str(tmp_path / "a.txt"),)})
+    with pytest.raises(InputError, match="at least 2 are needed"):
+        prepare(config, 400, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_leaves_nothing_behind(data_config, tmp_path):
+    def interrupt(doing, *_):
+        if doing == "encoding":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data_config, 400, tmp_path / "out", interrupt)
+    assert not (tmp_path / "out").exists()
+
+
+def test_after_a_kill_preparation_starts_over(prepared, data_config, tmp_path):
+    out = tmp_path / "out"
+    script = ("import os, signal, sys\nfrom pathlib import Path\nfrom benthic.config.schema import DataConfig\n"
+              "from benthic.data import prepare\n"
+              "rename = Path.rename\n"
+              "def kill(path, target):\n"
+              "    if path.name == 'data': os.kill(os.getpid(), signal.SIGKILL)\n"
+              "    return rename(path, target)\n"
+              "Path.rename = kill\n"
+              "prepare.prepare(DataConfig.model_validate_json(sys.argv[1]), 400, Path(sys.argv[2]))\n")
+    killed = subprocess.run([sys.executable, "-c", script, data_config.model_dump_json(), str(out)], check=False,
+                            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert killed.returncode == -9
+    assert (out / "tokenizer").exists()
+    assert not (out / "data").exists()
+    prepare(data_config, 400, out)
+    assert contents(out) == contents(prepared)
+
+
+def test_progress_reaches_the_number_of_documents(data_config, tmp_path):
+    seen = {}
+    prepare(data_config, 400, tmp_path / "out", lambda doing, done, total: seen.update({doing: (done, total)}))
+    assert seen == {"reading": (122, 122), "training the tokenizer": (90, 90), "encoding": (90, 90)}
+
+
+@pytest.mark.slow
+def test_chitchat_is_prepared_in_seconds(data_config, tmp_path):
+    started = time.perf_counter()
+    manifest = prepare(data_config.model_copy(update={"sources": ("chitchat",)}), 4096, tmp_path)
+    assert time.perf_counter() - started < 60
+    assert manifest.documents == 6239
+    assert manifest.duplicates == 929

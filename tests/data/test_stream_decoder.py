@@ -1,0 +1,46 @@
+"""Streaming shows exactly the text of all tokens, and never half a character."""
+
+import random
+
+import pytest
+
+from benthic.data.stream_decoder import StreamDecoder
+from benthic.data.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["plain words and more words"], 270)
+
+
+def pieces(tokenizer, ids):
+    decoder = StreamDecoder(tokenizer)
+    return [*(decoder.push(index) for index in ids), decoder.finish()]
+
+
+def test_split_characters_appear_whole(tokenizer):
+    text = "words 😀👍🏽 and 你好 é\ufffd end " * 9
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text)  # the emoji really are split
+    shown = pieces(tokenizer, ids)
+    assert "".join(shown) == text
+    assert "".join(shown).count("\ufffd") == text.count("\ufffd")
+
+
+def test_text_is_not_held_back(tokenizer):
+    ids = tokenizer.encode("a plain line")
+    assert all(piece == tokenizer.decode([index]) for index, piece in zip(ids, pieces(tokenizer, ids), strict=False))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes_join_to_their_decoding(tokenizer, seed):
+    rng = random.Random(seed)
+    ids = [rng.randrange(tokenizer.vocab_size) for _ in range(150)]
+    assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_an_unfinished_character_is_shown_at_the_end(tokenizer):
+    ids = tokenizer.encode("x😀")[:-1]
+    shown = pieces(tokenizer, ids)
+    assert shown[:-1] == ["x", "", "", ""]
+    assert shown[-1] == "\ufffd"
