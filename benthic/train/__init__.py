@@ -2,4 +2,4 @@
 
 from benthic.callable_package import make_callable
 
-make_callable(__name__, "benthic.train.loop", "train")
+make_callable(__name__, "benthic.api", "train")

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class CheckpointFailed(RuntimeError):
 
 
 class Checkpoint(NamedTuple):
-    """Named groups of named tensors (``model``, ``optimizer``, ...), and a JSON object."""
+    """Named groups of named tensors (``model``, ``optimizer``, ...), and a JSON object with the ``step``."""
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
@@ -49,8 +50,10 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointFailed(f"{target}: not saved ({error}); earlier checkpoints are intact") from error
-    for old in committed(root)[:-keep]:
-        _discard(old)
+    # One too many is no reason to stop a run; the next save tries again.
+    with suppress(OSError):
+        for old in committed(root)[:-keep]:
+            _discard(old)
     return target
 
 
@@ -112,6 +115,8 @@ def _load(path: Path) -> Checkpoint:
     for name, entry in _manifest_entries(path / "manifest.json").items():
         _check(path / name, entry)
     state = read_json_object(path / "state.json")
+    if state.get("step") != _step(path):
+        raise InputError(f"{path / 'state.json'}: is of step {state.get('step')!r}, not of {path.name}")
     tensors = {file.stem: _read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
     return Checkpoint(tensors, state)
 

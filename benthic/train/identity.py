@@ -10,6 +10,7 @@ from benthic.errors import InputError
 
 MAY_CHANGE = {"train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.validation_tokens"}
 _SECTIONS = {"model", "data", "train", "precision"}
+_KEYS = ("requested", "resolved", "corpus")
 
 
 def identity(requested: RunConfig, resolved: RunConfig, corpus: dict[str, str]) -> dict[str, Any]:
@@ -21,25 +22,37 @@ def identity(requested: RunConfig, resolved: RunConfig, corpus: dict[str, str]) 
     }
 
 
-def resume_settings(requested: RunConfig, saved: dict[str, Any], corpus: dict[str, str], source: str) -> RunConfig:
+def resume_settings(requested: RunConfig, saved: Any, corpus: dict[str, str], source: str) -> RunConfig:
     """The settings to go on with: those asked for, with what was once measured taken from the checkpoint.
+
+    Args:
+        requested: settings as asked for now.
+        saved: what :func:`identity` returned when the run began, as read back.
+        corpus: hashes of data and tokenizer now.
+        source: what the message names.
 
     Raises:
         InputError: the settings are neither those once asked for nor those once resolved, or the data or
-            tokenizer is another. The message names ``source`` and each difference.
+            tokenizer is another; the message names each difference.
     """
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), dict) for key in _KEYS):
+        raise InputError(f"{source}/state.json: does not say which run it is of")
     given = requested.model_dump(mode="json", include=_SECTIONS)
     changed = differences(given, saved["resolved"]) and differences(given, saved["requested"])
-    changed = [*changed, *differences(corpus, saved["corpus"])]
+    changed = [*changed, *differences({"corpus": corpus}, {"corpus": saved["corpus"]})]
     if changed:
         raise InputError(f"{source} was made with other settings: {'; '.join(changed)}; "
                          "restore these, or give another --out")
-    measured = {key: saved["resolved"][key] for key in ("train", "precision")}
-    measured["train"] = {**measured["train"], **_free_to_change(given["train"])}
+    return _with_measured(requested, saved["resolved"], source)
+
+
+def _with_measured(requested: RunConfig, resolved: dict[str, Any], source: str) -> RunConfig:
+    settings = requested.model_dump(mode="json")
+    free = {key: value for key, value in settings["train"].items() if f"train.{key}" in MAY_CHANGE}
     try:
-        return RunConfig.model_validate({**requested.model_dump(mode="json"), **measured})
-    except ValidationError as error:
-        raise InputError(f"{source}: state.json holds unusable settings ({error.error_count()} errors)") from error
+        return RunConfig.model_validate({**settings, **resolved, "train": {**resolved["train"], **free}})
+    except (ValidationError, KeyError, TypeError) as error:
+        raise InputError(f"{source}/state.json: settings that cannot be used") from error
 
 
 def differences(given: dict[str, Any], saved: dict[str, Any]) -> list[str]:
@@ -50,10 +63,6 @@ def differences(given: dict[str, Any], saved: dict[str, Any]) -> list[str]:
         f"{key}: saved {flat_saved.get(key)}, given {flat_given.get(key)}"
         for key in keys if flat_given.get(key) != flat_saved.get(key)
     ]
-
-
-def _free_to_change(train: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in train.items() if f"train.{key}" in MAY_CHANGE}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -43,5 +43,7 @@ class TrainState:
         self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], f"{source}/optimizer.safetensors")
         if self.average is not None:
             copy_into(self.average.tensors, checkpoint.tensors["average"], f"{source}/average.safetensors")
-        self.step = int(checkpoint.state["step"])
-        self.bits_per_byte = checkpoint.state["bits_per_byte"]
+        bits_per_byte = checkpoint.state.get("bits_per_byte")
+        if not isinstance(bits_per_byte, float | None):
+            raise InputError(f"{source}/state.json: bits_per_byte={bits_per_byte!r} must be a number")
+        self.step, self.bits_per_byte = checkpoint.state["step"], bits_per_byte

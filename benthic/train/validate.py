@@ -4,11 +4,12 @@ Shapes: B sequences, S tokens, T = S - 1 predictions, D model width.
 """
 
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from benthic.data.batches import validation_batches
+from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
 from benthic.model import LanguageModel, Transformer
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy
@@ -32,7 +33,6 @@ class _TotalNats(nn.Module):
         return float(mean) * counted, counted
 
 
-@torch.no_grad()
 def bits_per_byte(
     model: LanguageModel, store: TokenStore, *, sequence_length: int, batch_size: int, compute: Compute = "fp32",
     mask_documents: bool = False, max_tokens: int | None = None,
@@ -42,14 +42,23 @@ def bits_per_byte(
     The split is read in sequences of ``sequence_length``, every token predicted once. A part of it, of about
     ``max_tokens``, is charged for bytes in proportion to its tokens.
     """
+    batches = validation_batches(
+        store, batch_size, sequence_length, mask_documents=mask_documents, max_tokens=max_tokens
+    )
+    nats, tokens = map(sum, zip(*nats_of_batches(model, batches, compute), strict=True))
+    return nats / math.log(2) / _bytes(store, tokens, whole=max_tokens is None or max_tokens >= store.tokens - 1)
+
+
+@torch.no_grad()
+def nats_of_batches(
+    model: LanguageModel, batches: Iterable[Batch], compute: Compute = "fp32"
+) -> Iterator[tuple[float, int]]:
+    """Cross-entropy in nats, summed over each batch's tokens, and how many they were."""
     total = _TotalNats(model.transformer)
     keep = router_weights(total)
-    nats, tokens = 0.0, 0
-    for batch in validation_batches(store, batch_size, sequence_length, mask_documents=mask_documents,
-                                    max_tokens=max_tokens):
-        batch_nats, batch_tokens = call_in(compute, total, batch.tokens_BS, batch.document_BS, keep=keep)
-        nats, tokens = nats + batch_nats, tokens + batch_tokens
-    return nats / math.log(2) / _bytes(store, tokens, whole=max_tokens is None or max_tokens >= store.tokens - 1)
+    for batch in batches:
+        nats: tuple[float, int] = call_in(compute, total, batch.tokens_BS, batch.document_BS, keep=keep)
+        yield nats
 
 
 def _bytes(store: TokenStore, tokens: int, *, whole: bool) -> float:

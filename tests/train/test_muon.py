@@ -3,12 +3,21 @@
 import pytest
 import torch
 
-from benthic.train.muon import Muon, orthogonalize
+from benthic.train.muon import POLAR_EXPRESS, Muon, orthogonalize
 
 
 def polar_factor(x: torch.Tensor) -> torch.Tensor:
     u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
     return u @ vh
+
+
+def approximate_polar_factor(x: torch.Tensor) -> torch.Tensor:
+    """The polynomials on singular values, in float64."""
+    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / (1.02 * s.norm())
+    for a, b, c in POLAR_EXPRESS:
+        s = a * s + b * s**3 + c * s**5
+    return u * s @ vh
 
 
 @pytest.mark.parametrize("shape", [(3, 17, 40), (2, 40, 17), (5, 32, 32), (1, 1, 9)])
@@ -19,9 +28,12 @@ def test_orthogonalize_is_the_polar_factor(shape, seed):
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     x = u * torch.logspace(0, -2, u.shape[-1]) @ vh * 7.0
     got = orthogonalize(x)
-    assert (torch.linalg.svdvals(got) - 1).abs().max() < 0.05
-    assert (got - polar_factor(x)).abs().max() < 0.03
-    assert (orthogonalize(x, torch.bfloat16).double() - polar_factor(x)).abs().max() < 0.1
+    assert torch.linalg.matrix_norm(got - polar_factor(x), 2).max() < 0.15
+    for row, matrix in zip(got, x, strict=True):
+        assert (row - approximate_polar_factor(matrix)).abs().max() < 1e-4
+    rounded = orthogonalize(x, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.linalg.matrix_norm(rounded.double() - polar_factor(x), 2).max() < 0.3
 
 
 def test_a_zero_matrix_stays_zero():
@@ -45,10 +57,9 @@ def test_steps_equal_a_loop_over_single_matrices(seed):
         for i, grad in enumerate((*experts.grad.view(6, 5, 7), plain.grad)):
             buffers[i] = momentum * buffers[i] + (1 - momentum) * grad.double()
             update = momentum * buffers[i] + (1 - momentum) * grad.double()
-            expected[i] = expected[i] * (1 - lr * decay) - lr * 0.2 * 7**0.5 * polar_factor(update)
+            expected[i] = expected[i] * (1 - lr * decay) - lr * 0.2 * 7**0.5 * approximate_polar_factor(update)
     for got, want in zip((*experts.view(6, 5, 7), plain), expected, strict=True):
-        # The polar factor is approximated within a few per cent of a step's size.
-        assert (got.double() - want).abs().max() < 4 * lr * 0.2 * 7**0.5 * 0.05
+        assert (got.double() - want).abs().max() < 1e-5
 
 
 def test_parts_of_a_fused_weight_are_orthogonal_by_themselves():
@@ -56,5 +67,5 @@ def test_parts_of_a_fused_weight_are_orthogonal_by_themselves():
     weight.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     Muon([{"params": [weight], "parts": 2}], lr=1.0).step()
     for part in weight.detach().view(2, 4, 6) / (0.2 * 6**0.5):
-        assert (torch.linalg.svdvals(part) - 1).abs().max() < 0.05
-    assert (torch.linalg.svdvals(weight.detach() / (0.2 * 6**0.5)) - 1).abs().max() > 0.1
+        assert (torch.linalg.svdvals(part) - 1).abs().max() < 0.15
+    assert (torch.linalg.svdvals(weight.detach() / (0.2 * 6**0.5)) - 1).abs().max() > 0.3

@@ -1,0 +1,66 @@
+"""A tiny training run on prepared data, shared by the tests of training and of its faults."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benthic.config.presets import PRESETS
+from benthic.config.schema import RunConfig
+
+_WORDS = "the sea is deep and dark and cold below the light where slow fish drift over the soft grey mud".split()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of short documents with enough pattern to learn from."""
+    folder = tmp_path_factory.mktemp("texts")
+    rng = random.Random(0)
+    for number in range(120):
+        starts = [rng.randrange(len(_WORDS)) for _ in range(40)]
+        words = [_WORDS[(start + i) % len(_WORDS)] for start in starts for i in range(2)]
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run_config(texts: Path) -> Callable[..., RunConfig]:
+    """Settings of a run of the ``tiny`` preset with two layers; keywords go to ``train``."""
+
+    def build(model: dict[str, Any] | None = None, mask_documents: bool = False, **train: Any) -> RunConfig:
+        defaults = {"steps": 20, "batch_size": 4, "sequence_length": 32, "validate_every": 8, "validation_tokens": 256,
+                    "checkpoint_every": 10, "optimizer": {"learning_rate": 3e-3}}
+        return RunConfig.model_validate({
+            "model": {**PRESETS["tiny"].model_dump(), "num_hidden_layers": 2, **(model or {})},
+            "data": {"sources": [str(texts)], "mask_documents": mask_documents},
+            "train": {**defaults, **train}, "precision": {"compute": "fp32"},
+        })
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_run_config: Callable[..., RunConfig]) -> Path:
+    """A directory with data and tokenizer."""
+    from benthic.data.prepare import prepare
+
+    out = tmp_path_factory.mktemp("prepared")
+    prepare(tiny_run_config().data, 320, out)
+    return out
+
+
+@pytest.fixture
+def make_run(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Fresh run directories on the prepared data. The GEMM peak, which takes a second to measure, is made up."""
+    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0)
+
+    def make(name: str = "run") -> Path:
+        out = tmp_path / name
+        out.mkdir()
+        for part in ("data", "tokenizer"):
+            (out / part).symlink_to(prepared / part)
+        return out
+
+    return make
