@@ -8,10 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benthic.api import Engine, load
+    from benthic.api import Engine, load, train
     from benthic.data.tokenizer import Tokenizer
     from benthic.plan.report import plan
-    from benthic.train.loop import train
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "Tokenizer", "__version__", "load", "plan", "train"]

@@ -1,4 +1,4 @@
-"""The one exception a user's mistake becomes, so that the command line can print a line and exit with status 2."""
+"""What the command line tells in one line: a user's mistake (exit status 2), or work that failed (status 1)."""
 
 
 class InputError(ValueError):
@@ -14,3 +14,10 @@ class MissingExtra(InputError):
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed; run: pip install 'benthic[{extra}]'")
+
+
+class WorkFailed(RuntimeError):
+    """The work could not be finished, through no fault of the input: a full disk, a loss that diverged.
+
+    The message is one line. The command line prints it without a traceback and exits with status 1.
+    """

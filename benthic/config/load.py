@@ -46,8 +46,17 @@ def load_preset_or_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig
     if name in PRESETS:
         return _resolve(_preset_recipe(name), f"preset {name}", overrides)
     if not Path(name).exists() and name not in recipe_names():
-        raise InputError(_unknown("preset or recipe", name, [*PRESETS, *recipe_names()]))
+        raise InputError(_unknown("preset or recipe", name, list(dict.fromkeys([*PRESETS, *recipe_names()]))))
     return load_run_config(name, overrides)
+
+
+def load_data_config(sources: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """A recipe, or the default one over other sources of text. Raises as ``load_run_config``."""
+    if len(sources) == 1 and (sources[0] in recipe_names() or sources[0].endswith(".toml")):
+        return load_run_config(sources[0], overrides)
+    path = _find_recipe(DEFAULT_RECIPE)
+    tree = _read_toml(path)
+    return _resolve(tree | {"data": {**tree["data"], "sources": list(sources)}}, str(path), overrides)
 
 
 def _preset_recipe(name: str) -> Tree:
@@ -56,6 +65,17 @@ def _preset_recipe(name: str) -> Tree:
     length = model.max_position_embeddings if yarn is None else yarn.original_max_position_embeddings
     # A preset says nothing of a run's length; one step makes it a whole recipe.
     return {"model": {"preset": name}, "train": {"steps": 1, "sequence_length": length}}
+
+
+def section_settings(section: str, overrides: Sequence[str]) -> Tree:
+    """What ``overrides`` say of one section, by key: all that may be set where there is no recipe to set it over."""
+    found: Tree = {}
+    for key, value in map(_parse_override, overrides):
+        name, _, last = key.partition(".")
+        if name != section or not last:
+            raise InputError(f"--set {key} = {shown(value)}: no such setting here; allowed are {section}.KEY")
+        found[last] = value
+    return found
 
 
 def dump_toml(config: RunConfig) -> str:

@@ -1,0 +1,79 @@
+"""The public functions that join packages which know nothing of each other: models on disk, training, inference."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from benthic.config.complain import complaint
+from benthic.config.load import load_run_config
+from benthic.config.schema import InferenceConfig, RunConfig
+from benthic.convert.huggingface import save_hf
+from benthic.convert.resolve import find_tokenizer, load_model
+from benthic.data.tokenizer import Tokenizer
+from benthic.errors import InputError
+from benthic.inference import engine
+from benthic.model import Transformer
+from benthic.train import loop
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Transformer:
+    """The transformer of a run, an exported or a Hugging Face directory: token ids (B, T) in, logits (B, T, V) out.
+
+    Args:
+        path: the directory.
+        dtype: of the parameters; by default the one they are stored in.
+        device: where they go; by default the CPU.
+
+    Raises:
+        InputError: there is no such model, or it is damaged.
+    """
+    model, _ = load_model(path, dtype, device)
+    return model.transformer.eval()
+
+
+def train(config: RunConfig, out: str | Path) -> loop.Trained:
+    """Pretrains on the data prepared in ``out``, or goes on with it, and leaves the model in ``out/model``.
+
+    ``benthic.train`` is this function. What is written besides, and what it raises, is as in
+    :func:`benthic.train.loop.train`; ``out/model`` is in Hugging Face layout.
+    """
+    out = Path(out)
+    trained = loop.train(config, out)
+    save_hf(trained.model, trained.config.model, out / "tokenizer", out / "model")
+    return trained
+
+
+class Engine(engine.Engine):
+    """The inference engine over a run, an exported or a Hugging Face directory.
+
+    Args:
+        path: the directory.
+        dtype: of the parameters; by default the one they are stored in.
+        device: where they go; by default the CPU.
+        **settings: defaults for every request, keys of ``InferenceConfig``; over the ``[inference]`` of a run.
+
+    Raises:
+        InputError: there is no such model or tokenizer, it is damaged, or a setting is wrong.
+    """
+
+    def __init__(
+        self, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+        **settings: Any,
+    ) -> None:  # fmt: skip
+        tokenizer = Tokenizer.load(find_tokenizer(path))
+        defaults = _defaults(Path(path), settings)
+        model, _ = load_model(path, dtype, device)
+        super().__init__(model, tokenizer, defaults)
+
+
+def _defaults(path: Path, settings: dict[str, Any]) -> InferenceConfig:
+    recipe = path / "config.toml"
+    of_run = load_run_config(recipe).inference if recipe.is_file() else InferenceConfig()
+    try:
+        return InferenceConfig.model_validate(of_run.model_dump() | settings)
+    except ValidationError as error:
+        raise InputError(complaint(error, InferenceConfig, "Engine")) from None

@@ -1,0 +1,238 @@
+"""The table of subcommands: each parses its arguments, calls one function of the package that does the work, and
+prints what comes back. PyTorch and the like are imported only inside a subcommand, so that help comes at once.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+
+import typer
+
+from benthic import console
+from benthic.errors import InputError, WorkFailed
+from benthic.train.signals import Interrupted
+
+if TYPE_CHECKING:
+    from benthic.config.schema import RunConfig
+
+USER_PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+app = typer.Typer(
+    help="Train, talk to and measure DeepSeek-V3-style models on the hardware you have.",
+    epilog="Begin with: benthic run --out runs/quickstart",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+)  # fmt: skip
+bench = typer.Typer(
+    help="Measure speed here, as a share of what this machine can do at best.",
+    epilog="Example: benthic bench train --json", no_args_is_help=True,
+)  # fmt: skip
+app.add_typer(bench, name="bench")
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a recipe of Benthic's own.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported or Hugging Face model directory.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to write.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting over the recipe's; repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+
+
+def main() -> NoReturn:
+    """Runs the command line; a user's mistake becomes one line and exit status 2."""
+    try:
+        sys.exit(app(standalone_mode=False))
+    except InputError as error:
+        _fail(str(error), 2)
+    except typer.TyperException as error:
+        _fail(error.format_message(), error.exit_code)
+    except USER_PATH_ERRORS as error:
+        _fail(f"{error.filename}: {error.strerror}", 2)
+    except WorkFailed as error:
+        _fail(str(error), 1)
+    except Interrupted as stop:
+        print(stop.message, file=sys.stderr)
+        raise
+    except typer.Abort:
+        sys.exit(130)
+
+
+def _fail(line: str, status: int) -> NoReturn:
+    if line:  # a command without arguments has printed its help instead
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+@app.command(epilog="Example: benthic run quickstart --out runs/quickstart --set train.minutes=5")
+def run(out: Out, recipe: Recipe = "quickstart", set_: Set = None) -> None:
+    """Every stage, from raw text to a model; run it again to resume."""
+    from benthic.config.load import load_run_config
+    from benthic.data.prepare import prepare
+
+    config = load_run_config(recipe, set_ or ())
+    with console.counting() as progress:
+        prepare(config.data, config.model.vocab_size, out, progress)
+    _train(config, out)
+
+
+@app.command(epilog="Example: benthic data notes/ chats.jsonl --out runs/mine --set model.vocab_size=8192")
+def data(
+    sources: Annotated[list[str], typer.Argument(metavar="RECIPE|FILES...", help="A recipe, or text to train on.")],
+    out: Out, set_: Set = None, json_: Json = False,
+) -> None:  # fmt: skip
+    """Turn a corpus into a tokenizer, token shards and a manifest."""
+    from benthic.config.load import load_data_config
+    from benthic.data.prepare import prepare
+
+    config = load_data_config(sources, set_ or ())
+    with console.counting() as progress:
+        manifest = prepare(config.data, config.model.vocab_size, out, progress)
+    keys = ("documents", "tokens", "bytes", "rejected", "duplicates", "train_tokens", "val_tokens")
+    _print({key: getattr(manifest, key) for key in keys}, json_)
+
+
+@app.command(epilog="Example: benthic train quickstart --out runs/quickstart --set train.steps=200")
+def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
+    """Pretrain on data that `benthic data` has prepared in --out; run it again to resume."""
+    from benthic.config.load import load_run_config
+
+    _train(load_run_config(recipe, set_ or ()), out)
+
+
+@app.command("eval", epilog="Example: benthic eval runs/quickstart --json")
+def evaluate(run: Run, json_: Json = False) -> None:
+    """Bits per byte of a run's model on the text it has held out, with a 95% confidence interval."""
+    from benthic.config.load import load_run_config
+    from benthic.convert.resolve import load_model
+    from benthic.data.shards import TokenStore
+    from benthic.evaluate.bits_per_byte import bits_per_byte
+
+    model, _ = load_model(run)
+    held_out = TokenStore(run / "data", "val")
+    config = load_run_config(run / "config.toml")
+    score = bits_per_byte(
+        model, held_out, sequence_length=config.train.sequence_length, mask_documents=config.data.mask_documents
+    )
+    if json_:
+        console.print_json({"validation": asdict(score)})
+    else:
+        low, high = score.ci95
+        print(f"{score.value:.4f} bits per byte of held-out text, 95% interval {low:.4f} to {high:.4f}")
+
+
+@app.command(epilog="Example: benthic chat runs/quickstart --set inference.temperature=0.5")
+def chat(run: Run, set_: Set = None) -> None:
+    """Talk to a model."""
+    from benthic.api import Engine
+    from benthic.config.load import section_settings
+    from benthic.inference.chat import chat
+
+    chat(Engine(run), **section_settings("inference", set_ or ()))
+
+
+@app.command(epilog="Example: benthic generate runs/quickstart --prompt 'Once upon a time' --set inference.seed=1")
+def generate(
+    run: Run, prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
+    set_: Set = None, json_: Json = False,
+) -> None:  # fmt: skip
+    """Let a model continue a text."""
+    from benthic.api import Engine
+    from benthic.config.load import section_settings
+
+    engine, sampling = Engine(run), section_settings("inference", set_ or ())
+    if json_:
+        console.print_json(asdict(engine.generate(prompt, **sampling)[0]))
+    else:
+        console.print_stream(engine.stream(prompt, **sampling))
+
+
+@app.command("import", epilog="Example: benthic import downloads/moonlight --out runs/moonlight")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A DeepseekV3ForCausalLM directory.")], out: Out,
+) -> None:  # fmt: skip
+    """Make a run of a Hugging Face model directory, FP8 or not."""
+    from benthic.convert.runs import import_run
+
+    console.print_figures(import_run(source, out)._asdict())
+
+
+@app.command(epilog="Example: benthic export runs/quickstart --format hf --out exported")
+def export(
+    run: Run, out: Out,
+    format_: Annotated[str, typer.Option("--format", metavar="hf", help="The layout: hf, for Hugging Face.")] = "hf",
+) -> None:  # fmt: skip
+    """Write a model as other programs read it: transformers, vLLM, SGLang."""
+    from benthic.convert.runs import export_hf
+
+    if format_ != "hf":
+        raise InputError(f"--format {format_}: must be hf")
+    export_hf(run, out)
+    print(f"wrote {out}")
+
+
+@app.command(epilog="Example: benthic plan v3-671b --json")
+def plan(
+    name: Annotated[str, typer.Argument(metavar="PRESET|RECIPE", help="A model preset, or a recipe.")],
+    set_: Set = None, json_: Json = False,
+) -> None:  # fmt: skip
+    """Parameters by part, arithmetic and cache of a token, before anything is built."""
+    from benthic.config.load import load_preset_or_recipe
+    from benthic.plan.report import plan
+
+    result = plan(load_preset_or_recipe(name, set_ or ()))
+    if json_:
+        console.print_json(asdict(result))
+    else:
+        console.print_plan(result)
+
+
+@bench.command("train", epilog="Example: benthic bench train --set model.preset=nano --json")
+def bench_train(set_: Set = None, json_: Json = False) -> None:
+    """Optimizer steps of bench-108m, 8 sequences of 512 tokens."""
+    from benthic.config.load import load_run_config
+    from benthic.lab.bench_train import bench_train
+
+    _print(asdict(bench_train(load_run_config("bench", set_ or ()))), json_)
+
+
+Context = Annotated[int, typer.Option("--context", help="Tokens of each sequence.")]
+Batch = Annotated[int, typer.Option("--batch", help="Sequences at a time.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Of weights, cache and arithmetic.")]
+
+
+@bench.command("prefill", epilog="Example: benthic bench prefill --context 2048 --json")
+def bench_prefill(
+    context: Context = 512, batch: Batch = 1, precision: Precision = "fp32", set_: Set = None, json_: Json = False
+) -> None:
+    """Reading prompts with bench-400m, against the rate of a matrix product."""
+    from benthic.config.load import load_preset_or_recipe
+    from benthic.lab.bench_inference import bench_prefill
+
+    model = load_preset_or_recipe("bench-400m", set_ or ()).model
+    _print(asdict(bench_prefill(model, context=context, batch=batch, precision=precision)), json_)
+
+
+@bench.command("decode", epilog="Example: benthic bench decode --context 2048 --json")
+def bench_decode(
+    context: Context = 128, batch: Batch = 1, precision: Precision = "fp32", set_: Set = None, json_: Json = False
+) -> None:
+    """Writing token by token with bench-400m, against the rate of reading memory."""
+    from benthic.config.load import load_preset_or_recipe
+    from benthic.lab.bench_inference import bench_decode
+
+    model = load_preset_or_recipe("bench-400m", set_ or ()).model
+    _print(asdict(bench_decode(model, context=context, batch=batch, precision=precision)), json_)
+
+
+def _train(config: "RunConfig", out: Path) -> None:
+    from benthic.api import train
+
+    trained = train(config, out)
+    print(f"{out}: {trained.bits_per_byte:.4f} bits per byte of held-out text; to talk to it: benthic chat {out}")
+
+
+def _print(figures: dict[str, object], as_json: bool) -> None:
+    if as_json:
+        console.print_json(figures)
+    else:
+        console.print_figures(figures)

@@ -1,0 +1,94 @@
+"""What the command line shows: progress on a terminal and plain lines off one, tables, JSON."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benthic.plan.report import Plan
+
+LINE_EVERY = 5.0
+"""Seconds between plain lines of progress."""
+
+
+def print_json(data: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def print_stream(pieces: Iterable[str]) -> None:
+    """Text as it comes, and a line's end."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def print_figures(figures: dict[str, Any]) -> None:
+    """Named figures, one a line, for people."""
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        print(f"{name:{width}}  {value:,.4g}" if isinstance(value, float) else f"{name:{width}}  {value}")
+
+
+def print_plan(plan: "Plan") -> None:
+    """A plan as a table: parts with their share of the parameters, then what a token costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("Parameters", "", "Share", box=None, pad_edge=False)
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for part, number in plan.parameters.items():
+        table.add_row(part.replace("_", " "), f"{number:,}", f"{number / plan.total_parameters:.1%}")
+    rows = {key: value for key, value in asdict(plan).items() if key != "parameters"}
+    table.add_section()
+    for name, value in rows.items():
+        table.add_row(name.replace("_", " "), f"{value:,.0f}", "")
+    Console().print(table)
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[str, int, int | None], None]]:
+    """Progress of work that counts: called with what is being done, how much is done, and of how much if known.
+
+    Bars on a terminal; elsewhere a line at the start of each piece of work and then every few seconds. All of it on
+    standard error, so that standard output holds results alone.
+    """
+    if sys.stderr.isatty():
+        with _bars() as report:
+            yield report
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+    tasks: dict[str, TaskID] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+
+        def report(work: str, done: int, total: int | None) -> None:
+            if work not in tasks:
+                tasks[work] = progress.add_task(work, total=total)
+            progress.update(tasks[work], completed=done, total=total)
+
+        yield report
+
+
+def _lines() -> Callable[[str, int, int | None], None]:
+    last_work, last_time = "", 0.0
+
+    def report(work: str, done: int, total: int | None) -> None:
+        nonlocal last_work, last_time
+        now = time.monotonic()
+        if work != last_work or now - last_time >= LINE_EVERY:
+            print(f"{work}: {done}{f' of {total}' if total else ''}", file=sys.stderr, flush=True)
+            last_work, last_time = work, now
+
+    return report
