@@ -1,0 +1,59 @@
+"""Runs from Hugging Face directories and back: what ``benthic import`` and ``benthic export --format hf`` do."""
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benthic.convert.folder import new_folder
+from benthic.convert.huggingface import copy_tokenizer, open_hf, save_hf, write_hf
+from benthic.convert.resolve import find_tokenizer, load_model
+
+
+class Imported(NamedTuple):
+    """What an import did."""
+
+    tensors: int
+    dequantised: int
+    """Weights that were FP8 blocks and are now in ``dtype``."""
+    shards: int
+    dtype: torch.dtype
+    mtp_layers: int
+    tokenizer: bool
+    """Whether the directory had a tokenizer.json."""
+
+
+def import_run(hf_dir: Path, out: Path) -> Imported:
+    """Makes a run directory (``model/`` and ``tokenizer/``) of a Hugging Face directory, a shard at a time.
+
+    Raises:
+        InputError: ``hf_dir`` is not a model that Benthic can run, or ``out`` is there and not empty.
+    """
+    published = open_hf(hf_dir)
+    with new_folder(out) as draft:
+        (draft / "model").mkdir()
+        shards = write_hf(
+            draft / "model", published.config, published.read, token_ids=published.token_ids, dtype=published.dtype
+        )
+        tokenizer = (hf_dir / "tokenizer.json").is_file()
+        if tokenizer:
+            (draft / "tokenizer").mkdir()
+            copy_tokenizer(hf_dir, draft / "tokenizer")
+            # Beside the tokenizer too, which takes the ids that end a turn from it.
+            shutil.copyfile(draft / "model" / "generation_config.json", draft / "tokenizer" / "generation_config.json")
+    return Imported(
+        tensors=len(published.sources), dequantised=len(published.checkpoint.scales), shards=shards,
+        dtype=published.dtype, mtp_layers=published.config.num_nextn_predict_layers, tokenizer=tokenizer,
+    )
+
+
+def export_hf(run: Path, out: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the model and tokenizer of a run as a Hugging Face directory.
+
+    Raises:
+        InputError: there is no model or tokenizer, or ``out`` holds something else than an earlier export.
+    """
+    tokenizer = find_tokenizer(run)
+    model, config = load_model(run, dtype)
+    save_hf(model, config, tokenizer, out)
