@@ -10,18 +10,18 @@ import pytest
 from benthic.config.presets import PRESETS
 from benthic.config.schema import RunConfig
 
-_WORDS = "the sea is deep and dark and cold below the light where slow fish drift over the soft grey mud".split()
+_TEXT = "the sea is deep and dark and cold below the light where slow fish drift over the soft grey mud"
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of short documents with enough pattern to learn from."""
     folder = tmp_path_factory.mktemp("texts")
-    rng = random.Random(0)
+    words, rng = _TEXT.split(), random.Random(0)
     for number in range(120):
-        starts = [rng.randrange(len(_WORDS)) for _ in range(40)]
-        words = [_WORDS[(start + i) % len(_WORDS)] for start in starts for i in range(2)]
-        (folder / f"{number}.txt").write_text(" ".join(words))
+        starts = [rng.randrange(len(words)) for _ in range(40)]
+        text = " ".join(words[(start + i) % len(words)] for start in starts for i in range(2))
+        (folder / f"{number}.txt").write_text(text)
     return folder
 
 

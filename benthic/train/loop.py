@@ -70,7 +70,7 @@ def train(config: RunConfig, out: str | Path) -> Trained:
         resolved = resolve(config, batches)
         run = identity(config, resolved, corpus)
     else:
-        run = checkpoint.state.get("run")
+        run = checkpoint.state.get("run", {})
         resolved = resume_settings(config, run, corpus, str(newest))
     trainer = _Trainer(resolved, out, batches, run)
     if checkpoint is not None:

@@ -27,7 +27,7 @@ Polar Express (arXiv 2505.16932): each is the best one given what those before i
 
 
 def orthogonalize(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The orthogonal polar factor of each matrix, approximately: singular vectors kept, singular values within 0.15 of 1.
+    """The orthogonal polar factor of each matrix, nearly: singular vectors kept, singular values within 0.15 of 1.
 
     ``dtype`` is that of the products; the result has it too. A zero matrix stays zero.
     """

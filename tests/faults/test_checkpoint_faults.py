@@ -1,5 +1,6 @@
 """Kills, full disks, flipped bytes and hostile files: the last committed checkpoint loads, or is refused by name."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -71,10 +72,8 @@ def test_a_kill_at_any_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path):
         save(root, 1, numbered(1), keep=1)
         with pytest.MonkeyPatch.context() as patch:
             Failpoint(patch, at, Killed())
-            try:
+            with contextlib.suppress(Killed):
                 save(root, 2, numbered(2), keep=1)
-            except Killed:
-                pass
         newest = latest(root)
         loaded = load(newest)
         step = loaded.state["step"]
@@ -88,7 +87,7 @@ def test_a_kill_at_any_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path):
 
 
 def test_an_error_in_a_save_is_reported_and_leaves_the_old_ones_alone(tmp_path):
-    failures = 0
+    reports = []
     for at in range(1, operations_of_a_save(tmp_path) + 1):
         root = tmp_path / f"error-{at}"
         save(root, 1, numbered(1), keep=1)
@@ -97,11 +96,10 @@ def test_an_error_in_a_save_is_reported_and_leaves_the_old_ones_alone(tmp_path):
             try:
                 save(root, 2, numbered(2), keep=1)
             except CheckpointFailed as error:
-                failures += 1
-                assert "step-2" in str(error)
-                assert "No space left" in str(error)
+                reports.append(str(error))
         assert load(latest(root)).state["step"] in (1, 2)
-    assert failures >= 9
+    assert len(reports) >= 9
+    assert all("step-2: not saved" in report and "No space left" in report for report in reports)
 
 
 def test_a_place_that_cannot_be_written(tmp_path):
@@ -147,7 +145,7 @@ def test_a_damaged_checkpoint_names_the_older_one(tmp_path):
     save(tmp_path, 1, numbered(1), keep=2)
     path = save(tmp_path, 2, numbered(2), keep=2)
     (path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="resume from step-1 instead, remove .*step-2"):
+    with pytest.raises(InputError, match=r"resume from step-1 instead, remove .*step-2"):
         load(latest(tmp_path))
     assert len(committed(tmp_path)) == 2
 

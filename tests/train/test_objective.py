@@ -1,5 +1,7 @@
 """The losses against their definition, and by perturbation: no prediction ever sees what it predicts."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,7 +106,7 @@ BOUNDS = (0, 5, 11, LENGTH + 1 + DEPTHS)
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("changed", [0, 4, 5, 7, 10, 11, 13])
 def test_no_loss_depends_on_another_document(objective, changed, seed):
-    tokens, document = sequences(seed, rows=1), documents(*(b - a for a, b in zip(BOUNDS, BOUNDS[1:], strict=False)))
+    tokens, document = sequences(seed, rows=1), documents(*(b - a for a, b in pairwise(BOUNDS)))
     other = tokens.clone()
     other[:, changed] = (other[:, changed] + 1) % 320
     counted = prediction_targets(tokens, document, 1 + DEPTHS)[:, 0] != IGNORE

@@ -7,7 +7,6 @@ from benthic.config.presets import PRESETS
 from benthic.config.schema import OptimizerConfig
 from benthic.errors import InputError
 from benthic.model import build_model
-from benthic.train.muon import Muon
 from benthic.train.optimizer import ModelOptimizer
 
 
