@@ -9,7 +9,7 @@ from typing import Any
 
 from benthic.errors import InputError
 
-JSON_LIMIT = 16 * 2**20
+JSON_LIMIT = 64 * 2**20
 """Bytes of the largest JSON file that is read."""
 
 
@@ -49,7 +49,7 @@ def require_plain(path: Path) -> int:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError that names the file if it is none, or larger than 16 MiB."""
+    """A JSON object from a file. Raises InputError that names the file if it is none, or larger than 64 MiB."""
     if (size := require_plain(path)) > JSON_LIMIT:
         raise InputError(f"{path}: {size} bytes of JSON; at most {JSON_LIMIT} are read")
     try:

@@ -61,10 +61,18 @@ def build_model(
     On the ``meta`` device nothing is allocated.
     """
     with torch.device(device or "cpu"):
-        model = LanguageModel(config).to(dtype)
+        model = LanguageModel(config)
+    if dtype is not None:
+        cast_parameters(model, dtype)
     if torch.device(device or "cpu").type != "meta":
         _initialise(model, config.initializer_range, seed)
     return model
+
+
+def cast_parameters(model: LanguageModel, dtype: torch.dtype) -> None:
+    """Parameters to ``dtype``; the routers' bias, a buffer, stays in fp32, for it moves in steps of a thousandth."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

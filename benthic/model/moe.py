@@ -39,7 +39,7 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Affinity of tokens to experts, in at least fp32."""
+    """Affinity of tokens to experts, in fp32 whatever the model's dtype, as published."""
 
     bias: Tensor
 
@@ -50,8 +50,7 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            return F.linear(x.to(dtype), self.weight.to(dtype)).sigmoid()
+            return F.linear(x.float(), self.weight.float()).sigmoid()
 
 
 class Experts(nn.Module):

@@ -22,7 +22,7 @@ def select_experts(
         chosen_NG = torch.zeros_like(group_score_NG, dtype=torch.bool)
         chosen_NG.scatter_(-1, group_score_NG.topk(topk_group, -1).indices, True)
         biased_NE = grouped_NGe.masked_fill(~chosen_NG[..., None], float("-inf")).flatten(-2)
-    return biased_NE.topk(top_k, -1).indices
+    return biased_NE.topk(top_k, -1, sorted=False).indices
 
 
 def gate_values(scores_NE: Tensor, index_NK: Tensor, *, normalise: bool, scale: float) -> Tensor:
