@@ -8,6 +8,8 @@ Legend: B batch, H heads, T new tokens, S cached tokens (the new ones included),
 R qk_rope_head_dim, L = C + R.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,9 +30,12 @@ def latent_attention(
     # costs less than a second pass. The last R numbers of the outcome mean nothing and are dropped.
     row_B1SL = latent_BSL.unsqueeze(1)
     if T == 1:
-        q_B1HL = q_BHTL.view(B, 1, H, -1)
-        out_B1HL = F.scaled_dot_product_attention(q_B1HL, row_B1SL, row_B1SL, scale=scale)
-        return out_B1HL.view(B, H, 1, -1)[..., :C]
+        # Heads are rows of one product with the cache, in as many groups as there are threads to share the work.
+        groups = math.gcd(H, torch.get_num_threads())
+        rows_BGSL = row_B1SL.expand(-1, groups, -1, -1)
+        q_BGhL = q_BHTL.view(B, groups, H // groups, -1)
+        out_BGhL = F.scaled_dot_product_attention(q_BGhL, rows_BGSL, rows_BGSL, scale=scale)
+        return out_BGhL.reshape(B, H, 1, -1)[..., :C]
     visible_TS = _visible(T, latent_BSL.shape[1], start, latent_BSL.device)
     rows_BHSL = row_B1SL.expand(-1, H, -1, -1)
     return F.scaled_dot_product_attention(q_BHTL, rows_BHSL, rows_BHSL, attn_mask=visible_TS, scale=scale)[..., :C]
