@@ -1,10 +1,10 @@
 """The small parts every block is made of: RMSNorm and the SwiGLU feed-forward layer."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benthic.ops.norm import rms_norm
+from benthic.ops.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -28,6 +28,5 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(intermediate, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, -1)
-        out: Tensor = self.down(F.silu(gate) * up)
+        out: Tensor = self.down(swiglu(self.gate_up(x)))
         return out

@@ -18,7 +18,7 @@ from benthic.config.schema import ModelConfig
 from benthic.model.layers import RMSNorm
 from benthic.ops.attention import causal_attention
 from benthic.ops.latent_attention import latent_attention
-from benthic.ops.rope import apply_rope, softmax_scale
+from benthic.ops.rope import rotate_tail, softmax_scale
 
 _LATENT_NORM_EPS = 1e-6
 """DeepSeek and transformers normalise the latents with this whatever ``rms_norm_eps`` says."""
@@ -65,51 +65,43 @@ class LatentAttention(nn.Module):
         self.scale = softmax_scale(config)
 
     def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
-        q_nope_BTHN, q_rope_BTHR = self._queries(x_BTD, context)
+        q_BTHK = self._queries(x_BTD, context)
         latent_BTC, k_rope_BTR = self._latent(x_BTD, context)
         if context.cache is None:
-            out_BTHV = self._naive(q_nope_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR, context.document_BT)
+            out_BTHV = self._naive(q_BTHK, latent_BTC, k_rope_BTR, context.document_BT)
         else:
             start = context.cache.length
             cached_BSL = context.cache.append(self.layer, torch.cat((latent_BTC, k_rope_BTR), -1))
             if start == 0 and x_BTD.shape[1] > 1:
-                out_BTHV = self._naive(q_nope_BTHN, q_rope_BTHR, latent_BTC, k_rope_BTR, None)
+                out_BTHV = self._naive(q_BTHK, latent_BTC, k_rope_BTR, None)
             else:
-                out_BTHV = self._absorbed(q_nope_BTHN, q_rope_BTHR, cached_BSL, start)
+                out_BTHV = self._absorbed(q_BTHK, cached_BSL, start)
         out: Tensor = self.o(out_BTHV.flatten(-2))
         return out
 
-    def _queries(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+    def _queries(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
+        """Queries (B, T, H, N + R), the last R rotated."""
         flat = self.q(x_BTD) if self.config.q_lora_rank is None else self.q_b(self.q_norm(self.q_a(x_BTD)))
         q_BTHK = flat.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
-        q_nope_BTHN, q_rope_BTHR = q_BTHK.split((self.config.qk_nope_head_dim, self.config.qk_rope_head_dim), -1)
-        return q_nope_BTHN, apply_rope(q_rope_BTHR, context.cos_TP, context.sin_TP)
+        return rotate_tail(q_BTHK, context.cos_TP, context.sin_TP)
 
     def _latent(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+        """What the cache keeps: the normalised latent (B, T, C) and the rotated key (B, T, R)."""
         latent_BTC, k_rope_BTR = self.kv_a(x_BTD).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
-        k_rope_BTR = apply_rope(k_rope_BTR.unsqueeze(2), context.cos_TP, context.sin_TP).squeeze(2)
+        k_rope_BTR = rotate_tail(k_rope_BTR.unsqueeze(2), context.cos_TP, context.sin_TP).squeeze(2)
         return self.kv_norm(latent_BTC), k_rope_BTR
 
     def _naive(
-        self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor,
-        document_BT: Tensor | None,
+        self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, document_BT: Tensor | None
     ) -> Tensor:
         """Attention over keys and values expanded from the latents: (B, T, H, V)."""
-        config = self.config
-        kv_BTHX = self.kv_b(latent_BTC).unflatten(-1, (config.num_attention_heads, -1))
-        k_nope_BTHN, v_BTHV = kv_BTHX.split((config.qk_nope_head_dim, config.v_head_dim), -1)
-        k_rope_BTHR = k_rope_BTR.unsqueeze(2).expand(-1, -1, config.num_attention_heads, -1)
-        q_BTHK = torch.cat((q_nope_BTHN, q_rope_BTHR), -1)
-        k_BTHK = torch.cat((k_nope_BTHN, k_rope_BTHR), -1)
-        out_BHTV = causal_attention(
-            q_BTHK.transpose(1, 2), k_BTHK.transpose(1, 2), v_BTHV.transpose(1, 2),
-            scale=self.scale, document_BT=document_BT,
-        )
-        return out_BHTV.transpose(1, 2)
+        kv_BTHX = self.kv_b(latent_BTC).unflatten(-1, (self.config.num_attention_heads, -1))
+        return causal_attention(q_BTHK, kv_BTHX, k_rope_BTR, scale=self.scale, document_BT=document_BT)
 
-    def _absorbed(self, q_nope_BTHN: Tensor, q_rope_BTHR: Tensor, cached_BSL: Tensor, start: int) -> Tensor:
+    def _absorbed(self, q_BTHK: Tensor, cached_BSL: Tensor, start: int) -> Tensor:
         """Attention in the latent space, the expansion applied to queries and outputs instead: (B, T, H, V)."""
         config = self.config
+        q_nope_BTHN, q_rope_BTHR = q_BTHK.split((config.qk_nope_head_dim, config.qk_rope_head_dim), -1)
         kv_b_HXC = self.kv_b.weight.unflatten(0, (config.num_attention_heads, -1))
         key_HNC, value_HVC = kv_b_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)
         out_BHTC = latent_attention(

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benthic.ops import native
+
 
 def routed_experts_reference(
     x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
@@ -45,36 +47,85 @@ class _RoutedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
     ) -> Tensor:
+        x_ND = x_ND.contiguous()
         order_S, slot_NK, counts = _sort_by_expert(index_NK, gate_up_EGD.shape[0])
         token_S, gate_S = order_S // index_NK.shape[1], gate_NK.flatten()[order_S].to(x_ND.dtype)
-        rows = len(order_S)
-        gate_up_SG = x_ND.new_empty(rows, gate_up_EGD.shape[1])
-        y_SD = torch.empty_like(x_ND[:1].expand(rows, -1))
-        for expert, rows_e in _segments(counts):
-            torch.mm(x_ND[token_S[rows_e]], gate_up_EGD[expert].T, out=gate_up_SG[rows_e])
-            hidden = _swiglu(gate_up_SG[rows_e]).mul_(gate_S[rows_e, None])
-            torch.mm(hidden, down_EDF[expert].T, out=y_SD[rows_e])
-        ctx.save_for_backward(x_ND, token_S, slot_NK, gate_S, gate_up_SG, gate_up_EGD, down_EDF)
-        ctx.counts, ctx.order = counts, order_S
-        return _combine(y_SD, slot_NK)
+        inputs = x_ND, token_S, slot_NK, counts, gate_S, gate_up_EGD, down_EDF
+        run = _forward_native if native.usable(x_ND, gate_up_EGD, down_EDF) else _forward_torch
+        gate_up_SG, out_ND = run(*inputs)
+        ctx.save_for_backward(*inputs, gate_up_SG, order_S)
+        return out_ND
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dout_ND,) = grads
-        x_ND, token_S, slot_NK, gate_S, gate_up_SG, gate_up_EGD, down_EDF = ctx.saved_tensors
-        dgate_up_EGD, ddown_EDF = torch.zeros_like(gate_up_EGD), torch.zeros_like(down_EDF)
-        dx_SD = x_ND.new_empty(len(token_S), x_ND.shape[1])
-        dgate_S = gate_S.new_empty(gate_S.shape)
-        for expert, rows_e in _segments(ctx.counts):
-            token_e = token_S[rows_e]
-            dy = dout_ND[token_e]
-            dhidden = dy @ down_EDF[expert]
-            hidden, dgate_up, dgate_S[rows_e] = _swiglu_backward(gate_up_SG[rows_e], gate_S[rows_e, None], dhidden)
-            torch.mm(dy.T, hidden, out=ddown_EDF[expert])
-            torch.mm(dgate_up.T, x_ND[token_e], out=dgate_up_EGD[expert])
-            torch.mm(dgate_up, gate_up_EGD[expert], out=dx_SD[rows_e])
-        dgate_NK = torch.empty_like(dgate_S).index_copy_(0, ctx.order, dgate_S).view(slot_NK.shape)
-        return _combine(dx_SD, slot_NK), None, dgate_NK, dgate_up_EGD, ddown_EDF
+        *inputs, gate_up_SG, order_S = ctx.saved_tensors
+        dout_ND, slot_NK = grads[0].contiguous(), inputs[2]
+        run = _backward_native if native.usable(dout_ND, gate_up_SG) else _backward_torch
+        dx_ND, dgate_S, dgate_up_EGD, ddown_EDF = run(dout_ND, gate_up_SG, *inputs)
+        dgate_NK = torch.empty_like(dgate_S).index_copy_(0, order_S, dgate_S).view(slot_NK.shape)
+        return dx_ND, None, dgate_NK, dgate_up_EGD, ddown_EDF
+
+
+def _forward_native(
+    x_ND: Tensor, token_S: Tensor, slot_NK: Tensor, counts: Tensor, gate_S: Tensor, gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, (n, d), (e, _, f) = len(token_S), x_ND.shape, down_EDF.shape
+    gate_up_SG, y_SD, out_ND = torch.empty(rows, 2 * f), torch.empty(rows, d), torch.empty(n, d)
+    native.call(
+        "experts_forward", x_ND, token_S, slot_NK, _offsets(counts), gate_S, gate_up_EGD, down_EDF, gate_up_SG, y_SD,
+        out_ND, n, e, d, f, slot_NK.shape[1],
+    )  # fmt: skip
+    return gate_up_SG, out_ND
+
+
+def _backward_native(
+    dout_ND: Tensor, gate_up_SG: Tensor, x_ND: Tensor, token_S: Tensor, slot_NK: Tensor, counts: Tensor,
+    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (n, d), (e, _, f) = x_ND.shape, down_EDF.shape
+    dx_SD, dx_ND, dgate_S = torch.empty(len(token_S), d), torch.empty(n, d), torch.empty(len(token_S))
+    dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+    native.call(
+        "experts_backward", dout_ND, x_ND, token_S, slot_NK, _offsets(counts), gate_S, gate_up_SG, gate_up_EGD,
+        down_EDF, dx_SD, dx_ND, dgate_S, dgate_up_EGD, ddown_EDF, n, e, d, f, slot_NK.shape[1],
+    )  # fmt: skip
+    return dx_ND, dgate_S, dgate_up_EGD, ddown_EDF
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    """Where each expert's rows begin, and the end (E + 1,)."""
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
+def _forward_torch(
+    x_ND: Tensor, token_S: Tensor, slot_NK: Tensor, counts: Tensor, gate_S: Tensor, gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gate_up_SG = x_ND.new_empty(len(token_S), gate_up_EGD.shape[1])
+    y_SD = x_ND.new_empty(len(token_S), x_ND.shape[1])
+    for expert, rows_e in _segments(counts):
+        torch.mm(x_ND[token_S[rows_e]], gate_up_EGD[expert].T, out=gate_up_SG[rows_e])
+        hidden = _swiglu(gate_up_SG[rows_e]).mul_(gate_S[rows_e, None])
+        torch.mm(hidden, down_EDF[expert].T, out=y_SD[rows_e])
+    return gate_up_SG, _combine(y_SD, slot_NK)
+
+
+def _backward_torch(
+    dout_ND: Tensor, gate_up_SG: Tensor, x_ND: Tensor, token_S: Tensor, slot_NK: Tensor, counts: Tensor,
+    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dgate_up_EGD, ddown_EDF = torch.zeros_like(gate_up_EGD), torch.zeros_like(down_EDF)
+    dx_SD, dgate_S = x_ND.new_empty(len(token_S), x_ND.shape[1]), torch.empty_like(gate_S)
+    for expert, rows_e in _segments(counts):
+        token_e = token_S[rows_e]
+        dy = dout_ND[token_e]
+        dhidden = dy @ down_EDF[expert]
+        hidden, dgate_up, dgate_S[rows_e] = _swiglu_backward(gate_up_SG[rows_e], gate_S[rows_e, None], dhidden)
+        torch.mm(dy.T, hidden, out=ddown_EDF[expert])
+        torch.mm(dgate_up.T, x_ND[token_e], out=dgate_up_EGD[expert])
+        torch.mm(dgate_up, gate_up_EGD[expert], out=dx_SD[rows_e])
+    return _combine(dx_SD, slot_NK), dgate_S, dgate_up_EGD, ddown_EDF
 
 
 def _experts_of_one_token(
@@ -90,19 +141,19 @@ def _experts_of_one_token(
     return out_D
 
 
-def _sort_by_expert(index_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+def _sort_by_expert(index_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Flat choices in order of their expert (S,), where each choice went (N, K), and how many each expert got."""
     flat = index_NK.flatten()
     order_S = flat.argsort(stable=True)
     slot = torch.empty_like(order_S)
     slot[order_S] = torch.arange(len(order_S), device=order_S.device)
-    return order_S, slot.view(index_NK.shape), torch.bincount(flat, minlength=n_experts).tolist()
+    return order_S, slot.view(index_NK.shape), torch.bincount(flat, minlength=n_experts)
 
 
-def _segments(counts: list[int]) -> list[tuple[int, slice]]:
+def _segments(counts: Tensor) -> list[tuple[int, slice]]:
     """(expert, its rows) for every expert that has any."""
     segments, start = [], 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(counts.tolist()):
         if count:
             segments.append((expert, slice(start, start + count)))
         start += count

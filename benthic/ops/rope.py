@@ -5,11 +5,13 @@ Shapes: B batch, T time, H heads, R rotary width (even), P = R / 2 pairs.
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benthic.config.schema import ModelConfig, YarnConfig
+from benthic.ops import native
 
 
 def rope_angles(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,6 +26,38 @@ def apply_rope(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     cos_TP, sin_TP = cos_TP[:, None].to(x_BTHR.dtype), sin_TP[:, None].to(x_BTHR.dtype)
     even, odd = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
     return torch.stack((even * cos_TP - odd * sin_TP, odd * cos_TP + even * sin_TP), -1).flatten(-2)
+
+
+def rotate_tail(x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+    """Rotate the last 2P of each head's W numbers as :func:`apply_rope` does, and copy the rest."""
+    if native.usable(x_BTHW, cos_TP):
+        out: Tensor = _NativeRotateTail.apply(x_BTHW, cos_TP, sin_TP)
+        return out
+    kept = x_BTHW.shape[-1] - 2 * cos_TP.shape[-1]
+    return torch.cat((x_BTHW[..., :kept], apply_rope(x_BTHW[..., kept:], cos_TP, sin_TP)), -1)
+
+
+class _NativeRotateTail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TP, sin_TP)
+        return _rotate_tail_native(x_BTHW, cos_TP, sin_TP, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _rotate_tail_native(grads[0], *ctx.saved_tensors, -1.0), None, None
+
+
+def _rotate_tail_native(x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor, direction: float) -> Tensor:
+    batch, time, heads, width = x_BTHW.shape
+    if x_BTHW.stride()[2:] != (width, 1) or x_BTHW.stride(0) != time * x_BTHW.stride(1):
+        x_BTHW = x_BTHW.contiguous()
+    out_BTHW = torch.empty(x_BTHW.shape)
+    native.call(
+        "rope_tail", x_BTHW, x_BTHW.stride(1), cos_TP, sin_TP, direction, out_BTHW, batch * time * heads, time, heads,
+        width, cos_TP.shape[-1],
+    )  # fmt: skip
+    return out_BTHW
 
 
 def softmax_scale(config: ModelConfig) -> float:

@@ -1,0 +1,137 @@
+"""Each fast operation equals its slow reference, computed in float64, in value and in every gradient."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from benthic.ops.attention import causal_attention, causal_attention_reference
+from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
+from benthic.ops.experts import routed_experts, routed_experts_reference
+from benthic.ops.norm import rms_norm
+from benthic.ops.rope import apply_rope, rotate_tail
+from benthic.ops.swiglu import swiglu, swiglu_reference
+
+Op = Callable[..., Tensor]
+
+
+def assert_same(fast: Op, reference: Op, inputs: list[Tensor], *rest: object, tolerance: float = 2e-5, **named: object) -> None:
+    """Value and gradients of ``fast`` in fp32 against ``reference`` in float64, relative to the largest entry."""
+    exact = [x.double().requires_grad_() for x in inputs]
+    rough = [x.float().requires_grad_() for x in inputs]
+    expected, actual = reference(*exact, *rest, **named), fast(*rough, *rest, **named)
+    assert actual.shape == expected.shape
+    assert actual.dtype == torch.float32
+    weight = torch.randn(expected.shape, dtype=torch.float64)
+    wanted = [expected, *torch.autograd.grad((expected * weight).sum(), exact)]
+    found = [actual, *torch.autograd.grad((actual * weight.float()).sum(), rough)]
+    for name, want, got in zip(("value", *(f"gradient {i}" for i in range(len(inputs)))), wanted, found, strict=True):
+        error = (got.double() - want).abs().max() / want.abs().max().clamp_min(0.1)
+        assert error < tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 64), (2, 9, 33), (130, 96)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(sum(shape))
+    x, weight = torch.randn(shape) * 3, torch.randn(shape[-1])
+
+    def written_out(x: Tensor, weight: Tensor) -> Tensor:
+        return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    assert_same(lambda x, w: rms_norm(x, w, 1e-6), written_out, [x, weight])
+
+
+def test_rms_norm_of_a_slice_reads_only_the_slice() -> None:
+    wide = torch.randn(4, 6, 20)
+    part = wide[..., :12]
+    assert torch.equal(rms_norm(part, torch.ones(12), 1e-6), rms_norm(part.clone(), torch.ones(12), 1e-6))
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 10), (2, 5, 66)])
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    assert_same(swiglu, swiglu_reference, [torch.randn(shape) * 4])
+
+
+def test_swiglu_far_out() -> None:
+    gate_up = torch.tensor([[-200.0, 200.0, -90.0, 0.0, 1.0, 1.0, 1.0, 1.0]])
+    assert torch.allclose(swiglu(gate_up), torch.tensor([[0.0, 200.0, 0.0, 0.0]]), atol=1e-30)
+
+
+def test_nan_is_not_swallowed(kernels: str) -> None:
+    assert swiglu(torch.tensor([[float("nan"), 1.0]])).isnan().all()
+    assert rms_norm(torch.tensor([[float("nan"), 1.0]]), torch.ones(2), 1e-6).isnan().all()
+    x = torch.ones(2, 4)
+    x[1, 2] = float("nan")
+    assert linear_cross_entropy(x, torch.ones(5, 4), torch.tensor([1, 2])).isnan()
+    if kernels == "torch":
+        return  # PyTorch's own attention on the CPU turns NaN scores into zeros
+    q = torch.ones(1, 3, 1, 6)
+    q[0, 1] = float("nan")
+    out = causal_attention(q, torch.ones(1, 3, 1, 6), torch.ones(1, 3, 2), scale=1.0)
+    assert out[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize(("heads", "kept", "pairs"), [(1, 0, 1), (3, 5, 4), (2, 16, 8)])
+def test_rotate_tail(heads: int, kept: int, pairs: int) -> None:
+    x, angle = torch.randn(2, 7, heads, kept + 2 * pairs), torch.rand(7, pairs) * 6
+
+    def written_out(x: Tensor) -> Tensor:
+        turn = torch.polar(torch.ones_like(angle.double()), angle.double())
+        tail = torch.view_as_complex(x[..., kept:].unflatten(-1, (-1, 2)).contiguous()) * turn[:, None]
+        return torch.cat((x[..., :kept], torch.view_as_real(tail).flatten(-2)), -1)
+
+    assert_same(lambda x: rotate_tail(x, angle.cos(), angle.sin()), written_out, [x], tolerance=1e-6)
+    whole = rotate_tail(x[..., kept:], angle.cos(), angle.sin())
+    assert torch.allclose(whole, apply_rope(x[..., kept:], angle.cos(), angle.sin()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "time", "heads", "nope", "rope", "value"),
+    [(1, 1, 1, 4, 2, 4), (2, 5, 3, 6, 4, 7), (1, 64, 2, 16, 8, 16), (2, 65, 1, 8, 2, 24), (1, 600, 2, 12, 4, 5)],
+)
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention(batch: int, time: int, heads: int, nope: int, rope: int, value: int, documents: bool) -> None:
+    torch.manual_seed(time)
+    q, kv = torch.randn(batch, time, heads, nope + rope), torch.randn(batch, time, heads, nope + value)
+    k_rope = torch.randn(batch, time, rope)
+    document_BT = (torch.rand(batch, time) < 0.1).cumsum(1) if documents else None
+    assert_same(
+        causal_attention, causal_attention_reference, [q, kv, k_rope], scale=0.7, document_BT=document_BT,
+        tolerance=5e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "width", "hidden"),
+    [(1, 1, 1, 3, 2), (5, 4, 2, 8, 6), (64, 6, 3, 12, 5), (700, 2, 1, 16, 9), (33, 32, 4, 20, 16)],
+)
+def test_routed_experts(tokens: int, experts: int, top_k: int, width: int, hidden: int) -> None:
+    torch.manual_seed(tokens)
+    scores = torch.rand(tokens, experts)
+    scores[:, 0] += 0.5  # an uneven load, and experts that nobody chose
+    index = scores.topk(top_k, -1).indices
+    inputs = [
+        torch.randn(tokens, width), torch.rand(tokens, top_k), torch.randn(experts, 2 * hidden, width),
+        torch.randn(experts, width, hidden),
+    ]  # fmt: skip
+    assert_same(
+        lambda x, gate, gate_up, down: routed_experts(x, index, gate, gate_up, down),
+        lambda x, gate, gate_up, down: routed_experts_reference(x, index, gate, gate_up, down),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "width"), [(1, 2, 1), (7, 13, 5), (1030, 40, 8)])
+def test_linear_cross_entropy(rows: int, vocabulary: int, width: int) -> None:
+    torch.manual_seed(rows)
+    target = torch.randint(vocabulary, (rows,))
+    target[::5] = IGNORE
+    if rows > 1:
+        x, weight = torch.randn(rows, width), torch.randn(vocabulary, width) * 2
+        assert_same(
+            lambda x, w: linear_cross_entropy(x, w, target),
+            lambda x, w: torch.nn.functional.cross_entropy(x @ w.T, target, ignore_index=IGNORE), [x, weight],
+        )
+        assert torch.allclose(linear_cross_entropy_reference(x, weight, target), linear_cross_entropy(x, weight, target))
+    assert linear_cross_entropy(torch.randn(rows, width), torch.randn(vocabulary, width), target * 0 + IGNORE) == 0
