@@ -152,7 +152,7 @@ def test_the_newest_checkpoint_of_a_run_is_loaded(
     config = small_config()
     (tmp_path / "config.toml").write_text(dump_toml(RunConfig(model=config, train=TrainConfig(steps=2))))
     for step in (1, 2):
-        weights = checkpoint.Checkpoint({"model": random_model(config, seed=step).state_dict()}, {})
+        weights = checkpoint.Checkpoint({"model": random_model(config, seed=step).state_dict()}, {"step": step})
         checkpoint.save(tmp_path / "checkpoints" / "pretrain", step, weights, keep=2)
     model, found = load_model(tmp_path)
     assert found == config
