@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from benthic.convert.config import dtype_name
 from benthic.convert.folder import new_folder
 from benthic.convert.huggingface import copy_tokenizer, open_hf, save_hf, write_hf
 from benthic.convert.resolve import find_tokenizer, load_model
@@ -18,7 +19,7 @@ class Imported(NamedTuple):
     dequantised: int
     """Weights that were FP8 blocks and are now in ``dtype``."""
     shards: int
-    dtype: torch.dtype
+    dtype: str
     mtp_layers: int
     tokenizer: bool
     """Whether the directory had a tokenizer.json."""
@@ -44,7 +45,7 @@ def import_run(hf_dir: Path, out: Path) -> Imported:
             shutil.copyfile(draft / "model" / "generation_config.json", draft / "tokenizer" / "generation_config.json")
     return Imported(
         tensors=len(published.sources), dequantised=len(published.checkpoint.scales), shards=shards,
-        dtype=published.dtype, mtp_layers=published.config.num_nextn_predict_layers, tokenizer=tokenizer,
+        dtype=dtype_name(published.dtype), mtp_layers=published.config.num_nextn_predict_layers, tokenizer=tokenizer,
     )
 
 
