@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,10 +22,15 @@ def print_json(data: Any) -> None:
 
 
 def print_stream(pieces: Iterable[str]) -> None:
-    """Text as it comes, and a line's end."""
+    """Text as it comes, and a line's end; a model may produce any byte, so no control characters for a terminal."""
+    show = _without_controls if sys.stdout.isatty() else str
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print(show(piece), end="", flush=True)
     print()
+
+
+def _without_controls(text: str) -> str:
+    return "".join(character for character in text if character in "\n\t" or unicodedata.category(character) != "Cc")
 
 
 def print_figures(figures: dict[str, Any]) -> None:
@@ -54,8 +60,8 @@ def print_plan(plan: "Plan") -> None:
 def counting() -> Iterator[Callable[[str, int, int | None], None]]:
     """Progress of work that counts: called with what is being done, how much is done, and of how much if known.
 
-    Bars on a terminal; elsewhere a line at the start of each piece of work and then every few seconds. All of it on
-    standard error, so that standard output holds results alone.
+    Bars on a terminal; elsewhere a line every few seconds, so that quick work says nothing. All of it on standard
+    error: standard output holds results alone.
     """
     if sys.stderr.isatty():
         with _bars() as report:
@@ -82,13 +88,12 @@ def _bars() -> Iterator[Callable[[str, int, int | None], None]]:
 
 
 def _lines() -> Callable[[str, int, int | None], None]:
-    last_work, last_time = "", 0.0
+    last = time.monotonic()
 
     def report(work: str, done: int, total: int | None) -> None:
-        nonlocal last_work, last_time
-        now = time.monotonic()
-        if work != last_work or now - last_time >= LINE_EVERY:
+        nonlocal last
+        if time.monotonic() - last >= LINE_EVERY:
             print(f"{work}: {done}{f' of {total}' if total else ''}", file=sys.stderr, flush=True)
-            last_work, last_time = work, now
+            last = time.monotonic()
 
     return report

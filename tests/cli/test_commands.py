@@ -1,0 +1,98 @@
+"""What each subcommand is for, done once; and the JSON keys that other programs rely on."""
+
+import json
+
+import pytest
+
+FAST = ("--set", "inference.max_new_tokens=4", "--set", "inference.seed=3", "--set", "inference.temperature=0")
+
+
+def output(done):
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_leaves_what_a_run_directory_holds(small_run):
+    names = {path.name for path in small_run.iterdir()}
+    assert names >= {"config.toml", "tokenizer", "data", "checkpoints", "metrics.jsonl", "model"}
+
+
+def test_a_finished_run_again_is_done_at_once(benthic, small_run):
+    before = (small_run / "metrics.jsonl").read_text()
+    assert "bits per byte" in output(benthic("run", small_run / "config.toml", "--out", small_run))
+    assert (small_run / "metrics.jsonl").read_text() == before
+
+
+def test_data(benthic, corpus, tmp_path):
+    found = json.loads(output(benthic("data", corpus, "--out", tmp_path / "out", "--json")))
+    assert found.keys() >= {"documents", "tokens", "bytes", "rejected", "duplicates", "train_tokens", "val_tokens"}
+    assert found["documents"] == 40
+    assert found["tokens"] == found["train_tokens"] + found["val_tokens"]
+    # A document's plain text ends with a line break of its own.
+    assert found["bytes"] == sum(len(path.read_bytes()) + 1 for path in corpus.iterdir())
+
+
+def test_data_then_train_is_a_run(benthic, corpus, tmp_path):
+    settings = (
+        "--set",
+        f'data.sources=["{corpus}"]',
+        "--set",
+        "train.steps=1",
+        "--set",
+        "data.validation_fraction=0.2",
+    )
+    for command in ("data", "train"):
+        output(benthic(command, "tiny", "--out", tmp_path / "out", *settings))
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_eval(benthic, small_run):
+    score = json.loads(output(benthic("eval", small_run, "--json")))["validation"]
+    assert score.keys() >= {"metric", "value", "n", "ci95"}
+    rows = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
+    last = [row["validation_bits_per_byte"] for row in rows if "validation_bits_per_byte" in row][-1]
+    assert score["value"] == pytest.approx(last, rel=1e-5)
+    assert score["ci95"][0] <= score["value"] <= score["ci95"][1]
+
+
+def test_generate_prints_the_text_of_its_json(benthic, small_run):
+    text = output(benthic("generate", small_run, "--prompt", "The sea", *FAST))
+    found = json.loads(output(benthic("generate", small_run, "--prompt", "The sea", *FAST, "--json")))
+    assert found["text"] + "\n" == text
+
+
+def test_chat_answers_each_line(benthic, small_run):
+    assert output(benthic("chat", small_run, *FAST, stdin="hello\n/reset\nhow are you?\n")).count("\n") >= 3
+
+
+def test_export_and_import_keep_the_model(benthic, small_run, tmp_path):
+    output(benthic("export", small_run, "--format", "hf", "--out", tmp_path / "hf"))
+    output(benthic("import", tmp_path / "hf", "--out", tmp_path / "again"))
+    asked = ("--prompt", "The sea", *FAST, "--json")
+    assert output(benthic("generate", tmp_path / "again", *asked)) == output(benthic("generate", small_run, *asked))
+
+
+def test_plan(benthic):
+    plan = json.loads(output(benthic("plan", "v3-671b", "--json")))
+    assert plan.keys() >= {"total_parameters", "active_parameters", "kv_bytes_per_token", "parameters"}
+    assert plan["total_parameters"] == pytest.approx(671.03e9, rel=1e-4)
+    assert f"{plan['total_parameters']:,}" in output(benthic("plan", "v3-671b"))
+
+
+def test_plan_of_a_recipe_with_a_setting(benthic):
+    plan = json.loads(output(benthic("plan", "quickstart", "--set", "train.sequence_length=77", "--json")))
+    assert plan["sequence_length"] == 77
+
+
+@pytest.mark.parametrize(("work", "keys"), [
+    (("train", "--set", "model.preset=tiny", "--set", "train.steps=1", "--set", "train.sequence_length=16"),
+     {"tokens_per_s", "gemm_gflops", "share_of_gemm_peak"}),
+    (("prefill", "--context", "32", "--set", "model.preset=tiny"),
+     {"tokens_per_s", "context", "batch", "precision", "memory_gb_per_s", "gemm_gflops", "share_of_limit"}),
+    (("decode", "--context", "32", "--batch", "2", "--set", "model.preset=tiny"),
+     {"tokens_per_s", "context", "batch", "precision", "memory_gb_per_s", "share_of_limit", "accepted_per_step"}),
+])  # fmt: skip
+def test_bench(benthic, work, keys):
+    figures = json.loads(output(benthic("bench", *work, "--json")))
+    assert figures.keys() >= keys
+    assert figures["tokens_per_s"] > 0
