@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benthic.errors import InputError
+from benthic.errors import InputError, WorkFailed
 from benthic.files import read_json_object, require_plain, sha256, sync
 
 _HEADER_LIMIT = 16 * 2**20
@@ -25,7 +25,7 @@ _STEP = re.compile(r"step-(\d{1,18})")
 _FILE = re.compile(r"[a-z_]+\.safetensors|state\.json")
 
 
-class CheckpointFailed(RuntimeError):
+class CheckpointFailed(WorkFailed):
     """A checkpoint could not be written; those already there are intact."""
 
 

@@ -10,7 +10,7 @@ from benthic.config.schema import RunConfig
 from benthic.data.batches import Batch, Batches
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
-from benthic.errors import InputError
+from benthic.errors import InputError, WorkFailed
 from benthic.files import sha256, write_atomically
 from benthic.model import LanguageModel
 from benthic.plan.flops import training_flops
@@ -32,7 +32,7 @@ STAGE = "pretrain"
 _MOST_SKIPPED = 3
 
 
-class Diverged(RuntimeError):
+class Diverged(WorkFailed):
     """Loss or gradients were not finite several times in a row."""
 
 

@@ -67,7 +67,7 @@ def accumulate_gradients(
         share_K = _counted(targets_KBT[:, rows]) / counts_K.clamp_min(1)
         share = len(batch.tokens_BS[rows]) / len(batch.tokens_BS)
         weighted = Losses(losses.cross_entropy_K * share_K, losses.balance * share, losses.load_ME)
-        weighted.total(settings.mtp_weight, settings.balance_weight).backward()  # type: ignore[no-untyped-call]
+        weighted.total(settings.mtp_weight, settings.balance_weight).backward()
         parts.append(Losses(*(part.detach() for part in weighted)))
     return Losses(*(torch.stack(part).sum(0) for part in zip(*parts, strict=True)))
 

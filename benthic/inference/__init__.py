@@ -1,0 +1,1 @@
+"""A trained model at work: latent cache, sampling, the engine, the conversation."""

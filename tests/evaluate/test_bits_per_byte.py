@@ -1,0 +1,48 @@
+"""Bits per byte against a sum written out, and the interval against what statistics says of simple cases."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from benthic.config.schema import DataConfig
+from benthic.data.prepare import prepare
+from benthic.data.shards import TokenStore
+from benthic.evaluate.bits_per_byte import bits_per_byte, bootstrap_ci95
+from benthic.model import build_model
+
+
+@pytest.fixture(scope="module")
+def held_out(texts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prepared")
+    prepare(DataConfig(sources=(str(texts),), validation_fraction=0.2), 320, out)
+    return TokenStore(out / "data", "val")
+
+
+@pytest.mark.parametrize("length", [7, 64])
+def test_value_is_the_nats_of_every_token_over_the_bytes(held_out, tiny_run_config, length):
+    model = build_model(tiny_run_config().model, seed=length)
+    tokens = torch.from_numpy(held_out.take(np.arange(held_out.tokens)))
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, length):
+            piece = tokens[start : start + length + 1]
+            nats += float(torch.nn.functional.cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction="sum"))
+    score = bits_per_byte(model, held_out, sequence_length=length)
+    assert score.value == pytest.approx(nats / math.log(2) / held_out.manifest.val.bytes, rel=1e-5)
+    assert score.ci95[0] < score.value < score.ci95[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_interval_of_a_mean_is_two_standard_errors(seed):
+    values = np.random.default_rng(seed).normal(5.0, 2.0, size=400)
+    low, high = bootstrap_ci95(values, np.ones_like(values))
+    error = values.std() / math.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.25 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.25 * error)
+
+
+def test_pieces_that_agree_leave_no_doubt():
+    weights = np.array([3.0, 5.0, 11.0])
+    assert bootstrap_ci95(2 * weights, weights) == (2.0, 2.0)
