@@ -48,7 +48,7 @@ class LanguageModel(nn.Module):
         for depth, module in enumerate(self.mtp, start=1):
             embedding_BTD = self.transformer.embed(tokens_BS[:, depth : depth + length])
             hidden_BTD, routing = module(hidden_BTD, embedding_BTD, context)
-            states.append(module.norm(hidden_BTD))
+            states.append(hidden_BTD)
             routings += [] if routing is None else [routing]
         return states, routings
 

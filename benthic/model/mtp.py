@@ -1,8 +1,8 @@
 """Multi-token prediction: modules that each look one token further ahead (V3 report section 2.2).
 
 Module k joins the hidden state that module k - 1 left at position i with the embedding of token i + k and predicts
-token i + k + 1 through the shared head. The first takes the main model's state after its final norm, as the released
-weights expect.
+token i + k + 1 through the shared head. Each takes the state before it as the head sees it, after its norm: so the
+released weights expect it of the first, and so transformers chains the rest.
 
 Shapes: B batch, T time, D model, S = T + depth tokens.
 """
@@ -31,7 +31,7 @@ class MTPModule(nn.Module):
     def forward(
         self, hidden_BTD: Tensor, embedding_BTD: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Routing | None]:
-        """Hidden states (B, T, D) for the next module; :attr:`norm` readies them for the head."""
+        """Hidden states (B, T, D), normalised, for the head and for the next module."""
         joined = torch.cat((self.embed_norm(embedding_BTD), self.hidden_norm(hidden_BTD)), -1)
-        out: tuple[Tensor, Routing | None] = self.block(self.project(joined), context)
-        return out
+        out_BTD, routing = self.block(self.project(joined), context)
+        return self.norm(out_BTD), routing

@@ -54,7 +54,7 @@ class _NativeAttention(torch.autograd.Function):
     ) -> Tensor:
         q_BTHK, kv_BTHX, k_rope_BTR = q_BTHK.contiguous(), kv_BTHX.contiguous(), k_rope_BTR.contiguous()
         batch, time, heads, nope, rope, value = sizes = _sizes(q_BTHK, kv_BTHX, k_rope_BTR)
-        out_BTHV, lse_BHT = torch.empty(batch, time, heads, value), torch.empty(batch, heads, time)
+        out_BTHV, lse_BHT = q_BTHK.new_empty(batch, time, heads, value), torch.empty(batch, heads, time)
         native.call("attention_forward", q_BTHK, kv_BTHX, k_rope_BTR, first_BT, out_BTHV, lse_BHT, *sizes, scale)
         ctx.save_for_backward(q_BTHK, kv_BTHX, k_rope_BTR, first_BT, out_BTHV, lse_BHT)
         ctx.scale = scale
@@ -65,12 +65,12 @@ class _NativeAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         q_BTHK, kv_BTHX, k_rope_BTR = saved[:3]
         batch, time, heads, _, rope, _ = sizes = _sizes(q_BTHK, kv_BTHX, k_rope_BTR)
-        dq_BTHK, dkv_BTHX = torch.empty_like(q_BTHK), torch.zeros_like(kv_BTHX)
-        dk_rope_BHTR = torch.zeros(batch, heads, time, rope)
+        dq_BTHK, dkv_BTHX = torch.empty_like(q_BTHK), torch.empty_like(kv_BTHX)
+        dk_rope_BHTR = torch.empty(batch, heads, time, rope)
         native.call(
             "attention_backward", grads[0].contiguous(), *saved, dq_BTHK, dkv_BTHX, dk_rope_BHTR, *sizes, ctx.scale
         )
-        return dq_BTHK, dkv_BTHX, dk_rope_BHTR.sum(1), None, None
+        return dq_BTHK, dkv_BTHX, dk_rope_BHTR.sum(1).to(k_rope_BTR.dtype), None, None
 
 
 def _sizes(q_BTHK: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor) -> tuple[int, int, int, int, int, int]:

@@ -61,13 +61,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _chunk_loss(logits_CV: Tensor, target_C: Tensor, counted: int) -> tuple[Tensor, Tensor]:
     """Summed nats of a chunk, and the gradient of the mean loss with respect to its logits (in their dtype).
 
-    The gradient takes the place of the logits where they have the precision for it.
+    The gradient takes the place of the logits where a kernel does this.
     """
+    if native.usable(logits_CV):
+        nats_C = torch.empty(len(logits_CV), dtype=torch.float64)
+        native.call("cross_entropy_rows", logits_CV, target_C, nats_C, *logits_CV.shape, IGNORE, 1.0 / counted)
+        return nats_C.sum(), logits_CV
     logits = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    if native.usable(logits):
-        nats_C = torch.empty(len(logits), dtype=torch.float64)
-        native.call("cross_entropy_rows", logits, target_C, nats_C, *logits.shape, IGNORE, 1.0 / counted)
-        return nats_C.sum(), logits.to(logits_CV.dtype)
     keep_C1 = (target_C != IGNORE)[:, None].to(logits.dtype)
     target_C1 = target_C[:, None].clamp_min(0)
     log_normaliser_C1 = logits.logsumexp(-1, keepdim=True)

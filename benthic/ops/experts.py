@@ -49,7 +49,7 @@ class _RoutedExperts(torch.autograd.Function):
     ) -> Tensor:
         x_ND = x_ND.contiguous()
         order_S, slot_NK, counts = _sort_by_expert(index_NK, gate_up_EGD.shape[0])
-        token_S, gate_S = order_S // index_NK.shape[1], gate_NK.flatten()[order_S].to(x_ND.dtype)
+        token_S, gate_S = order_S // index_NK.shape[1], gate_NK.flatten()[order_S]
         inputs = x_ND, token_S, slot_NK, counts, gate_S, gate_up_EGD, down_EDF
         run = _forward_native if native.usable(x_ND, gate_up_EGD, down_EDF) else _forward_torch
         gate_up_SG, out_ND = run(*inputs)
@@ -71,9 +71,9 @@ def _forward_native(
     down_EDF: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, (n, d), (e, _, f) = len(token_S), x_ND.shape, down_EDF.shape
-    gate_up_SG, y_SD, out_ND = torch.empty(rows, 2 * f), torch.empty(rows, d), torch.empty(n, d)
+    gate_up_SG, y_SD, out_ND = (x_ND.new_empty(shape) for shape in ((rows, 2 * f), (rows, d), (n, d)))
     native.call(
-        "experts_forward", x_ND, token_S, slot_NK, _offsets(counts), gate_S, gate_up_EGD, down_EDF, gate_up_SG, y_SD,
+        "experts_forward", x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_EGD, down_EDF, gate_up_SG, y_SD,
         out_ND, n, e, d, f, slot_NK.shape[1],
     )  # fmt: skip
     return gate_up_SG, out_ND
@@ -84,10 +84,10 @@ def _backward_native(
     gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (n, d), (e, _, f) = x_ND.shape, down_EDF.shape
-    dx_SD, dx_ND, dgate_S = torch.empty(len(token_S), d), torch.empty(n, d), torch.empty(len(token_S))
+    dx_SD, dx_ND, dgate_S = x_ND.new_empty(len(token_S), d), torch.empty_like(x_ND), torch.empty(len(token_S))
     dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
     native.call(
-        "experts_backward", dout_ND, x_ND, token_S, slot_NK, _offsets(counts), gate_S, gate_up_SG, gate_up_EGD,
+        "experts_backward", dout_ND, x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_SG, gate_up_EGD,
         down_EDF, dx_SD, dx_ND, dgate_S, dgate_up_EGD, ddown_EDF, n, e, d, f, slot_NK.shape[1],
     )  # fmt: skip
     return dx_ND, dgate_S, dgate_up_EGD, ddown_EDF
@@ -106,7 +106,7 @@ def _forward_torch(
     y_SD = x_ND.new_empty(len(token_S), x_ND.shape[1])
     for expert, rows_e in _segments(counts):
         torch.mm(x_ND[token_S[rows_e]], gate_up_EGD[expert].T, out=gate_up_SG[rows_e])
-        hidden = _swiglu(gate_up_SG[rows_e]).mul_(gate_S[rows_e, None])
+        hidden = _swiglu(gate_up_SG[rows_e]).mul_(gate_S[rows_e, None].to(x_ND.dtype))
         torch.mm(hidden, down_EDF[expert].T, out=y_SD[rows_e])
     return gate_up_SG, _combine(y_SD, slot_NK)
 
@@ -121,7 +121,9 @@ def _backward_torch(
         token_e = token_S[rows_e]
         dy = dout_ND[token_e]
         dhidden = dy @ down_EDF[expert]
-        hidden, dgate_up, dgate_S[rows_e] = _swiglu_backward(gate_up_SG[rows_e], gate_S[rows_e, None], dhidden)
+        hidden, dgate_up, dgate_S[rows_e] = _swiglu_backward(
+            gate_up_SG[rows_e], gate_S[rows_e, None].to(x_ND.dtype), dhidden
+        )
         torch.mm(dy.T, hidden, out=ddown_EDF[expert])
         torch.mm(dgate_up.T, x_ND[token_e], out=dgate_up_EGD[expert])
         torch.mm(dgate_up, gate_up_EGD[expert], out=dx_SD[rows_e])

@@ -33,7 +33,7 @@ class _NativeRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows_ND = _as_rows(x)
-        y = torch.empty(x.shape)
+        y = x.new_empty(x.shape)
         rstd_N = torch.empty(len(rows_ND))
         native.call("rms_norm_forward", rows_ND, rows_ND.stride(0), weight, y, rstd_N, *rows_ND.shape, eps)
         ctx.save_for_backward(rows_ND, weight, rstd_N)
@@ -43,12 +43,12 @@ class _NativeRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, weight, rstd_N = ctx.saved_tensors
         dy, threads = grads[0].contiguous(), torch.get_num_threads()
-        dx, dweight_parts = torch.empty(dy.shape), torch.zeros(threads, len(weight))
+        dx, dweight_parts = torch.empty_like(dy), torch.zeros(threads, len(weight))
         native.call(
             "rms_norm_backward", dy, rows_ND, rows_ND.stride(0), weight, rstd_N, dx, dweight_parts, *rows_ND.shape,
             threads,
         )  # fmt: skip
-        return dx, dweight_parts.sum(0), None
+        return dx, dweight_parts.sum(0).to(weight.dtype), None
 
 
 def _as_rows(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def apply_rope(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
 
 def rotate_tail(x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     """Rotate the last 2P of each head's W numbers as :func:`apply_rope` does, and copy the rest."""
-    if native.usable(x_BTHW, cos_TP):
+    if native.usable(x_BTHW):
         out: Tensor = _NativeRotateTail.apply(x_BTHW, cos_TP, sin_TP)
         return out
     kept = x_BTHW.shape[-1] - 2 * cos_TP.shape[-1]
@@ -52,7 +52,7 @@ def _rotate_tail_native(x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor, directio
     batch, time, heads, width = x_BTHW.shape
     if x_BTHW.stride()[2:] != (width, 1) or x_BTHW.stride(0) != time * x_BTHW.stride(1):
         x_BTHW = x_BTHW.contiguous()
-    out_BTHW = torch.empty(x_BTHW.shape)
+    out_BTHW = x_BTHW.new_empty(x_BTHW.shape)
     native.call(
         "rope_tail", x_BTHW, x_BTHW.stride(1), cos_TP, sin_TP, direction, out_BTHW, batch * time * heads, time, heads,
         width, cos_TP.shape[-1],

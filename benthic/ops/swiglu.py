@@ -29,7 +29,7 @@ class _NativeSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         gate_up = gate_up.contiguous()
         width = gate_up.shape[-1] // 2
-        out = torch.empty(*gate_up.shape[:-1], width)
+        out = gate_up.new_empty(*gate_up.shape[:-1], width)
         native.call("swiglu_forward", gate_up, out, out.numel() // width, width)
         ctx.save_for_backward(gate_up)
         return out

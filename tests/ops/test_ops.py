@@ -135,3 +135,36 @@ def test_linear_cross_entropy(rows: int, vocabulary: int, width: int) -> None:
         )
         assert torch.allclose(linear_cross_entropy_reference(x, weight, target), linear_cross_entropy(x, weight, target))
     assert linear_cross_entropy(torch.randn(rows, width), torch.randn(vocabulary, width), target * 0 + IGNORE) == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_is_as_close_to_float64_as_rounding_allows(seed: int) -> None:
+    """Value and gradients of every operation, inputs and outputs rounded to bf16 and arithmetic in fp32."""
+    torch.manual_seed(seed)
+    tokens, index = 70, torch.rand(70, 5).topk(2, -1).indices
+    angle, target = torch.rand(10, 3), torch.randint(9, (tokens,))
+    gate = torch.rand(tokens, 2)
+    cases: list[tuple[Op, Op, list[Tensor]]] = [
+        (lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm(x, w, 1e-6), [torch.randn(tokens, 24), torch.randn(24)]),
+        (swiglu, swiglu_reference, [torch.randn(tokens, 24)]),
+        (lambda x: rotate_tail(x, angle.cos(), angle.sin()), lambda x: rotate_tail(x, angle.cos(), angle.sin()),
+         [torch.randn(2, 10, 3, 14)]),
+        (lambda q, kv, k: causal_attention(q, kv, k, scale=0.3),
+         lambda q, kv, k: causal_attention_reference(q, kv, k, scale=0.3),
+         [torch.randn(2, 90, 3, 12), torch.randn(2, 90, 3, 15), torch.randn(2, 90, 4)]),
+        (lambda x, gu, d: routed_experts(x, index, gate, gu, d),
+         lambda x, gu, d: routed_experts_reference(x, index, gate.double(), gu, d),
+         [torch.randn(tokens, 16), torch.randn(5, 12, 16) / 4, torch.randn(5, 16, 6) / 4]),
+        (lambda x, w: linear_cross_entropy(x, w, target), lambda x, w: torch.nn.functional.cross_entropy(x @ w.T, target),
+         [torch.randn(tokens, 8), torch.randn(9, 8)]),
+    ]  # fmt: skip
+    for fast, reference, inputs in cases:
+        rounded = [x.bfloat16() for x in inputs]
+        rough = [x.clone().requires_grad_() for x in rounded]
+        exact = [x.double().requires_grad_() for x in rounded]
+        actual, expected = fast(*rough), reference(*exact)
+        weight = torch.randn(expected.shape).bfloat16()
+        found = [actual, *torch.autograd.grad((actual * weight).sum(), rough)]
+        wanted = [expected, *torch.autograd.grad((expected * weight.double()).sum(), exact)]
+        for got, want in zip(found, wanted, strict=True):
+            assert (got.double() - want).norm() < 0.02 * want.norm()

@@ -15,6 +15,7 @@ from torch import Tensor
 from benthic.ops.native.build import BuildError, shared_library
 
 _Argument = Tensor | int | float | None
+_SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
 @lru_cache(maxsize=1)
@@ -33,16 +34,21 @@ def status() -> str:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the native kernels exist and take these tensors: on the CPU, in fp32, outside autocast."""
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    """Whether the native kernels exist and take these tensors: on the CPU, all fp32 or all bf16."""
+    dtype = tensors[0].dtype
+    plain = dtype in _SUFFIX and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
     return plain and not torch.is_autocast_enabled("cpu") and _load()[0] is not None
 
 
 def call(name: str, *arguments: _Argument) -> None:
-    """Run a kernel: tensors go as pointers, integers as int64, floats as fp32, None as a null pointer."""
-    library = _load()[0]
+    """Run a kernel for the dtype of the first argument.
+
+    Tensors go as pointers, integers as int64, floats as fp32, None as a null pointer.
+    """
+    library, first = _load()[0], arguments[0]
     assert library is not None, "call usable() first"
-    getattr(library, name)(*map(_convert, arguments))
+    assert isinstance(first, Tensor)
+    getattr(library, name + _SUFFIX[first.dtype])(*map(_convert, arguments))
 
 
 def _convert(argument: _Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:

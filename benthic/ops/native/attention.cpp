@@ -14,161 +14,209 @@ namespace {
 constexpr int64_t kQueries = 64, kKeys = 512;
 
 struct Shape {
-    int64_t batch, time, heads, nope, rope, value;
+    int64_t time, heads, nope, rope, value;
+    float scale;
     int64_t q_stride() const { return heads * (nope + rope); }
     int64_t kv_stride() const { return heads * (nope + value); }
     int64_t out_stride() const { return heads * value; }
 };
 
+// Where one head of one sequence lies in each tensor.
+struct Head {
+    int64_t q, kv, k_rope, out, lse;
+    Head(const Shape& s, int64_t index) {
+        const int64_t b = index / s.heads, h = index % s.heads;
+        q = b * s.time * s.q_stride() + h * (s.nope + s.rope);
+        kv = b * s.time * s.kv_stride() + h * (s.nope + s.value);
+        k_rope = b * s.time * s.rope;
+        out = b * s.time * s.out_stride() + h * s.value;
+        lse = index * s.time;
+    }
+};
+
 // The part of a block of keys starting at `key` that query `t` sees: [low, high), counted from the block's start.
 struct Range {
     int64_t low, high;
+    Range(const int64_t* first, int64_t t, int64_t key, int64_t keys) {
+        low = first ? std::min(std::max<int64_t>(first[t] - key, 0), keys) : 0;
+        high = std::max(std::min(t + 1 - key, keys), low);
+    }
 };
-Range visible(const int64_t* first, int64_t t, int64_t key, int64_t keys) {
-    const int64_t low = first ? std::max<int64_t>(first[t] - key, 0) : 0;
-    const int64_t high = std::min(t + 1 - key, keys);
-    return {std::min(low, keys), std::max(high, std::min(low, keys))};
+
+// Scaled scores (rows, keys) of a block of queries with a block of keys.
+template <typename T>
+void scores(const Shape& s, const T* q, const T* k, const T* k_rope, int64_t rows, int64_t keys, float* out) {
+    gemm('N', 'T', rows, keys, s.nope, s.scale, q, s.q_stride(), k, s.kv_stride(), 0.0f, out, keys);
+    gemm('N', 'T', rows, keys, s.rope, s.scale, q + s.nope, s.q_stride(), k_rope, s.rope, 1.0f, out, keys);
 }
 
-// Scaled scores of a block of queries with a block of keys (rows of length `keys`).
-void scores(const Shape& s, const float* q, const float* k, const float* k_rope, int64_t rows, int64_t keys,
-            float scale, float* out) {
-    gemm_nt(rows, keys, s.nope, scale, q, s.q_stride(), k, s.kv_stride(), 0.0f, out, keys);
-    gemm_nt(rows, keys, s.rope, scale, q + s.nope, s.q_stride(), k_rope, s.rope, 1.0f, out, keys);
+// Set to zero what lies outside of the range.
+template <typename T>
+void clear_outside(T* x, int64_t keys, Range range) {
+    std::fill(x, x + range.low, T(0.0f));
+    std::fill(x + range.high, x + keys, T(0.0f));
 }
 
-// One block of keys into the running softmax of one row: x becomes exp(x - top) inside the range and 0 outside.
-void online_softmax(float* x, int64_t keys, Range range, float& top, float& sum, float& rescale) {
+// One block of keys into the running softmax of one row: p becomes exp(x - top) inside the range and 0 outside.
+// Returns the factor by which what was summed before is to be multiplied. x and p may be one array.
+template <typename T>
+float online_softmax(const float* x, T* p, int64_t keys, Range range, float& top, float& sum) {
     float peak = top;
 #pragma omp simd reduction(max : peak)
     for (int64_t i = range.low; i < range.high; ++i) peak = std::max(peak, x[i]);
-    rescale = peak == -INFINITY ? 1.0f : fast_exp(top - peak);
+    const float rescale = peak == -INFINITY ? 1.0f : fast_exp(top - peak);
     float added = 0.0f;
 #pragma omp simd reduction(+ : added)
     for (int64_t i = range.low; i < range.high; ++i) {
-        x[i] = fast_exp(x[i] - peak);
-        added += x[i];
+        const float e = fast_exp(x[i] - peak);
+        p[i] = e;
+        added += e;
     }
-    std::fill(x, x + range.low, 0.0f);
-    std::fill(x + range.high, x + keys, 0.0f);
+    clear_outside(p, keys, range);
     top = peak;
     sum = sum * rescale + added;
+    return rescale;
 }
 
-void forward_block(const Shape& s, const float* q, const float* kv, const float* k_rope, const int64_t* first,
-                   float* out, float* lse, int64_t query, int64_t rows, float scale) {
-    float* x = scratch(0, kQueries * kKeys);
+template <typename T>
+void forward_block(const Shape& s, const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse,
+                   int64_t query, int64_t rows) {
+    float *x = scratch<float>(0, kQueries * kKeys), *o = scratch<float>(1, kQueries * s.value);
+    T* p = scratch<T>(2, kQueries * kKeys);
     float top[kQueries], sum[kQueries];
     std::fill(top, top + rows, -INFINITY);
     std::fill(sum, sum + rows, 0.0f);
     for (int64_t key = 0; key < query + rows; key += kKeys) {
         const int64_t keys = std::min(kKeys, query + rows - key);
-        const float* k = kv + key * s.kv_stride();
-        scores(s, q + query * s.q_stride(), k, k_rope + key * s.rope, rows, keys, scale, x);
+        const T* k = kv + key * s.kv_stride();
+        scores(s, q + query * s.q_stride(), k, k_rope + key * s.rope, rows, keys, x);
         for (int64_t r = 0; r < rows; ++r) {
-            float rescale;
-            online_softmax(x + r * keys, keys, visible(first, query + r, key, keys), top[r], sum[r], rescale);
-            float* o = out + (query + r) * s.out_stride();
+            const Range range(first, query + r, key, keys);
+            const float rescale = online_softmax(x + r * keys, p + r * keys, keys, range, top[r], sum[r]);
             if (key > 0)
-                for (int64_t i = 0; i < s.value; ++i) o[i] *= rescale;
+                for (int64_t i = 0; i < s.value; ++i) o[r * s.value + i] *= rescale;
         }
-        gemm_nn(rows, s.value, keys, 1.0f, x, keys, k + s.nope, s.kv_stride(), key > 0 ? 1.0f : 0.0f,
-                out + query * s.out_stride(), s.out_stride());
+        gemm('N', 'N', rows, s.value, keys, 1.0f, p, keys, k + s.nope, s.kv_stride(), key > 0 ? 1.0f : 0.0f, o,
+             s.value);
     }
     for (int64_t r = 0; r < rows; ++r) {
-        float* o = out + (query + r) * s.out_stride();
+        T* to = out + (query + r) * s.out_stride();
         const float inverse = 1.0f / sum[r];
-        for (int64_t i = 0; i < s.value; ++i) o[i] *= inverse;
+        for (int64_t i = 0; i < s.value; ++i) to[i] = o[r * s.value + i] * inverse;
         lse[query + r] = top[r] + std::log(sum[r]);
     }
 }
 
-// Gradient of the scores of one row, in place of `dp`; `p` holds the scores and becomes the probabilities.
-void softmax_backward(float* p, float* dp, int64_t keys, Range range, float lse, float delta, float scale) {
-    std::fill(p, p + range.low, 0.0f);
-    std::fill(dp, dp + range.low, 0.0f);
-    std::fill(p + range.high, p + keys, 0.0f);
-    std::fill(dp + range.high, dp + keys, 0.0f);
+// From scores x and the gradient of the probabilities dx of one row: the probabilities p and the gradient of the
+// unscaled scores ds.
+template <typename T>
+void softmax_backward(const float* x, const float* dx, T* p, T* ds, int64_t keys, Range range, float lse, float delta,
+                      float scale) {
 #pragma omp simd
     for (int64_t i = range.low; i < range.high; ++i) {
-        p[i] = fast_exp(p[i] - lse);
-        dp[i] = p[i] * (dp[i] - delta) * scale;
+        const float e = fast_exp(x[i] - lse);
+        p[i] = e;
+        ds[i] = e * (dx[i] - delta) * scale;
     }
+    clear_outside(p, keys, range);
+    clear_outside(ds, keys, range);
 }
 
-float dot(const float* a, const float* b, int64_t n) {
+template <typename T>
+float dot(const T* a, const T* b, int64_t n) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
+    for (int64_t i = 0; i < n; ++i) sum += static_cast<float>(a[i]) * static_cast<float>(b[i]);
     return sum;
 }
 
-// All of one head of one sequence; gradients of keys and values must be zero before.
-void backward_head(const Shape& s, const float* dout, const float* q, const float* kv, const float* k_rope,
-                   const int64_t* first, const float* out, const float* lse, float* dq, float* dkv, float* dk_rope,
-                   float scale) {
-    float *p = scratch(0, kQueries * kKeys), *dp = scratch(1, kQueries * kKeys);
+// Copy a dense (rows, width) array of sums to rows `stride` apart.
+template <typename T>
+void store_rows(const float* from, T* to, int64_t rows, int64_t width, int64_t stride) {
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < width; ++i) to[r * stride + i] = from[r * width + i];
+}
+
+// All of one head of one sequence.
+template <typename T>
+void backward_head(const Shape& s, const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first,
+                   const T* out, const float* lse, T* dq, T* dkv, float* dk_rope) {
+    const int64_t wide_q = s.nope + s.rope, wide_kv = s.nope + s.value;
+    float *x = scratch<float>(0, kQueries * kKeys), *dx = scratch<float>(1, kQueries * kKeys);
+    T *p = scratch<T>(2, kQueries * kKeys), *ds = scratch<T>(3, kQueries * kKeys);
+    float *dq_sum = scratch<float>(4, kQueries * wide_q), *dkv_sum = scratch<float>(5, s.time * wide_kv);
+    std::fill(dkv_sum, dkv_sum + s.time * wide_kv, 0.0f);
+    std::fill(dk_rope, dk_rope + s.time * s.rope, 0.0f);
     for (int64_t query = 0; query < s.time; query += kQueries) {
         const int64_t rows = std::min(kQueries, s.time - query);
-        const float *qb = q + query * s.q_stride(), *db = dout + query * s.out_stride();
-        float *dqb = dq + query * s.q_stride(), delta[kQueries];
+        const T *qb = q + query * s.q_stride(), *db = dout + query * s.out_stride();
+        float delta[kQueries];
         for (int64_t r = 0; r < rows; ++r)
             delta[r] = dot(db + r * s.out_stride(), out + (query + r) * s.out_stride(), s.value);
         for (int64_t key = 0; key < query + rows; key += kKeys) {
             const int64_t keys = std::min(kKeys, query + rows - key);
-            const float *k = kv + key * s.kv_stride(), *kr = k_rope + key * s.rope;
-            float *dk = dkv + key * s.kv_stride(), beta = key > 0 ? 1.0f : 0.0f;
-            scores(s, qb, k, kr, rows, keys, scale, p);
-            gemm_nt(rows, keys, s.value, 1.0f, db, s.out_stride(), k + s.nope, s.kv_stride(), 0.0f, dp, keys);
+            const T *k = kv + key * s.kv_stride(), *kr = k_rope + key * s.rope;
+            float *dk = dkv_sum + key * wide_kv, beta = key > 0 ? 1.0f : 0.0f;
+            scores(s, qb, k, kr, rows, keys, x);
+            gemm('N', 'T', rows, keys, s.value, 1.0f, db, s.out_stride(), k + s.nope, s.kv_stride(), 0.0f, dx, keys);
             for (int64_t r = 0; r < rows; ++r)
-                softmax_backward(p + r * keys, dp + r * keys, keys, visible(first, query + r, key, keys),
-                                 lse[query + r], delta[r], scale);
-            gemm_tn(keys, s.value, rows, 1.0f, p, keys, db, s.out_stride(), 1.0f, dk + s.nope, s.kv_stride());
-            gemm_tn(keys, s.nope, rows, 1.0f, dp, keys, qb, s.q_stride(), 1.0f, dk, s.kv_stride());
-            gemm_tn(keys, s.rope, rows, 1.0f, dp, keys, qb + s.nope, s.q_stride(), 1.0f, dk_rope + key * s.rope,
-                    s.rope);
-            gemm_nn(rows, s.nope, keys, 1.0f, dp, keys, k, s.kv_stride(), beta, dqb, s.q_stride());
-            gemm_nn(rows, s.rope, keys, 1.0f, dp, keys, kr, s.rope, beta, dqb + s.nope, s.q_stride());
+                softmax_backward(x + r * keys, dx + r * keys, p + r * keys, ds + r * keys, keys,
+                                 Range(first, query + r, key, keys), lse[query + r], delta[r], s.scale);
+            gemm('T', 'N', keys, s.value, rows, 1.0f, p, keys, db, s.out_stride(), 1.0f, dk + s.nope, wide_kv);
+            gemm('T', 'N', keys, s.nope, rows, 1.0f, ds, keys, qb, s.q_stride(), 1.0f, dk, wide_kv);
+            gemm('T', 'N', keys, s.rope, rows, 1.0f, ds, keys, qb + s.nope, s.q_stride(), 1.0f,
+                 dk_rope + key * s.rope, s.rope);
+            gemm('N', 'N', rows, s.nope, keys, 1.0f, ds, keys, k, s.kv_stride(), beta, dq_sum, wide_q);
+            gemm('N', 'N', rows, s.rope, keys, 1.0f, ds, keys, kr, s.rope, beta, dq_sum + s.nope, wide_q);
         }
+        store_rows(dq_sum, dq + query * s.q_stride(), rows, wide_q, s.q_stride());
+    }
+    store_rows(dkv_sum, dkv, s.time, wide_kv, s.kv_stride());
+}
+
+template <typename T>
+void attention_forward(const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse,
+                       int64_t batch, int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value,
+                       float scale) {
+    const Shape s{time, heads, nope, rope, value, scale};
+    const int64_t blocks = (time + kQueries - 1) / kQueries;
+#pragma omp parallel for collapse(2) schedule(dynamic, 1)
+    for (int64_t index = 0; index < batch * heads; ++index)
+        for (int64_t block = 0; block < blocks; ++block) {
+            const Head at(s, index);
+            const int64_t query = block * kQueries;
+            forward_block(s, q + at.q, kv + at.kv, k_rope + at.k_rope,
+                          first ? first + index / heads * time : nullptr, out + at.out, lse + at.lse, query,
+                          std::min(kQueries, time - query));
+        }
+}
+
+// dk_rope_h (b, h, t, rope) gets each head's share of the gradient of the rotary key.
+template <typename T>
+void attention_backward(const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first, const T* out,
+                        const float* lse, T* dq, T* dkv, float* dk_rope_h, int64_t batch, int64_t time, int64_t heads,
+                        int64_t nope, int64_t rope, int64_t value, float scale) {
+    const Shape s{time, heads, nope, rope, value, scale};
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t index = 0; index < batch * heads; ++index) {
+        const Head at(s, index);
+        backward_head(s, dout + at.out, q + at.q, kv + at.kv, k_rope + at.k_rope,
+                      first ? first + index / heads * time : nullptr, out + at.out, lse + at.lse, dq + at.q,
+                      dkv + at.kv, dk_rope_h + at.lse * rope);
     }
 }
 
 }  // namespace
 
-extern "C" {
-
-void attention_forward(const float* q, const float* kv, const float* k_rope, const int64_t* first, float* out,
-                       float* lse, int64_t batch, int64_t time, int64_t heads, int64_t nope, int64_t rope,
-                       int64_t value, float scale) {
-    const Shape s{batch, time, heads, nope, rope, value};
-    const int64_t blocks = (time + kQueries - 1) / kQueries;
-#pragma omp parallel for collapse(2) schedule(dynamic, 1)
-    for (int64_t head = 0; head < batch * heads; ++head)
-        for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t b = head / heads, h = head % heads, query = block * kQueries;
-            forward_block(s, q + b * time * s.q_stride() + h * (nope + rope),
-                          kv + b * time * s.kv_stride() + h * (nope + value), k_rope + b * time * rope,
-                          first ? first + b * time : nullptr, out + b * time * s.out_stride() + h * value,
-                          lse + head * time, query, std::min(kQueries, time - query), scale);
-        }
-}
-
-// dkv (like kv) and dk_rope_h (b, h, t, rope), a share per head, must be zero before.
-void attention_backward(const float* dout, const float* q, const float* kv, const float* k_rope,
-                        const int64_t* first, const float* out, const float* lse, float* dq, float* dkv,
-                        float* dk_rope_h, int64_t batch, int64_t time, int64_t heads, int64_t nope, int64_t rope,
-                        int64_t value, float scale) {
-    const Shape s{batch, time, heads, nope, rope, value};
-#pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t head = 0; head < batch * heads; ++head) {
-        const int64_t b = head / heads, h = head % heads;
-        const int64_t q_at = b * time * s.q_stride() + h * (nope + rope);
-        const int64_t kv_at = b * time * s.kv_stride() + h * (nope + value);
-        const int64_t out_at = b * time * s.out_stride() + h * value;
-        backward_head(s, dout + out_at, q + q_at, kv + kv_at, k_rope + b * time * rope,
-                      first ? first + b * time : nullptr, out + out_at, lse + head * time, dq + q_at, dkv + kv_at,
-                      dk_rope_h + head * time * rope, scale);
-    }
-}
-
-}  // extern "C"
+#define ARGS(T) (const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse, int64_t batch, \
+                 int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value, float scale)
+BENTHIC_EXPORT(attention_forward, ARGS,
+               (q, kv, k_rope, first, out, lse, batch, time, heads, nope, rope, value, scale))
+#undef ARGS
+#define ARGS(T) (const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first, const T* out,       \
+                 const float* lse, T* dq, T* dkv, float* dk_rope_h, int64_t batch, int64_t time, int64_t heads,     \
+                 int64_t nope, int64_t rope, int64_t value, float scale)
+BENTHIC_EXPORT(attention_backward, ARGS,
+               (dout, q, kv, k_rope, first, out, lse, dq, dkv, dk_rope_h, batch, time, heads, nope, rope, value,
+                scale))
+#undef ARGS

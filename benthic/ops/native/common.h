@@ -1,4 +1,5 @@
-// What the kernels share: an exponential that compilers vectorise, and matrix products on PyTorch's own BLAS.
+// What the kernels share: fp32 and bf16 numbers, an exponential that compilers vectorise, and matrix products on the
+// BLAS inside PyTorch. Kernels are templates over T, the number type of tensors; arithmetic is always fp32.
 #pragma once
 
 #include <omp.h>
@@ -7,32 +8,50 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
-// The BLAS inside libtorch, by its Fortran name; called from within a parallel region it uses the calling thread only.
+// The BLAS inside libtorch; called from within a parallel region it uses the calling thread only.
 extern "C" void sgemm_(const char* trans_a, const char* trans_b, const int* m, const int* n, const int* k,
                        const float* alpha, const float* a, const int* lda, const float* b, const int* ldb,
                        const float* beta, float* c, const int* ldc);
+extern "C" void cblas_gemm_bf16bf16f32(int layout, int trans_a, int trans_b, int m, int n, int k, float alpha,
+                                       const void* a, int lda, const void* b, int ldb, float beta, float* c, int ldc);
 
 namespace benthic {
 
-// c (m, n) = alpha a b + beta c, row-major; 'T' takes a factor transposed. BLAS counts columns first, so it is asked
-// for the transposed product.
+// The upper half of an fp32, rounded to nearest even.
+struct bf16 {
+    uint16_t bits;
+    bf16() = default;
+    bf16(float value) {
+        uint32_t u;
+        std::memcpy(&u, &value, sizeof u);
+        const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+        bits = value == value ? rounded : 0x7fc0;
+    }
+    operator float() const {
+        const uint32_t u = static_cast<uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &u, sizeof value);
+        return value;
+    }
+};
+
+template <typename T>
+constexpr bool is_float = std::is_same_v<T, float>;
+
+// c (m, n) = alpha a b + beta c in fp32, row-major; trans 'T' takes a factor transposed.
 inline void gemm(char trans_a, char trans_b, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
                  int ldb, float beta, float* c, int ldc) {
+    // Fortran's BLAS counts columns first, so it is asked for the transposed product.
     sgemm_(&trans_b, &trans_a, &n, &m, &k, &alpha, b, &ldb, a, &lda, &beta, c, &ldc);
 }
-inline void gemm_nn(int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb, float beta,
-                    float* c, int ldc) {
-    gemm('N', 'N', m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
-inline void gemm_nt(int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb, float beta,
-                    float* c, int ldc) {
-    gemm('N', 'T', m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
-inline void gemm_tn(int m, int n, int k, float alpha, const float* a, int lda, const float* b, int ldb, float beta,
-                    float* c, int ldc) {
-    gemm('T', 'N', m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+inline void gemm(char trans_a, char trans_b, int m, int n, int k, float alpha, const bf16* a, int lda, const bf16* b,
+                 int ldb, float beta, float* c, int ldc) {
+    constexpr int row_major = 101, as_is = 111, transposed = 112;
+    cblas_gemm_bf16bf16f32(row_major, trans_a == 'T' ? transposed : as_is, trans_b == 'T' ? transposed : as_is, m, n,
+                           k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 // exp(x) to about one unit in the last place of fp32: 2^round(x / ln 2) times a polynomial of the remainder
@@ -57,11 +76,35 @@ inline float fast_exp(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
-// Scratch memory of one thread, kept between calls and grown when needed.
-inline float* scratch(int slot, size_t count) {
-    static thread_local std::vector<float> buffers[6];
+// Working memory of one thread, kept between calls and grown when needed; a slot for each buffer in use at once.
+template <typename T>
+T* scratch(int slot, size_t count) {
+    static thread_local std::vector<T> buffers[8];
     if (buffers[slot].size() < count) buffers[slot].resize(count);
     return buffers[slot].data();
 }
+
+// Where a matrix product destined for `to` goes: there if that is fp32, else into a scratch buffer.
+template <typename T>
+float* product(T* to, int slot, size_t count) {
+    if constexpr (is_float<T>)
+        return to;
+    else
+        return scratch<float>(slot, count);
+}
+
+// Round a finished product to where it belongs; nothing if it was computed there.
+template <typename T>
+void settle(const float* from, T* to, int64_t count) {
+    if constexpr (!is_float<T>) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    }
+}
+
+// The names that Python calls: `name` for each number type.
+#define BENTHIC_EXPORT(name, parameters, arguments)                                    \
+    extern "C" void name##_f32 parameters(float) { name<float> arguments; }            \
+    extern "C" void name##_bf16 parameters(benthic::bf16) { name<benthic::bf16> arguments; }
 
 }  // namespace benthic

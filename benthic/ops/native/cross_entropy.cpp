@@ -4,35 +4,42 @@
 
 using namespace benthic;
 
-extern "C" {
+namespace {
 
 // logits (n, v) become scale * (softmax - one-hot), or zeros where target is `ignore`; nats (n) gets the losses.
-void cross_entropy_rows(float* logits, const int64_t* target, double* nats, int64_t n, int64_t v, int64_t ignore,
+template <typename T>
+void cross_entropy_rows(T* logits, const int64_t* target, double* nats, int64_t n, int64_t v, int64_t ignore,
                         float scale) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < n; ++row) {
-        float* x = logits + row * v;
+        T* x = logits + row * v;
         if (target[row] == ignore) {
             nats[row] = 0.0;
-            std::memset(x, 0, v * sizeof(float));
+            std::memset(x, 0, v * sizeof(T));
             continue;
         }
+        float* e = product(x, 0, v);
         float top = x[0];
 #pragma omp simd reduction(max : top)
-        for (int64_t i = 0; i < v; ++i) top = std::max(top, x[i]);
+        for (int64_t i = 0; i < v; ++i) top = std::max(top, static_cast<float>(x[i]));
         const float wanted = x[target[row]];
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < v; ++i) {
-            x[i] = fast_exp(x[i] - top);
-            sum += x[i];
+            e[i] = fast_exp(static_cast<float>(x[i]) - top);
+            sum += e[i];
         }
         nats[row] = std::log(static_cast<double>(sum)) + top - wanted;
         const float factor = scale / sum;
+        const float chosen = e[target[row]] * factor - scale;
 #pragma omp simd
-        for (int64_t i = 0; i < v; ++i) x[i] *= factor;
-        x[target[row]] -= scale;
+        for (int64_t i = 0; i < v; ++i) x[i] = e[i] * factor;
+        x[target[row]] = chosen;
     }
 }
 
-}  // extern "C"
+}  // namespace
+
+#define ARGS(T) (T* logits, const int64_t* target, double* nats, int64_t n, int64_t v, int64_t ignore, float scale)
+BENTHIC_EXPORT(cross_entropy_rows, ARGS, (logits, target, nats, n, v, ignore, scale))
+#undef ARGS

@@ -12,45 +12,51 @@ namespace {
 
 constexpr int64_t kBlock = 256;
 
-void gather(const float* x, const int64_t* token, int64_t rows, int64_t d, float* out) {
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * d, x + token[r] * d, d * sizeof(float));
+template <typename T>
+void gather(const T* x, const int64_t* token, int64_t rows, int64_t d, T* out) {
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * d, x + token[r] * d, d * sizeof(T));
 }
 
 // out[token] = sum over its k rows.
-void combine(const float* y, const int64_t* slot, float* out, int64_t n, int64_t k, int64_t d) {
+template <typename T>
+void combine(const T* y, const int64_t* slot, T* out, int64_t n, int64_t k, int64_t d) {
+    float* sum = scratch<float>(0, d);
 #pragma omp for schedule(static)
     for (int64_t token = 0; token < n; ++token) {
-        float* o = out + token * d;
-        std::memcpy(o, y + slot[token * k] * d, d * sizeof(float));
-        for (int64_t j = 1; j < k; ++j) {
-            const float* row = y + slot[token * k + j] * d;
+        for (int64_t i = 0; i < d; ++i) sum[i] = 0.0f;
+        for (int64_t j = 0; j < k; ++j) {
+            const T* row = y + slot[token * k + j] * d;
 #pragma omp simd
-            for (int64_t i = 0; i < d; ++i) o[i] += row[i];
+            for (int64_t i = 0; i < d; ++i) sum[i] += static_cast<float>(row[i]);
         }
+        T* o = out + token * d;
+#pragma omp simd
+        for (int64_t i = 0; i < d; ++i) o[i] = sum[i];
     }
 }
 
-}  // namespace
-
-extern "C" {
-
 // gate_up_s (s, 2f) is kept for the backward pass; y (s, d) is working space; out (n, d).
-void experts_forward(const float* x, const int64_t* token, const int64_t* slot, const int64_t* offset,
-                     const float* gate, const float* gate_up, const float* down, float* gate_up_s, float* y,
-                     float* out, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k) {
+template <typename T>
+void experts_forward(const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset, const float* gate,
+                     const T* gate_up, const T* down, T* gate_up_s, T* y, T* out, int64_t n, int64_t e, int64_t d,
+                     int64_t f, int64_t k) {
 #pragma omp parallel
     {
-        float *xb = scratch(0, kBlock * d), *hidden = scratch(1, kBlock * f);
+        T *xb = scratch<T>(0, kBlock * d), *hidden = scratch<T>(1, kBlock * f);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t expert = 0; expert < e; ++expert) {
-            const float *wgu = gate_up + expert * 2 * f * d, *wd = down + expert * d * f;
+            const T *wgu = gate_up + expert * 2 * f * d, *wd = down + expert * d * f;
             for (int64_t at = offset[expert]; at < offset[expert + 1]; at += kBlock) {
                 const int64_t rows = std::min(kBlock, offset[expert + 1] - at);
-                float* gu = gate_up_s + at * 2 * f;
+                T *gu_out = gate_up_s + at * 2 * f, *y_out = y + at * d;
+                float* gu = product(gu_out, 2, kBlock * 2 * f);
                 gather(x, token + at, rows, d, xb);
-                gemm_nt(rows, 2 * f, d, 1.0f, xb, d, wgu, d, 0.0f, gu, 2 * f);
+                gemm('N', 'T', rows, 2 * f, d, 1.0f, xb, d, wgu, d, 0.0f, gu, 2 * f);
                 for (int64_t r = 0; r < rows; ++r) swiglu_row(gu + r * 2 * f, gate[at + r], hidden + r * f, f);
-                gemm_nt(rows, d, f, 1.0f, hidden, f, wd, f, 0.0f, y + at * d, d);
+                settle(gu, gu_out, rows * 2 * f);
+                float* yb = product(y_out, 3, kBlock * d);
+                gemm('N', 'T', rows, d, f, 1.0f, hidden, f, wd, f, 0.0f, yb, d);
+                settle(yb, y_out, rows * d);
             }
         }
         combine(y, slot, out, n, k, d);
@@ -58,38 +64,58 @@ void experts_forward(const float* x, const int64_t* token, const int64_t* slot, 
 }
 
 // dgate (s) in sorted order; dx_s (s, d) is working space. Experts without rows get zero gradients.
-void experts_backward(const float* dout, const float* x, const int64_t* token, const int64_t* slot,
-                      const int64_t* offset, const float* gate, const float* gate_up_s, const float* gate_up,
-                      const float* down, float* dx_s, float* dx, float* dgate, float* dgate_up, float* ddown,
-                      int64_t n, int64_t e, int64_t d, int64_t f, int64_t k) {
+template <typename T>
+void experts_backward(const T* dout, const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset,
+                      const float* gate, const T* gate_up_s, const T* gate_up, const T* down, T* dx_s, T* dx,
+                      float* dgate, T* dgate_up, T* ddown, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k) {
 #pragma omp parallel
     {
-        float *xb = scratch(0, kBlock * d), *dy = scratch(1, kBlock * d), *dhidden = scratch(2, kBlock * f);
-        float *hidden = scratch(3, kBlock * f), *dgu = scratch(4, kBlock * 2 * f);
+        T *xb = scratch<T>(0, kBlock * d), *dy = scratch<T>(1, kBlock * d);
+        T *hidden = scratch<T>(2, kBlock * f), *dgu = scratch<T>(3, kBlock * 2 * f);
+        float* dhidden = scratch<float>(4, kBlock * f);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t expert = 0; expert < e; ++expert) {
-            const float *wgu = gate_up + expert * 2 * f * d, *wd = down + expert * d * f;
-            float *dwgu = dgate_up + expert * 2 * f * d, *dwd = ddown + expert * d * f;
+            const T *wgu = gate_up + expert * 2 * f * d, *wd = down + expert * d * f;
+            T *dwgu_out = dgate_up + expert * 2 * f * d, *dwd_out = ddown + expert * d * f;
+            float *dwgu = product(dwgu_out, 5, 2 * f * d), *dwd = product(dwd_out, 6, d * f);
             if (offset[expert] == offset[expert + 1]) {
-                std::memset(dwgu, 0, 2 * f * d * sizeof(float));
-                std::memset(dwd, 0, d * f * sizeof(float));
+                std::fill(dwgu, dwgu + 2 * f * d, 0.0f);
+                std::fill(dwd, dwd + d * f, 0.0f);
             }
             for (int64_t at = offset[expert]; at < offset[expert + 1]; at += kBlock) {
                 const int64_t rows = std::min(kBlock, offset[expert + 1] - at);
                 const float beta = at == offset[expert] ? 0.0f : 1.0f;
                 gather(x, token + at, rows, d, xb);
                 gather(dout, token + at, rows, d, dy);
-                gemm_nn(rows, f, d, 1.0f, dy, d, wd, f, 0.0f, dhidden, f);
+                gemm('N', 'N', rows, f, d, 1.0f, dy, d, wd, f, 0.0f, dhidden, f);
                 for (int64_t r = 0; r < rows; ++r)
                     dgate[at + r] = swiglu_row_backward(gate_up_s + (at + r) * 2 * f, gate[at + r], dhidden + r * f,
                                                         hidden + r * f, dgu + r * 2 * f, f);
-                gemm_tn(d, f, rows, 1.0f, dy, d, hidden, f, beta, dwd, f);
-                gemm_tn(2 * f, d, rows, 1.0f, dgu, 2 * f, xb, d, beta, dwgu, d);
-                gemm_nn(rows, d, 2 * f, 1.0f, dgu, 2 * f, wgu, d, 0.0f, dx_s + at * d, d);
+                gemm('T', 'N', d, f, rows, 1.0f, dy, d, hidden, f, beta, dwd, f);
+                gemm('T', 'N', 2 * f, d, rows, 1.0f, dgu, 2 * f, xb, d, beta, dwgu, d);
+                float* dxb = product(dx_s + at * d, 7, kBlock * d);
+                gemm('N', 'N', rows, d, 2 * f, 1.0f, dgu, 2 * f, wgu, d, 0.0f, dxb, d);
+                settle(dxb, dx_s + at * d, rows * d);
             }
+            settle(dwgu, dwgu_out, 2 * f * d);
+            settle(dwd, dwd_out, d * f);
         }
         combine(dx_s, slot, dx, n, k, d);
     }
 }
 
-}  // extern "C"
+}  // namespace
+
+#define ARGS(T) (const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset, const float* gate,   \
+                 const T* gate_up, const T* down, T* gate_up_s, T* y, T* out, int64_t n, int64_t e, int64_t d,      \
+                 int64_t f, int64_t k)
+BENTHIC_EXPORT(experts_forward, ARGS,
+               (x, token, slot, offset, gate, gate_up, down, gate_up_s, y, out, n, e, d, f, k))
+#undef ARGS
+#define ARGS(T) (const T* dout, const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset,       \
+                 const float* gate, const T* gate_up_s, const T* gate_up, const T* down, T* dx_s, T* dx,            \
+                 float* dgate, T* dgate_up, T* ddown, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k)
+BENTHIC_EXPORT(experts_backward, ARGS,
+               (dout, x, token, slot, offset, gate, gate_up_s, gate_up, down, dx_s, dx, dgate, dgate_up, ddown, n, e,
+                d, f, k))
+#undef ARGS
