@@ -48,4 +48,7 @@ test-all: setup
 	$(BIN)/pytest
 
 bench: setup
-	$(BIN)/python -m benchmarks
+	$(BIN)/benthic bench train
+	$(BIN)/benthic bench prefill
+	$(BIN)/benthic bench decode
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
