@@ -1,6 +1,6 @@
 # Every target does its own set-up: all it needs is Python 3.11 or later, with its venv module, and make.
 
-PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name))))
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do command -v $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
@@ -14,7 +14,7 @@ help:
 	@echo "make bench        speed of training, prefill and decode here, beside transformers"
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "error: Python 3.11 or later is needed; name it with make PYTHON=/path/to/python"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
