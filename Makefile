@@ -1,6 +1,9 @@
 # Every target does its own set-up: all it needs is Python 3.11 or later, with its venv module, and make.
 
-PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do command -v $$name && break; done)
+# The first that runs, is recent enough and can make environments: a name on the path may be a shim for nothing.
+SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
+	$$name -c '$(SUITABLE)' 2>/dev/null && echo $$name && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/quickstart
@@ -14,8 +17,9 @@ help:
 	@echo "make bench        speed of training, prefill and decode here, beside transformers"
 
 $(BIN)/python:
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-		|| { echo "error: Python 3.11 or later is needed; name it with make PYTHON=/path/to/python"; exit 2; }
+	@"$(PYTHON)" -c '$(SUITABLE)' 2>/dev/null || { \
+		echo "error: Python 3.11 or later with its venv module is needed; name it with make PYTHON=/path/to/python"; \
+		exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.quickstart: pyproject.toml | $(BIN)/python
