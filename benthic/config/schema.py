@@ -4,6 +4,7 @@ Names are those of the published configs (``kv_lora_rank``, ``n_routed_experts``
 the run let one recipe serve three million tokens and fourteen trillion alike.
 """
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -138,7 +139,7 @@ class ScheduleConfig(Settings):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         moments = ("warmup", "decay_start", "decay_end", "tail_start")
-        for earlier, later in zip(moments, moments[1:], strict=False):
+        for earlier, later in pairwise(moments):
             if getattr(self, earlier) > getattr(self, later):
                 raise ValueError(f"{earlier}={getattr(self, earlier):g} must not be after "
                                  f"{later}={getattr(self, later):g}")
