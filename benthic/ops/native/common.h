@@ -24,11 +24,15 @@ namespace benthic {
 struct bf16 {
     uint16_t bits;
     bf16() = default;
-    bf16(float value) {
+    bf16(float value) { *this = value; }
+    bf16& operator=(float value) {
         uint32_t u;
         std::memcpy(&u, &value, sizeof u);
-        const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-        bits = value == value ? rounded : 0x7fc0;
+        // NaN, whose mantissa could round to infinity's, only gets its quiet bit; without a branch, for vectors.
+        const uint32_t nan = (u & 0x7fffffff) > 0x7f800000 ? 0xffffffff : 0;
+        const uint32_t rounded = u + 0x7fff + ((u >> 16) & 1);
+        bits = ((rounded & ~nan) | ((u | 0x400000) & nan)) >> 16;
+        return *this;
     }
     operator float() const {
         const uint32_t u = static_cast<uint32_t>(bits) << 16;
