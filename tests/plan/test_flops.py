@@ -32,7 +32,7 @@ def test_forward_flops_against_the_counter_of_pytorch(layers, heads, length):
     # parameters but no products.
     sizes = {"num_hidden_layers": layers, "first_k_dense_replace": layers, "num_attention_heads": heads}
     config = PRESETS["tiny"].model_copy(update=sizes | {"v_head_dim": PRESETS["tiny"].qk_head_dim})
-    model = build_model(config).transformer
+    model = build_model(config, dtype=torch.float64).transformer  # in plain PyTorch, which is what the counter sees
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, length, dtype=torch.long))
     norms = 2 * activated(main_model(config), config).norms
