@@ -62,7 +62,7 @@ def _step_seconds(config: RunConfig, timed: int, compute: Compute) -> list[float
     train = config.train
     steps = WARMUP_STEPS + timed
     objective = Objective(build_model(config.model, seed=train.seed))
-    optimizer = ModelOptimizer(objective.model, train.optimizer, compute_dtype(compute))
+    optimizer = ModelOptimizer(objective.model, train.optimizer)
     course = Course(train.schedule, steps, train.batch_size)
     generator = torch.Generator().manual_seed(train.seed)
     size = (train.batch_size, train.sequence_length + objective.predictions)

@@ -15,6 +15,13 @@ def compute_dtype(compute: Compute) -> torch.dtype:
     return torch.bfloat16 if compute == "bf16" else torch.float32
 
 
+def fast_matmul_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for matrix products that need not be exact: bf16 where the device has units for it."""
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16", False) else torch.float32
+    return torch.bfloat16
+
+
 def call_in(compute: Compute, module: nn.Module, *args: Any, keep: Collection[str] = ()) -> Any:
     """``module(*args)``, computed in fp32 or with weights rounded to bf16.
 

@@ -53,7 +53,7 @@ def affordable_steps(config: RunConfig, seconds: float, budget: float) -> int:
 
 def seconds_per_step(config: RunConfig, batches: Batches, compute: Compute, budget: float = 0.0) -> float:
     """Mean time of a full-batch step, after warming up, over ``budget`` seconds but a few steps at least."""
-    state = TrainState(config, compute)
+    state = TrainState(config)
     course = Course(config.train.schedule.model_copy(update={"batch_ramp": 0.0}), 10**6, config.train.batch_size)
     for step in range(_WARM_UP_STEPS):
         _step(state, config, batches, course.at(step), compute)

@@ -101,7 +101,7 @@ class _Trainer:
         self.steps = config.train.steps
         self.compute: Compute = config.precision.compute
         self.micro_batch_size = config.train.micro_batch_size or config.train.batch_size
-        self.state = TrainState(config, self.compute)
+        self.state = TrainState(config)
         self.course = Course(config.train.schedule, self.steps, config.train.batch_size,
                              config.train.micro_batch_size or 1)
         self.flops_per_token = training_flops(config.model, config.train.sequence_length, mtp=True)

@@ -8,8 +8,8 @@ Legend: N matrices, R rows, C columns.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ POLAR_EXPRESS = (
 
 Polar Express (arXiv 2505.16932): each is the best one given what those before it did."""
 
+_BUNDLE_NUMBERS = 2**20
+"""Matrix elements orthogonalised at once: enough to keep all threads busy, few enough to stay in the cache."""
+
 
 def orthogonalize(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The orthogonal polar factor of each matrix, nearly: singular vectors kept, singular values within 0.15 of 1.
@@ -32,13 +35,14 @@ def orthogonalize(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     ``dtype`` is that of the products; the result has it too. A zero matrix stays zero.
     """
     tall = x_NRC.shape[1] > x_NRC.shape[2]
-    x = x_NRC.mT if tall else x_NRC
+    x: Tensor = x_NRC.mT if tall else x_NRC
     # A little below 1, so that rounding never takes a singular value to where the first polynomial diverges.
     x = (x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True) + 1e-12)).to(dtype)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        x = polynomial @ x
     return x.mT if tall else x
 
 
@@ -62,38 +66,51 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         loss = closure() if closure else None
         for group in self.param_groups:
-            self._step_group(group["lr"], group["momentum"], group["weight_decay"], group["parts"], {
-                param: param.grad for param in group["params"] if param.grad is not None
-            })
+            pieces = (piece for param in group["params"] for piece in self._pieces(param, group["parts"]))
+            for bundle in _bundles(pieces):
+                self._step_bundle(bundle, group["lr"], group["momentum"], group["weight_decay"])
         return loss
 
-    def _step_group(
-        self, lr: float, momentum: float, weight_decay: float, parts: int, grad_of: dict[Tensor, Tensor]
-    ) -> None:
-        params, grads = list(grad_of), list(grad_of.values())
-        buffers = [self._momentum(p) for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+    def _step_bundle(self, bundle: list["_Piece"], lr: float, momentum: float, weight_decay: float) -> None:
+        for piece in bundle:
+            piece.momentum_NRC.lerp_(piece.grad_NRC, 1 - momentum)
         # Nesterov: what the next step's momentum would be, were its gradient this one's.
-        updates = torch._foreach_lerp(grads, buffers, momentum)
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for param, update in zip(params, updates, strict=True):
-            matrices = _matrices(param, parts)
-            by_shape[matrices.shape[1:]].append((matrices, _matrices(update, parts)))
-        for shape, pairs in by_shape.items():
-            orthogonal = orthogonalize(torch.cat([update for _, update in pairs]), self.dtype)
-            scale = -lr * 0.2 * max(shape) ** 0.5
-            shares = torch.split(orthogonal, [len(matrices) for matrices, _ in pairs])
-            for (matrices, _), share in zip(pairs, shares, strict=True):
-                matrices.add_(share, alpha=scale)
+        updates = [piece.grad_NRC.lerp(piece.momentum_NRC, momentum) for piece in bundle]
+        orthogonal = orthogonalize(torch.cat(updates), self.dtype)
+        scale = 0.2 * max(orthogonal.shape[1:]) ** 0.5
+        shares = torch.split(orthogonal, [len(update) for update in updates])
+        for piece, share in zip(bundle, shares, strict=True):
+            piece.weight_NRC.mul_(1 - lr * weight_decay).add_(share, alpha=-lr * scale)
 
-    def _momentum(self, param: Tensor) -> Tensor:
-        state: dict[str, Tensor] = self.state[param]
+    def _pieces(self, param: Tensor, parts: int) -> Iterator["_Piece"]:
+        """A parameter's matrices, with gradient and momentum, in pieces of bounded size."""
+        if param.grad is None:
+            return
+        state = self.state[param]
         if not state:
             state["momentum"] = torch.zeros_like(param)
-        return state["momentum"]
+        shape = (-1, param.shape[-2] // parts, param.shape[-1])
+        tensors = (tensor.view(shape) for tensor in (param, param.grad, state["momentum"]))
+        count = _matrices_per_bundle(shape[1:])
+        yield from (_Piece(*piece) for piece in zip(*(tensor.split(count) for tensor in tensors), strict=True))
 
 
-def _matrices(param: Tensor, parts: int) -> Tensor:
-    """View of a parameter as the (N, R, C) matrices it is made of."""
-    return param.view(-1, param.shape[-2] // parts, param.shape[-1])
+class _Piece(NamedTuple):
+    weight_NRC: Tensor
+    grad_NRC: Tensor
+    momentum_NRC: Tensor
+
+
+def _bundles(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces of equal matrix shape, together of bounded size."""
+    waiting: dict[tuple[int, ...], list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        shape = tuple(piece.weight_NRC.shape[1:])
+        if sum(len(other.weight_NRC) for other in waiting[shape]) + len(piece.weight_NRC) > _matrices_per_bundle(shape):
+            yield waiting.pop(shape)
+        waiting[shape].append(piece)
+    yield from waiting.values()
+
+
+def _matrices_per_bundle(shape: tuple[int, ...]) -> int:
+    return max(1, _BUNDLE_NUMBERS // (shape[0] * shape[1]))

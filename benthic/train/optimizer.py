@@ -15,6 +15,7 @@ from benthic.config.schema import OptimizerConfig
 from benthic.model import LanguageModel
 from benthic.model.layers import SwiGLU
 from benthic.model.moe import Experts, Router
+from benthic.precision.compute import fast_matmul_dtype
 from benthic.train.checkpoint import copy_into
 from benthic.train.muon import Muon
 
@@ -23,12 +24,9 @@ _MUON_STATE = ("momentum",)
 
 
 class ModelOptimizer:
-    """AdamW, or Muon beside AdamW, over all parameters of a model.
+    """AdamW, or Muon beside AdamW, over all parameters of a model."""
 
-    ``dtype`` is that of Muon's matrix products.
-    """
-
-    def __init__(self, model: LanguageModel, config: OptimizerConfig, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: LanguageModel, config: OptimizerConfig) -> None:
         self.config = config
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         matrices = _hidden_matrices(model) if config.name == "muon" else {}
@@ -37,8 +35,10 @@ class ModelOptimizer:
             (_adamw(others, config), config.learning_rate, _ADAMW_STATE)
         ]
         if matrices:
-            muon = Muon(_groups_by_parts(matrices), config.matrix_learning_rate, weight_decay=config.weight_decay,
-                        dtype=dtype)
+            muon = Muon(
+                _groups_by_parts(matrices), config.matrix_learning_rate, weight_decay=config.weight_decay,
+                dtype=fast_matmul_dtype(next(iter(matrices)).device),
+            )
             self._parts.append((muon, config.matrix_learning_rate, _MUON_STATE))
 
     def zero_grad(self) -> None:

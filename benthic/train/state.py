@@ -5,7 +5,6 @@ import torch
 from benthic.config.schema import RunConfig
 from benthic.errors import InputError
 from benthic.model import build_model
-from benthic.precision.compute import Compute, compute_dtype
 from benthic.train.checkpoint import Checkpoint, copy_into
 from benthic.train.ema import WeightAverage
 from benthic.train.objective import Objective
@@ -15,13 +14,13 @@ from benthic.train.optimizer import ModelOptimizer
 class TrainState:
     """Model, optimizer and average of the weights after ``step`` steps. Training draws no random numbers."""
 
-    def __init__(self, config: RunConfig, compute: Compute) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.step = 0
         self.bits_per_byte: float | None = None
         """Of the last validation."""
         self.model = build_model(config.model, seed=config.train.seed)
         self.objective = Objective(self.model)
-        self.optimizer = ModelOptimizer(self.model, config.train.optimizer, compute_dtype(compute))
+        self.optimizer = ModelOptimizer(self.model, config.train.optimizer)
         decay = config.train.ema_decay
         self.average = WeightAverage(self.model, decay) if decay else None
 
