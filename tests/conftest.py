@@ -30,13 +30,23 @@ def tiny_run_config(texts: Path) -> Callable[..., RunConfig]:
     """Settings of a run of the ``tiny`` preset with two layers; keywords go to ``train``."""
 
     def build(model: dict[str, Any] | None = None, mask_documents: bool = False, **train: Any) -> RunConfig:
-        defaults = {"steps": 20, "batch_size": 4, "sequence_length": 32, "validate_every": 8, "validation_tokens": 256,
-                    "checkpoint_every": 10, "optimizer": {"learning_rate": 3e-3}}
-        return RunConfig.model_validate({
-            "model": {**PRESETS["tiny"].model_dump(), "num_hidden_layers": 2, **(model or {})},
-            "data": {"sources": [str(texts)], "mask_documents": mask_documents},
-            "train": {**defaults, **train}, "precision": {"compute": "fp32"},
-        })
+        defaults = {
+            "steps": 20,
+            "batch_size": 4,
+            "sequence_length": 32,
+            "validate_every": 8,
+            "validation_tokens": 256,
+            "checkpoint_every": 10,
+            "optimizer": {"learning_rate": 3e-3},
+        }
+        return RunConfig.model_validate(
+            {
+                "model": {**PRESETS["tiny"].model_dump(), "num_hidden_layers": 2, **(model or {})},
+                "data": {"sources": [str(texts)], "mask_documents": mask_documents},
+                "train": {**defaults, **train},
+                "precision": {"compute": "fp32"},
+            }
+        )
 
     return build
 

@@ -2,6 +2,7 @@
 
 from benthic.config.schema import ModelConfig, YarnConfig
 
+# fmt: off
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         vocab_size=320, hidden_size=64, num_hidden_layers=3, intermediate_size=128, num_attention_heads=4,
@@ -42,3 +43,4 @@ PRESETS: dict[str, ModelConfig] = {
         rope_scaling=YarnConfig(factor=40.0, original_max_position_embeddings=4096),
     ),
 }
+# fmt: on

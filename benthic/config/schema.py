@@ -68,11 +68,15 @@ class ModelConfig(Settings):
             raise ValueError(f"topk_group={self.topk_group} must be at most n_group={self.n_group}")
         reachable = self.topk_group * (self.n_routed_experts // self.n_group)
         if self.num_experts_per_tok > reachable:
-            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok} must be at most {reachable}, "
-                             f"the experts in topk_group={self.topk_group} groups")
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must be at most {reachable}, "
+                f"the experts in topk_group={self.topk_group} groups"
+            )
         if self.first_k_dense_replace > self.num_hidden_layers:
-            raise ValueError(f"first_k_dense_replace={self.first_k_dense_replace} must be at most "
-                             f"num_hidden_layers={self.num_hidden_layers}")
+            raise ValueError(
+                f"first_k_dense_replace={self.first_k_dense_replace} must be at most "
+                f"num_hidden_layers={self.num_hidden_layers}"
+            )
         return self
 
     @property
@@ -141,8 +145,9 @@ class ScheduleConfig(Settings):
         moments = ("warmup", "decay_start", "decay_end", "tail_start")
         for earlier, later in pairwise(moments):
             if getattr(self, earlier) > getattr(self, later):
-                raise ValueError(f"{earlier}={getattr(self, earlier):g} must not be after "
-                                 f"{later}={getattr(self, later):g}")
+                raise ValueError(
+                    f"{earlier}={getattr(self, earlier):g} must not be after {later}={getattr(self, later):g}"
+                )
         return self
 
 

@@ -85,8 +85,10 @@ class Checkpoint:
         if tensor.dtype not in ITEM_BYTES:
             raise InputError(f"{tensor.file}: {name} has dtype {tensor.dtype}: must be one of {', '.join(ITEM_BYTES)}")
         if (tensor.dtype == FP8_DTYPE) != (scale in self.scales):
-            raise InputError(f"{tensor.file}: {name} is {tensor.dtype}: FP8 weights, and no others, come with a tensor "
-                             f"{scale} and a quantization_config")
+            raise InputError(
+                f"{tensor.file}: {name} is {tensor.dtype}: FP8 weights, and no others, come with a tensor "
+                f"{scale} and a quantization_config"
+            )
         if scale in self.scales:
             if len(tensor.shape) != 2:
                 raise InputError(f"{tensor.file}: {name} has shape {list(tensor.shape)}: only matrices can be FP8")
@@ -135,8 +137,10 @@ def _only_file(folder: Path) -> str:
         return SINGLE
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
-        raise InputError(f"{folder / pickles[0]}: pickled weights are never read, for loading them can run any code; "
-                         "convert them to safetensors")
+        raise InputError(
+            f"{folder / pickles[0]}: pickled weights are never read, for loading them can run any code; "
+            "convert them to safetensors"
+        )
     raise InputError(f"{folder}: holds neither {INDEX} nor {SINGLE}")
 
 

@@ -128,7 +128,7 @@ def _rope_from_hf(raw: Mapping[str, Any], source: Path) -> dict[str, Any]:
         raise InputError(f"{source}: {key}.{name} = {shown(rope[name])}: allowed are {', '.join(sorted(ROPE_KEYS))}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "yarn"):
-        raise InputError(f"{source}: {key}.type = {shown(kind)}: must be \"yarn\" or \"default\"")
+        raise InputError(f'{source}: {key}.type = {shown(kind)}: must be "yarn" or "default"')
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}

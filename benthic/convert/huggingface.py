@@ -87,8 +87,13 @@ def load_hf(
 
 
 def save_hf(
-    model: LanguageModel, config: ModelConfig, tokenizer_dir: Path | None, out: Path, *,
-    dtype: torch.dtype | None = None, max_shard_bytes: int = SHARD_BYTES,
+    model: LanguageModel,
+    config: ModelConfig,
+    tokenizer_dir: Path | None,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a model as a Hugging Face directory, complete or not at all.
 
@@ -107,16 +112,25 @@ def save_hf(
     token_ids = {} if tokenizer_dir is None else _tokenizer_ids(tokenizer_dir)
     with new_folder(out, replace=_is_own_export(out)) as draft:
         write_hf(
-            draft, config, lambda name: places[name].view(state), token_ids=token_ids,
-            dtype=dtype or state[HEAD.parameter].dtype, max_shard_bytes=max_shard_bytes,
+            draft,
+            config,
+            lambda name: places[name].view(state),
+            token_ids=token_ids,
+            dtype=dtype or state[HEAD.parameter].dtype,
+            max_shard_bytes=max_shard_bytes,
         )
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, draft)
 
 
 def write_hf(
-    folder: Path, config: ModelConfig, read: Callable[[str], Tensor], *, token_ids: Mapping[str, Any],
-    dtype: torch.dtype, max_shard_bytes: int = SHARD_BYTES,
+    folder: Path,
+    config: ModelConfig,
+    read: Callable[[str], Tensor],
+    *,
+    token_ids: Mapping[str, Any],
+    dtype: torch.dtype,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Fills a folder with configs and shards, taking each weight from ``read`` by its published name.
 
@@ -185,8 +199,9 @@ def _sources(config: ModelConfig, checkpoint: Checkpoint, *, tied: bool) -> dict
     for name in sorted(names - known):
         # Old exports hold the rotary frequencies, which the config determines.
         if not name.endswith(".rotary_emb.inv_freq"):
-            raise InputError(f"{checkpoint.stored[name].file}: unexpected tensor {name}; "
-                             "config.json describes a model without it")
+            raise InputError(
+                f"{checkpoint.stored[name].file}: unexpected tensor {name}; config.json describes a model without it"
+            )
     for name, weight in _blueprint(config).items():
         if name in names:
             checkpoint.check_shape(name, weight.shape)
@@ -204,8 +219,9 @@ def _fill(state: dict[str, Tensor], published: PublishedModel) -> None:
         if first.setdefault(place, source) == source:
             target.copy_(weight)
         elif not torch.equal(target, weight.to(target)):
-            raise InputError(f"{stored[source].file}: {source} differs from {first[place]}: "
-                             "the model has one weight for both")
+            raise InputError(
+                f"{stored[source].file}: {source} differs from {first[place]}: the model has one weight for both"
+            )
 
 
 def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

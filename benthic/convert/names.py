@@ -51,11 +51,17 @@ def empty_shared_experts(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Names and shapes of the tensors without elements that transformers keeps for a model without shared experts."""
     if config.n_shared_experts:
         return {}
-    shapes = {"gate_proj": (0, config.hidden_size), "up_proj": (0, config.hidden_size),
-              "down_proj": (config.hidden_size, 0)}
+    shapes = {
+        "gate_proj": (0, config.hidden_size),
+        "up_proj": (0, config.hidden_size),
+        "down_proj": (config.hidden_size, 0),
+    }
     layers = range(config.first_k_dense_replace, config.num_hidden_layers + config.num_nextn_predict_layers)
-    return {f"model.layers.{layer}.mlp.shared_experts.{projection}.weight": shape
-            for layer in layers for projection, shape in shapes.items()}
+    return {
+        f"model.layers.{layer}.mlp.shared_experts.{projection}.weight": shape
+        for layer in layers
+        for projection, shape in shapes.items()
+    }
 
 
 def _model(config: ModelConfig) -> Iterator[tuple[str, Place]]:

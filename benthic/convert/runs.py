@@ -44,8 +44,12 @@ def import_run(hf_dir: Path, out: Path) -> Imported:
             # Beside the tokenizer too, which takes the ids that end a turn from it.
             shutil.copyfile(draft / "model" / "generation_config.json", draft / "tokenizer" / "generation_config.json")
     return Imported(
-        tensors=len(published.sources), dequantised=len(published.checkpoint.scales), shards=shards,
-        dtype=dtype_name(published.dtype), mtp_layers=published.config.num_nextn_predict_layers, tokenizer=tokenizer,
+        tensors=len(published.sources),
+        dequantised=len(published.checkpoint.scales),
+        shards=shards,
+        dtype=dtype_name(published.dtype),
+        mtp_layers=published.config.num_nextn_predict_layers,
+        tokenizer=tokenizer,
     )
 
 

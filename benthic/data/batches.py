@@ -43,7 +43,12 @@ class Batches:
     """
 
     def __init__(
-        self, store: TokenStore, sequence_length: int, lookahead: int = 1, *, seed: int = 0,
+        self,
+        store: TokenStore,
+        sequence_length: int,
+        lookahead: int = 1,
+        *,
+        seed: int = 0,
         mask_documents: bool = False,
     ) -> None:
         self._store = store
@@ -86,7 +91,11 @@ class Batches:
 
 
 def validation_batches(
-    store: TokenStore, batch_size: int, sequence_length: int, *, mask_documents: bool = False,
+    store: TokenStore,
+    batch_size: int,
+    sequence_length: int,
+    *,
+    mask_documents: bool = False,
     max_tokens: int | None = None,
 ) -> Iterator[Batch]:
     """A split in its stored order, cut into sequences with one token of lookahead.

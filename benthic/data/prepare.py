@@ -38,8 +38,9 @@ def prepare(config: DataConfig, vocab_size: int, out: Path, progress: Progress =
     if (out / "data" / FILE_NAME).exists():
         return _prepared_before(config, vocab_size, out)
     files = files_digest(config.sources)
-    found = survey(_counted(read_corpus(config.sources), "reading", None, progress),
-                   config.validation_fraction, config.seed)
+    found = survey(
+        _counted(read_corpus(config.sources), "reading", None, progress), config.validation_fraction, config.seed
+    )
     tokenizer = _tokenizer(config, found, vocab_size, progress)
     settings = {**_settings(config, vocab_size), "source_files": files}
     with _building(out) as folder:
@@ -62,11 +63,15 @@ def _prepared_before(config: DataConfig, vocab_size: int, out: Path) -> Manifest
     manifest = Manifest.load(out / "data")
     for key, value in _settings(config, vocab_size).items():
         if manifest.settings.get(key) != value:
-            raise InputError(f"{out / 'data'}: prepared with {key}={manifest.settings.get(key)!r}, not {value!r}; "
-                             "choose another directory or delete this one")
+            raise InputError(
+                f"{out / 'data'}: prepared with {key}={manifest.settings.get(key)!r}, not {value!r}; "
+                "choose another directory or delete this one"
+            )
     if _files_changed(config, manifest):
-        raise InputError(f"{out / 'data'}: the files of {', '.join(config.sources)} have changed since it was "
-                         "prepared; choose another directory or delete this one")
+        raise InputError(
+            f"{out / 'data'}: the files of {', '.join(config.sources)} have changed since it was "
+            "prepared; choose another directory or delete this one"
+        )
     if Tokenizer.load(out / "tokenizer").fingerprint != manifest.tokenizer_sha256:
         raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
     return manifest
@@ -113,10 +118,20 @@ def _manifest(
 ) -> Manifest:
     train, val = splits["train"], splits["val"]
     return Manifest(
-        documents=train.documents + val.documents, tokens=train.tokens + val.tokens, bytes=train.bytes + val.bytes,
-        rejected=found.rejected, duplicates=found.duplicates, train_tokens=train.tokens, val_tokens=val.tokens,
-        vocab_size=tokenizer.vocab_size, dtype=token_dtype(tokenizer.vocab_size),
-        tokenizer_sha256=tokenizer.fingerprint, settings=settings, rejections=found.rejections, train=train, val=val,
+        documents=train.documents + val.documents,
+        tokens=train.tokens + val.tokens,
+        bytes=train.bytes + val.bytes,
+        rejected=found.rejected,
+        duplicates=found.duplicates,
+        train_tokens=train.tokens,
+        val_tokens=val.tokens,
+        vocab_size=tokenizer.vocab_size,
+        dtype=token_dtype(tokenizer.vocab_size),
+        tokenizer_sha256=tokenizer.fingerprint,
+        settings=settings,
+        rejections=found.rejections,
+        train=train,
+        val=val,
     )
 
 

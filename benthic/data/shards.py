@@ -57,7 +57,10 @@ class ShardWriter:
         name = f"{self._split}-boundaries.bin"
         ends.tofile(self._directory / name)
         return SplitManifest(
-            documents=len(ends), tokens=self._tokens, bytes=self._bytes, shards=tuple(self._shards),
+            documents=len(ends),
+            tokens=self._tokens,
+            bytes=self._bytes,
+            shards=tuple(self._shards),
             boundaries=_describe(self._directory / name, len(ends)),
         )
 
@@ -91,8 +94,10 @@ class TokenStore:
         self._shards = [_map(directory / shard.name, shard, dtype) for shard in described.shards]
         for shard, tokens in zip(described.shards, self._shards, strict=True):
             if tokens.max() >= self.manifest.vocab_size:
-                raise InputError(f"{directory / shard.name}: token id {tokens.max()} is out of the vocabulary of "
-                                 f"{self.manifest.vocab_size}")
+                raise InputError(
+                    f"{directory / shard.name}: token id {tokens.max()} is out of the vocabulary of "
+                    f"{self.manifest.vocab_size}"
+                )
         self._shard_ends = np.cumsum([len(tokens) for tokens in self._shards])
         boundaries = described.boundaries
         self.document_ends_D = _map(directory / boundaries.name, boundaries, np.dtype("<u8")).astype(np.int64)

@@ -38,8 +38,9 @@ def survey(items: Iterable[Document | Rejection], validation_fraction: float, se
             digests.add(key)
     if len(digests) < 2:
         first = "".join(f"; rejected: {file} at byte {offset}: {reason}" for file, offset, reason in examples[:1])
-        raise InputError(f"the corpus has {len(digests)} usable document(s), at least 2 are needed to hold one out"
-                         f"{first}")
+        raise InputError(
+            f"the corpus has {len(digests)} usable document(s), at least 2 are needed to hold one out{first}"
+        )
     held_out = min(max(1, round(validation_fraction * len(digests))), len(digests) - 1)
     return Survey(len(digests), duplicates, rejected, tuple(examples), sorted(digests)[held_out - 1])
 

@@ -28,8 +28,12 @@ def find_files(path: Path) -> list[Path]:
     """
     mode = _mode(path)
     if stat.S_ISDIR(mode):
-        found = [Path(folder) / name for folder, _, names in _walk(path) for name in sorted(names)
-                 if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+        found = [
+            Path(folder) / name
+            for folder, _, names in _walk(path)
+            for name in sorted(names)
+            if not name.startswith(".") and name.lower().endswith(SUFFIXES)
+        ]
         if not found:
             raise InputError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")
         return found

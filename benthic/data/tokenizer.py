@@ -57,13 +57,23 @@ class Tokenizer:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[BOS, EOS, *ROLE_TOKENS.values()], show_progress=False,
+            vocab_size=vocab_size,
+            special_tokens=[BOS, EOS, *ROLE_TOKENS.values()],
+            show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         )
         backend.train_from_iterator(texts, trainer)
         backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-        return cls(backend, {"bos_token": BOS, "eos_token": EOS, "chat_template": CHAT_TEMPLATE,
-                             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
+        return cls(
+            backend,
+            {
+                "bos_token": BOS,
+                "eos_token": EOS,
+                "chat_template": CHAT_TEMPLATE,
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False,
+            },
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -133,8 +143,12 @@ class Tokenizer:
         if self._template is None:
             raise InputError("this tokenizer has no chat_template")
         guarded = [self._guard(message) for message in messages]
-        text = self._template.render(guarded, bos_token=self._settings["bos_token"],
-                                     eos_token=self._settings["eos_token"], add_generation_prompt=add_generation_prompt)
+        text = self._template.render(
+            guarded,
+            bos_token=self._settings["bos_token"],
+            eos_token=self._settings["eos_token"],
+            add_generation_prompt=add_generation_prompt,
+        )
         return [index for piece in self._split(text) for index in piece]
 
     def _guard(self, message: Message) -> Message:

@@ -65,9 +65,7 @@ def bench_prefill(
     return _speed(batch * context / seconds, context, batch, precision, limit / seconds)
 
 
-def bench_decode(
-    config: ModelConfig, *, context: int, batch: int = 1, precision: Precision = "fp32"
-) -> InferenceSpeed:
+def bench_decode(config: ModelConfig, *, context: int, batch: int = 1, precision: Precision = "fp32") -> InferenceSpeed:
     """Decodes over a cache of ``context`` tokens in each sequence."""
     _check(config, context, batch)
     transformer = build_model(config, dtype=_DTYPES[precision]).transformer

@@ -91,9 +91,7 @@ class LatentAttention(nn.Module):
         k_rope_BTR = rotate_tail(k_rope_BTR.unsqueeze(2), context.cos_TP, context.sin_TP).squeeze(2)
         return self.kv_norm(latent_BTC), k_rope_BTR
 
-    def _naive(
-        self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, document_BT: Tensor | None
-    ) -> Tensor:
+    def _naive(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, document_BT: Tensor | None) -> Tensor:
         """Attention over keys and values expanded from the latents: (B, T, H, V)."""
         kv_BTHX = self.kv_b(latent_BTC).unflatten(-1, (self.config.num_attention_heads, -1))
         return causal_attention(q_BTHK, kv_BTHX, k_rope_BTR, scale=self.scale, document_BT=document_BT)
@@ -105,7 +103,10 @@ class LatentAttention(nn.Module):
         kv_b_HXC = self.kv_b.weight.unflatten(0, (config.num_attention_heads, -1))
         key_HNC, value_HVC = kv_b_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)
         out_BHTC = latent_attention(
-            q_nope_BTHN.transpose(1, 2) @ key_HNC, q_rope_BTHR.transpose(1, 2), cached_BSL,
-            scale=self.scale, start=start,
+            q_nope_BTHN.transpose(1, 2) @ key_HNC,
+            q_rope_BTHR.transpose(1, 2),
+            cached_BSL,
+            scale=self.scale,
+            start=start,
         )
         return (out_BHTC @ value_HVC.transpose(-1, -2)).transpose(1, 2)

@@ -82,7 +82,10 @@ class MoE(nn.Module):
         config = self.config
         scores_BTE = self.router(x_BTD)
         index_BTK = select_experts(
-            scores_BTE.detach(), self.router.bias, n_group=config.n_group, topk_group=config.topk_group,
+            scores_BTE.detach(),
+            self.router.bias,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
             top_k=config.num_experts_per_tok,
         )
         gate_BTK = gate_values(

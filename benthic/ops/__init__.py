@@ -1,0 +1,1 @@
+"""Pure tensor functions, each fast path beside its slow reference."""

@@ -27,9 +27,7 @@ def routed_experts_reference(
     return out_ND
 
 
-def routed_experts(
-    x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
-) -> Tensor:
+def routed_experts(x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
     """Same as :func:`routed_experts_reference`, visiting each expert's tokens only.
 
     Args:

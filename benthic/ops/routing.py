@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 
-def select_experts(
-    scores_NE: Tensor, bias_E: Tensor, *, n_group: int, topk_group: int, top_k: int
-) -> Tensor:
+def select_experts(scores_NE: Tensor, bias_E: Tensor, *, n_group: int, topk_group: int, top_k: int) -> Tensor:
     """Indices (N, K) of the chosen experts.
 
     A token first picks the ``topk_group`` groups whose two best experts score highest together, then its best

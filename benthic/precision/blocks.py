@@ -27,8 +27,10 @@ def dequantise_blocks(weight_MN: Tensor, scale_PQ: Tensor) -> Tensor:
         ValueError: the scales are not one per block.
     """
     if scale_PQ.shape != block_grid(weight_MN.shape):
-        raise ValueError(f"scales {tuple(scale_PQ.shape)} do not fit a weight {tuple(weight_MN.shape)}: "
-                         f"expected {block_grid(weight_MN.shape)}, one per {BLOCK} x {BLOCK} block")
+        raise ValueError(
+            f"scales {tuple(scale_PQ.shape)} do not fit a weight {tuple(weight_MN.shape)}: "
+            f"expected {block_grid(weight_MN.shape)}, one per {BLOCK} x {BLOCK} block"
+        )
     out_MN = weight_MN.float()
     for rows_bN, scale_Q in zip(torch.split(out_MN, BLOCK), scale_PQ.float(), strict=True):
         rows_bN *= scale_Q.repeat_interleave(BLOCK)[: out_MN.shape[1]]

@@ -85,8 +85,9 @@ def load(path: Path) -> Checkpoint:
 
 def _write(directory: Path, checkpoint: Checkpoint) -> None:
     for name, tensors in checkpoint.tensors.items():
-        save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()},
-                  directory / f"{name}.safetensors")
+        save_file(
+            {key: tensor.detach().contiguous() for key, tensor in tensors.items()}, directory / f"{name}.safetensors"
+        )
     (directory / "state.json").write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
     files = sorted(directory.iterdir())
     entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
@@ -169,7 +170,9 @@ def copy_into(targets: Mapping[str, Tensor], loaded: Mapping[str, Tensor], sourc
     for name, target in targets.items():
         found = loaded[name]
         if found.shape != target.shape or found.dtype != target.dtype:
-            raise InputError(f"{source}: tensor {name} is {found.dtype} {tuple(found.shape)}, "
-                             f"this model's is {target.dtype} {tuple(target.shape)}")
+            raise InputError(
+                f"{source}: tensor {name} is {found.dtype} {tuple(found.shape)}, "
+                f"this model's is {target.dtype} {tuple(target.shape)}"
+            )
     for name, target in targets.items():
         target.detach().copy_(loaded[name])

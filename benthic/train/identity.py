@@ -41,8 +41,9 @@ def resume_settings(requested: RunConfig, saved: Any, corpus: dict[str, str], so
     changed = differences(given, saved["resolved"]) and differences(given, saved["requested"])
     changed = [*changed, *differences({"corpus": corpus}, {"corpus": saved["corpus"]})]
     if changed:
-        raise InputError(f"{source} was made with other settings: {'; '.join(changed)}; "
-                         "restore these, or give another --out")
+        raise InputError(
+            f"{source} was made with other settings: {'; '.join(changed)}; restore these, or give another --out"
+        )
     return _with_measured(requested, saved["resolved"], source)
 
 
@@ -61,7 +62,8 @@ def differences(given: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     keys = sorted((flat_given.keys() | flat_saved.keys()) - MAY_CHANGE)
     return [
         f"{key}: saved {flat_saved.get(key)}, given {flat_given.get(key)}"
-        for key in keys if flat_given.get(key) != flat_saved.get(key)
+        for key in keys
+        if flat_given.get(key) != flat_saved.get(key)
     ]
 
 

@@ -21,8 +21,7 @@ class Ledger:
     def write(self, tokens: int, flops: float) -> None:
         """Record the stage's training tokens and their floating-point operations, with the time spent."""
         wall_hours = self._spent + (time.monotonic() - self._start) / 3600
-        entry = {"tokens": tokens, "flops": flops, "wall_hours": wall_hours,
-                 "device_hours": wall_hours * self._devices}
+        entry = {"tokens": tokens, "flops": flops, "wall_hours": wall_hours, "device_hours": wall_hours * self._devices}
         content = {"stages": {**self._stages(), self._stage: entry}}
         write_atomically(self._path, json.dumps(content, indent=1))
 

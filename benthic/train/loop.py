@@ -61,7 +61,10 @@ def train(config: RunConfig, out: str | Path) -> Trained:
     store = TokenStore(out / "data", "train")
     corpus = _identify_corpus(config, out, store)
     batches = Batches(
-        store, config.train.sequence_length, 1 + config.model.num_nextn_predict_layers, seed=config.train.seed,
+        store,
+        config.train.sequence_length,
+        1 + config.model.num_nextn_predict_layers,
+        seed=config.train.seed,
         mask_documents=config.data.mask_documents,
     )
     newest = latest(out / "checkpoints" / STAGE)
@@ -86,8 +89,10 @@ def _identify_corpus(config: RunConfig, out: Path, store: TokenStore) -> dict[st
     if tokenizer != store.manifest.tokenizer_sha256:
         raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
     if store.manifest.vocab_size > config.model.vocab_size:
-        raise InputError(f"model.vocab_size={config.model.vocab_size} must be at least "
-                         f"{store.manifest.vocab_size}, the vocabulary of {out / 'data'}")
+        raise InputError(
+            f"model.vocab_size={config.model.vocab_size} must be at least "
+            f"{store.manifest.vocab_size}, the vocabulary of {out / 'data'}"
+        )
     return {"data": sha256(out / "data" / "manifest.json"), "tokenizer": tokenizer}
 
 
@@ -102,8 +107,9 @@ class _Trainer:
         self.compute: Compute = config.precision.compute
         self.micro_batch_size = config.train.micro_batch_size or config.train.batch_size
         self.state = TrainState(config)
-        self.course = Course(config.train.schedule, self.steps, config.train.batch_size,
-                             config.train.micro_batch_size or 1)
+        self.course = Course(
+            config.train.schedule, self.steps, config.train.batch_size, config.train.micro_batch_size or 1
+        )
         self.flops_per_token = training_flops(config.model, config.train.sequence_length, mtp=True)
         self.peak_flops = 1e9 * measure_gemm_gflops(compute_dtype(self.compute))
         self.held_out = TokenStore(out / "data", "val")
@@ -115,7 +121,8 @@ class _Trainer:
         """Train to the end, or until asked to stop."""
         state = self.state
         with (
-            StopRequest() as stop, MetricsLog(self.out / "metrics.jsonl", state.step) as metrics,
+            StopRequest() as stop,
+            MetricsLog(self.out / "metrics.jsonl", state.step) as metrics,
             open_progress(STAGE, self.steps) as progress,
         ):
             while state.step < self.steps:
@@ -135,8 +142,12 @@ class _Trainer:
         settings = self.course.at(self.state.step)
         batch = self.batches.at(settings.first_sequence, settings.batch_size)
         report = train_step(
-            self.state.objective, self.state.optimizer, batch, settings,
-            micro_batch_size=self.micro_batch_size, compute=self.compute,
+            self.state.objective,
+            self.state.optimizer,
+            batch,
+            settings,
+            micro_batch_size=self.micro_batch_size,
+            compute=self.compute,
         )
         if report.updated and self.state.average is not None:
             self.state.average.update()
@@ -176,11 +187,19 @@ class _Trainer:
         finite_loss = all(math.isfinite(loss) for loss in (*report.cross_entropy, report.balance))
         what = "gradient" if finite_loss else "loss"
         last = settings.first_sequence + len(batch.tokens_BS) - 1
-        metrics.write({"step": self.state.step, "event": "update skipped", "reason": f"{what} not finite",
-                       "sequences": [settings.first_sequence, last]})
+        metrics.write(
+            {
+                "step": self.state.step,
+                "event": "update skipped",
+                "reason": f"{what} not finite",
+                "sequences": [settings.first_sequence, last],
+            }
+        )
         if self.skipped == _MOST_SKIPPED:
-            raise Diverged(f"step {self.state.step}: {what} not finite {_MOST_SKIPPED} times in a row, last in "
-                           f"sequences {settings.first_sequence} to {last}; try a lower learning rate")
+            raise Diverged(
+                f"step {self.state.step}: {what} not finite {_MOST_SKIPPED} times in a row, last in "
+                f"sequences {settings.first_sequence} to {last}; try a lower learning rate"
+            )
 
     def _validate(self, metrics: MetricsLog, progress: Progress) -> None:
         """Measure bits per byte: on a part of the split during the run, on all of it at the end."""
@@ -195,14 +214,22 @@ class _Trainer:
 
     def _bits_per_byte(self, max_tokens: int | None) -> float:
         return bits_per_byte(
-            self.state.model, self.held_out, sequence_length=self.config.train.sequence_length,
-            batch_size=self.micro_batch_size, compute=self.compute,
-            mask_documents=self.config.data.mask_documents, max_tokens=max_tokens,
+            self.state.model,
+            self.held_out,
+            sequence_length=self.config.train.sequence_length,
+            batch_size=self.micro_batch_size,
+            compute=self.compute,
+            mask_documents=self.config.data.mask_documents,
+            max_tokens=max_tokens,
         )
 
     def _save(self, metrics: MetricsLog) -> None:
         metrics.sync()
         tokens = self.course.sequences_before(self.state.step) * self.config.train.sequence_length
         self.ledger.write(tokens, tokens * self.flops_per_token)
-        save(self.out / "checkpoints" / STAGE, self.state.step, self.state.to_checkpoint(self.identity),
-             self.config.train.keep_checkpoints)
+        save(
+            self.out / "checkpoints" / STAGE,
+            self.state.step,
+            self.state.to_checkpoint(self.identity),
+            self.config.train.keep_checkpoints,
+        )

@@ -61,8 +61,10 @@ class Objective(nn.Module):
         document_BI = None if document_BS is None else document_BS[:, inputs]
         states, routings = self.model.training_hidden(tokens_BS[:, inputs], document_BI)
         head = self.model.transformer.head.weight
-        nats = [linear_cross_entropy(state_BTD.flatten(0, 1), head, target_BT.flatten())
-                for state_BTD, target_BT in zip(states, targets_KBT, strict=True)]
+        nats = [
+            linear_cross_entropy(state_BTD.flatten(0, 1), head, target_BT.flatten())
+            for state_BTD, target_BT in zip(states, targets_KBT, strict=True)
+        ]
         if not routings:
             return Losses(torch.stack(nats), tokens_BS.new_zeros((), dtype=torch.float32), tokens_BS.new_zeros(0, 1))
         balance = torch.stack([routing.balance_loss for routing in routings]).sum()

@@ -36,7 +36,9 @@ class ModelOptimizer:
         ]
         if matrices:
             muon = Muon(
-                _groups_by_parts(matrices), config.matrix_learning_rate, weight_decay=config.weight_decay,
+                _groups_by_parts(matrices),
+                config.matrix_learning_rate,
+                weight_decay=config.weight_decay,
                 dtype=fast_matmul_dtype(next(iter(matrices)).device),
             )
             self._parts.append((muon, config.matrix_learning_rate, _MUON_STATE))
@@ -63,7 +65,9 @@ class ModelOptimizer:
         """State of every parameter under ``<parameter>.<state>``; empty before the first update."""
         return {
             f"{self._names[parameter]}.{key}": state[key]
-            for optimizer, _, keys in self._parts for parameter, state in optimizer.state.items() for key in keys
+            for optimizer, _, keys in self._parts
+            for parameter, state in optimizer.state.items()
+            for key in keys
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor], source: str) -> None:

@@ -72,8 +72,12 @@ class TerminalProgress:
         from rich.progress import Progress as RichProgress
 
         self._bar = RichProgress(
-            TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"), console=Console(file=stream), refresh_per_second=4,
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=Console(file=stream),
+            refresh_per_second=4,
         )
         self._task = self._bar.add_task(title, total=steps, figures="")
 

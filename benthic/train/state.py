@@ -36,8 +36,9 @@ class TrainState:
         """Become what was saved. Raises InputError, naming ``source``, if it does not fit."""
         groups = {"model", "optimizer"} | ({"average"} if self.average is not None else set())
         if checkpoint.tensors.keys() != groups:
-            raise InputError(f"{source}: holds {', '.join(sorted(checkpoint.tensors))}; "
-                             f"this run needs {', '.join(sorted(groups))}")
+            raise InputError(
+                f"{source}: holds {', '.join(sorted(checkpoint.tensors))}; this run needs {', '.join(sorted(groups))}"
+            )
         copy_into(self.model.state_dict(), checkpoint.tensors["model"], f"{source}/model.safetensors")
         self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], f"{source}/optimizer.safetensors")
         if self.average is not None:

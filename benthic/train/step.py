@@ -31,8 +31,13 @@ class StepReport(NamedTuple):
 
 
 def train_step(
-    objective: Objective, optimizer: ModelOptimizer, batch: Batch, settings: StepSettings, *,
-    micro_batch_size: int, compute: Compute,
+    objective: Objective,
+    optimizer: ModelOptimizer,
+    batch: Batch,
+    settings: StepSettings,
+    *,
+    micro_batch_size: int,
+    compute: Compute,
 ) -> StepReport:
     """Learn from one batch. A loss or gradient that is NaN or infinite stops the update before it happens."""
     optimizer.zero_grad()
@@ -61,9 +66,7 @@ def accumulate_gradients(
     for start in range(0, len(batch.tokens_BS), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         document = None if batch.document_BS is None else batch.document_BS[rows]
-        losses: Losses = call_in(
-            compute, objective, batch.tokens_BS[rows], document, targets_KBT[:, rows], keep=keep
-        )
+        losses: Losses = call_in(compute, objective, batch.tokens_BS[rows], document, targets_KBT[:, rows], keep=keep)
         share_K = _counted(targets_KBT[:, rows]) / counts_K.clamp_min(1)
         share = len(batch.tokens_BS[rows]) / len(batch.tokens_BS)
         weighted = Losses(losses.cross_entropy_K * share_K, losses.balance * share, losses.load_ME)

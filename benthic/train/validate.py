@@ -34,8 +34,14 @@ class _TotalNats(nn.Module):
 
 
 def bits_per_byte(
-    model: LanguageModel, store: TokenStore, *, sequence_length: int, batch_size: int, compute: Compute = "fp32",
-    mask_documents: bool = False, max_tokens: int | None = None,
+    model: LanguageModel,
+    store: TokenStore,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    compute: Compute = "fp32",
+    mask_documents: bool = False,
+    max_tokens: int | None = None,
 ) -> float:
     """Bits the model needs for a byte of the validation split.
 

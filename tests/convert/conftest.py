@@ -12,10 +12,22 @@ from benthic.convert.huggingface import save_hf
 from benthic.model import LanguageModel, build_model
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 20, "num_attention_heads": 3,
-    "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 5, "qk_rope_head_dim": 4, "v_head_dim": 7,
-    "n_routed_experts": 6, "moe_intermediate_size": 11, "num_experts_per_tok": 2, "routed_scaling_factor": 1.7,
-    "num_nextn_predict_layers": 1, "max_position_embeddings": 128,
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "intermediate_size": 20,
+    "num_attention_heads": 3,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 7,
+    "n_routed_experts": 6,
+    "moe_intermediate_size": 11,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.7,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 128,
 }
 
 

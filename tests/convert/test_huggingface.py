@@ -109,9 +109,7 @@ def test_export_in_another_dtype_keeps_the_bias_of_routers(
     assert {tensor.dtype for tensor in in_fp32.state_dict().values()} == {torch.float32}
 
 
-def test_tokenizer_travels_with_the_model(
-    small_config: SmallConfig, random_model: RandomModel, tmp_path: Path
-) -> None:
+def test_tokenizer_travels_with_the_model(small_config: SmallConfig, random_model: RandomModel, tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["some text to learn from, some more text"], vocab_size=280)
     tokenizer.save(tmp_path / "tokenizer")
     config = small_config(vocab_size=tokenizer.vocab_size)

@@ -118,8 +118,9 @@ def with_tokenizer(small_config: SmallConfig, random_model: RandomModel, tmp_pat
 def test_import_and_export_return_the_same_files(with_tokenizer: Path, tmp_path: Path) -> None:
     assert import_run(with_tokenizer, tmp_path / "run").tokenizer
     export_hf(tmp_path / "run", tmp_path / "back")
-    original, back = ({path.name: path.read_bytes() for path in folder.iterdir()}
-                      for folder in (with_tokenizer, tmp_path / "back"))
+    original, back = (
+        {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (with_tokenizer, tmp_path / "back")
+    )
     assert original == back
     assert Tokenizer.load(find_tokenizer(tmp_path / "run")).stop_ids == Tokenizer.load(with_tokenizer).stop_ids
 

@@ -20,7 +20,7 @@ HOSTILE = {
     "macro": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "redefined check": "{% set check_time = cycler %}{% for i in range(99999) %}{% for j in range(99999) %}"
-                       "{% endfor %}{% endfor %}",
+    "{% endfor %}{% endfor %}",
 }
 
 
@@ -34,9 +34,11 @@ def test_hostile_templates_end_in_one_line(name):
 
 
 def test_templates_render_as_hugging_faces_do():
-    source = ("{% for m in messages %}\n  {% if loop.first %}\n[{{ m.role }}]\n  {% endif %}\n"
-              "{{ m['content'] | trim }}\n"
-              "{% if m.tool %}{% continue %}{% endif %}!{% endfor %}")
+    source = (
+        "{% for m in messages %}\n  {% if loop.first %}\n[{{ m.role }}]\n  {% endif %}\n"
+        "{{ m['content'] | trim }}\n"
+        "{% if m.tool %}{% continue %}{% endif %}!{% endfor %}"
+    )
     messages = [{"role": "user", "content": " a "}, {"role": "assistant", "content": "b", "tool": True}]
     from transformers.utils.chat_template_utils import render_jinja_template
 

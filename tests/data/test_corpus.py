@@ -76,8 +76,10 @@ def test_a_huge_line_does_not_fill_the_memory(tmp_path):
     found = read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert found == [Rejection(str(path), 0, f"line longer than {text_files.MAX_LINE_BYTES} bytes"),
-                     plain_document("after")]
+    assert found == [
+        Rejection(str(path), 0, f"line longer than {text_files.MAX_LINE_BYTES} bytes"),
+        plain_document("after"),
+    ]
     assert peak < 40 << 20
 
 
@@ -85,23 +87,28 @@ def test_jsonl_records(tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     lines = [json.dumps({"text": "é\n", "more": 1}), "", json.dumps({"messages": messages})]
     assert read(write(tmp_path / "a.jsonl", "\n".join(lines))) == [
-        plain_document("é\n"), Document((Turn("user", "hi"), Turn("assistant", "yo")))]
+        plain_document("é\n"),
+        Document((Turn("user", "hi"), Turn("assistant", "yo"))),
+    ]
 
 
-@pytest.mark.parametrize(("line", "reason"), [
-    (b"{", "bad JSON: Expecting property name"),
-    (b"[1]", "not an object"),
-    (b'{"text": 3}', "no string under"),
-    (b'{"messages": "hi"}', "not an object"),
-    (b'{"messages": [{"role": "user"}]}', "without a string"),
-    (b'{"messages": [{"role": "me", "content": "x"}]}', 'whose "role"'),
-    (b'{"messages": []}', "empty document"),
-    (b'{"text": " "}', "empty document"),
-    (b'{"text": "\\ud800"}', "lone surrogate"),
-    (b'{"text": "\xff"}', "invalid UTF-8"),
-    (b"[" * 100_000, "nested too deeply"),
-    (b"1" * 5000, "integer string conversion"),
-])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{", "bad JSON: Expecting property name"),
+        (b"[1]", "not an object"),
+        (b'{"text": 3}', "no string under"),
+        (b'{"messages": "hi"}', "not an object"),
+        (b'{"messages": [{"role": "user"}]}', "without a string"),
+        (b'{"messages": [{"role": "me", "content": "x"}]}', 'whose "role"'),
+        (b'{"messages": []}', "empty document"),
+        (b'{"text": " "}', "empty document"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b'{"text": "\xff"}', "invalid UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"1" * 5000, "integer string conversion"),
+    ],
+)
 def test_bad_jsonl_lines_are_rejected_and_the_next_is_read(tmp_path, line, reason):
     path = write(tmp_path / "a.jsonl", b'{"text": "one"}\n' + line + b'\n{"text": "two"}')
     first, rejection, last = read(path)
@@ -115,8 +122,13 @@ def test_what_cannot_be_read_is_one_line_before_anything_is(tmp_path):
     good = write(tmp_path / "good.txt", "x")
     image, folder = write(tmp_path / "a.png", "x"), tmp_path / "none"
     folder.mkdir()
-    for bad, message in ((tmp_path / "missing.txt", "no such file"), (image, "allowed are .txt"),
-                         (folder, "no .txt"), (tmp_path / ("x" * 300), "cannot be read"), ("a\0b", "no such file")):
+    for bad, message in (
+        (tmp_path / "missing.txt", "no such file"),
+        (image, "allowed are .txt"),
+        (folder, "no .txt"),
+        (tmp_path / ("x" * 300), "cannot be read"),
+        ("a\0b", "no such file"),
+    ):
         with pytest.raises(InputError, match=message) as refused:
             next(read_corpus([str(good), str(bad)]))
         assert "\n" not in str(refused.value)
@@ -144,7 +156,8 @@ def test_chitchat_speakers_alternate():
     assert sum(a == b for each in roles for a, b in itertools.pairwise(each)) < 20
     assert documents[0].turns[:2] == (
         Turn("user", "Hello\nHow are you doing today?"),
-        Turn("assistant", "whats up MD\nim doing good\nhow are you doing?"))
+        Turn("assistant", "whats up MD\nim doing good\nhow are you doing?"),
+    )
 
 
 def test_chitchat_without_its_package_says_what_to_install(monkeypatch):

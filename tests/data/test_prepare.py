@@ -74,10 +74,14 @@ def test_preparing_again_gives_the_same_bytes_or_keeps_them(prepared, data_confi
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == times
 
 
-@pytest.mark.parametrize(("change", "vocab_size", "named"), [
-    ({"seed": 4}, 400, "seed=3, not 4"), ({"validation_fraction": 0.1}, 400, "validation_fraction=0.2, not 0.1"),
-    ({}, 500, "vocab_size=400, not 500"),
-])
+@pytest.mark.parametrize(
+    ("change", "vocab_size", "named"),
+    [
+        ({"seed": 4}, 400, "seed=3, not 4"),
+        ({"validation_fraction": 0.1}, 400, "validation_fraction=0.2, not 0.1"),
+        ({}, 500, "vocab_size=400, not 500"),
+    ],
+)
 def test_other_settings_are_refused_with_the_difference(prepared, data_config, change, vocab_size, named):
     with pytest.raises(InputError, match=named):
         prepare(data_config.model_copy(update=change), vocab_size, prepared)
@@ -139,16 +143,21 @@ def test_an_interruption_leaves_nothing_behind(data_config, tmp_path):
 
 def test_after_a_kill_preparation_starts_over(prepared, data_config, tmp_path):
     out = tmp_path / "out"
-    script = ("import os, signal, sys\nfrom pathlib import Path\nfrom benthic.config.schema import DataConfig\n"
-              "from benthic.data import prepare\n"
-              "rename = Path.rename\n"
-              "def kill(path, target):\n"
-              "    if path.name == 'data': os.kill(os.getpid(), signal.SIGKILL)\n"
-              "    return rename(path, target)\n"
-              "Path.rename = kill\n"
-              "prepare.prepare(DataConfig.model_validate_json(sys.argv[1]), 400, Path(sys.argv[2]))\n")
-    killed = subprocess.run([sys.executable, "-c", script, data_config.model_dump_json(), str(out)], check=False,
-                            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom benthic.config.schema import DataConfig\n"
+        "from benthic.data import prepare\n"
+        "rename = Path.rename\n"
+        "def kill(path, target):\n"
+        "    if path.name == 'data': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return rename(path, target)\n"
+        "Path.rename = kill\n"
+        "prepare.prepare(DataConfig.model_validate_json(sys.argv[1]), 400, Path(sys.argv[2]))\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", script, data_config.model_dump_json(), str(out)],
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert killed.returncode == -9
     assert (out / "tokenizer").exists()
     assert not (out / "data").exists()

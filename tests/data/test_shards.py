@@ -23,7 +23,8 @@ def test_tokens_come_back_from_any_number_of_shards(prepared, tmp_path, monkeypa
             writer.append(ids, 7)
     splits = {split: writer.close() for split, writer in writers.items()}
     Manifest.load(prepared / "data").model_copy(
-        update={"vocab_size": vocab_size, "dtype": token_dtype(vocab_size), **splits}).save(tmp_path)
+        update={"vocab_size": vocab_size, "dtype": token_dtype(vocab_size), **splits}
+    ).save(tmp_path)
     store = TokenStore(tmp_path, "val")
     stream = np.concatenate(documents)
     positions = np.random.default_rng(seed).integers(len(stream), size=(3, 17))

@@ -36,8 +36,12 @@ class Failpoint:
         self._wrap(monkeypatch, os, "mkdir")
         self._wrap(monkeypatch, os, "unlink")
         self._wrap(monkeypatch, os, "rmdir")
-        self._wrap(monkeypatch, pathlib.Path, "write_text", torn=lambda path, text, **_: path.write_bytes(
-            text.encode()[: len(text) // 2]))
+        self._wrap(
+            monkeypatch,
+            pathlib.Path,
+            "write_text",
+            torn=lambda path, text, **_: path.write_bytes(text.encode()[: len(text) // 2]),
+        )
         self._wrap(monkeypatch, module, "save_file", torn=lambda tensors, path: path.write_bytes(b"\x10\0\0"))
 
     def _wrap(self, monkeypatch, owner, name, torn=None) -> None:
@@ -192,9 +196,16 @@ def test_a_linked_checkpoint_is_refused(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("content", [
-    struct.pack("<Q", 100 * 2**20) + b" " * 64, struct.pack("<Q", 2**63) + b"{}", b"\x80\x05cos\nsystem\n.", b"", b"PK",
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 100 * 2**20) + b" " * 64,
+        struct.pack("<Q", 2**63) + b"{}",
+        b"\x80\x05cos\nsystem\n.",
+        b"",
+        b"PK",
+    ],
+)
 def test_weights_that_are_no_safetensors_are_refused_even_if_hashed(tmp_path, content):
     path = save(tmp_path, 1, numbered(1), keep=1)
     (path / "model.safetensors").write_bytes(content)

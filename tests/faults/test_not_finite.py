@@ -38,7 +38,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_recorded(tiny_run_config, make
     assert all(torch.isfinite(p).all() for p in result.model.parameters())
     events = [row for row in read_metrics(out / "metrics.jsonl") if "event" in row]
     assert [(row["step"], row["event"], row["sequences"]) for row in events] == [
-        (5, "update skipped", [16, 19]), (6, "update skipped", [20, 23]), (9, "update skipped", [32, 35]),
+        (5, "update skipped", [16, 19]),
+        (6, "update skipped", [20, 23]),
+        (9, "update skipped", [32, 35]),
     ]
     assert all(row["reason"] == "loss not finite" for row in events)
 

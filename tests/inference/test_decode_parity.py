@@ -14,13 +14,26 @@ def odd_config(seed):
     rng = random.Random(seed)
     groups = rng.choice([1, 2, 3])
     return ModelConfig(
-        vocab_size=rng.randint(30, 60), hidden_size=rng.randint(9, 40), num_hidden_layers=rng.randint(1, 4),
-        first_k_dense_replace=rng.randint(0, 1), intermediate_size=rng.randint(5, 50),
-        num_attention_heads=rng.randint(1, 5), q_lora_rank=None if seed % 3 == 0 else rng.randint(5, 20),
-        kv_lora_rank=rng.randint(3, 24), qk_nope_head_dim=rng.randint(2, 17), qk_rope_head_dim=2 * rng.randint(1, 6),
-        v_head_dim=rng.randint(2, 19), n_routed_experts=groups * rng.randint(2, 4), moe_intermediate_size=11,
-        n_shared_experts=rng.randint(0, 2), num_experts_per_tok=2, n_group=groups, topk_group=1,
-        routed_scaling_factor=1.7, max_position_embeddings=512, initializer_range=0.2,
+        vocab_size=rng.randint(30, 60),
+        hidden_size=rng.randint(9, 40),
+        num_hidden_layers=rng.randint(1, 4),
+        first_k_dense_replace=rng.randint(0, 1),
+        intermediate_size=rng.randint(5, 50),
+        num_attention_heads=rng.randint(1, 5),
+        q_lora_rank=None if seed % 3 == 0 else rng.randint(5, 20),
+        kv_lora_rank=rng.randint(3, 24),
+        qk_nope_head_dim=rng.randint(2, 17),
+        qk_rope_head_dim=2 * rng.randint(1, 6),
+        v_head_dim=rng.randint(2, 19),
+        n_routed_experts=groups * rng.randint(2, 4),
+        moe_intermediate_size=11,
+        n_shared_experts=rng.randint(0, 2),
+        num_experts_per_tok=2,
+        n_group=groups,
+        topk_group=1,
+        routed_scaling_factor=1.7,
+        max_position_embeddings=512,
+        initializer_range=0.2,
         rope_scaling=YarnConfig(factor=4.0, original_max_position_embeddings=16) if seed % 2 else None,
     )
 

@@ -16,7 +16,9 @@ from benthic.ops.swiglu import swiglu, swiglu_reference
 Op = Callable[..., Tensor]
 
 
-def assert_same(fast: Op, reference: Op, inputs: list[Tensor], *rest: object, tolerance: float = 2e-5, **named: object) -> None:
+def assert_same(
+    fast: Op, reference: Op, inputs: list[Tensor], *rest: object, tolerance: float = 2e-5, **named: object
+) -> None:
     """Value and gradients of ``fast`` in fp32 against ``reference`` in float64, relative to the largest entry."""
     exact = [x.double().requires_grad_() for x in inputs]
     rough = [x.float().requires_grad_() for x in inputs]
@@ -97,7 +99,11 @@ def test_attention(batch: int, time: int, heads: int, nope: int, rope: int, valu
     k_rope = torch.randn(batch, time, rope)
     document_BT = (torch.rand(batch, time) < 0.1).cumsum(1) if documents else None
     assert_same(
-        causal_attention, causal_attention_reference, [q, kv, k_rope], scale=0.7, document_BT=document_BT,
+        causal_attention,
+        causal_attention_reference,
+        [q, kv, k_rope],
+        scale=0.7,
+        document_BT=document_BT,
         tolerance=5e-5,
     )
 
@@ -131,9 +137,12 @@ def test_linear_cross_entropy(rows: int, vocabulary: int, width: int) -> None:
         x, weight = torch.randn(rows, width), torch.randn(vocabulary, width) * 2
         assert_same(
             lambda x, w: linear_cross_entropy(x, w, target),
-            lambda x, w: torch.nn.functional.cross_entropy(x @ w.T, target, ignore_index=IGNORE), [x, weight],
+            lambda x, w: torch.nn.functional.cross_entropy(x @ w.T, target, ignore_index=IGNORE),
+            [x, weight],
         )
-        assert torch.allclose(linear_cross_entropy_reference(x, weight, target), linear_cross_entropy(x, weight, target))
+        assert torch.allclose(
+            linear_cross_entropy_reference(x, weight, target), linear_cross_entropy(x, weight, target)
+        )
     assert linear_cross_entropy(torch.randn(rows, width), torch.randn(vocabulary, width), target * 0 + IGNORE) == 0
 
 

@@ -52,12 +52,15 @@ def test_manifest_lists_size_and_hash_of_every_other_file(tmp_path):
         assert len(entry["sha256"]) == 64
 
 
-@pytest.mark.parametrize(("loaded", "complaint"), [
-    ({"w": torch.zeros(2, 3)}, r"here: tensor v is missing"),
-    ({"w": torch.zeros(2, 3), "v": torch.zeros(4), "z": torch.zeros(1)}, r"here: tensor z is unknown"),
-    ({"w": torch.zeros(3, 2), "v": torch.zeros(4)}, r"here: tensor w is torch.float32 \(3, 2\).*\(2, 3\)"),
-    ({"w": torch.zeros(2, 3, dtype=torch.float64), "v": torch.zeros(4)}, r"w is torch.float64"),
-])
+@pytest.mark.parametrize(
+    ("loaded", "complaint"),
+    [
+        ({"w": torch.zeros(2, 3)}, r"here: tensor v is missing"),
+        ({"w": torch.zeros(2, 3), "v": torch.zeros(4), "z": torch.zeros(1)}, r"here: tensor z is unknown"),
+        ({"w": torch.zeros(3, 2), "v": torch.zeros(4)}, r"here: tensor w is torch.float32 \(3, 2\).*\(2, 3\)"),
+        ({"w": torch.zeros(2, 3, dtype=torch.float64), "v": torch.zeros(4)}, r"w is torch.float64"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_refused_and_nothing_is_copied(loaded, complaint):
     targets = {"w": torch.ones(2, 3), "v": torch.ones(4)}
     with pytest.raises(InputError, match=complaint):

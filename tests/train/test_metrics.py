@@ -41,5 +41,8 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
         raise AssertionError(constant)
 
     assert json.loads(path.read_text(), parse_constant=refuse) == {
-        "step": 1, "loss": None, "mtp_losses": [None, 2.0], "more": {"a": None},
+        "step": 1,
+        "loss": None,
+        "mtp_losses": [None, 2.0],
+        "more": {"a": None},
     }

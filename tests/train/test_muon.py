@@ -48,8 +48,9 @@ def test_steps_equal_a_loop_over_single_matrices(seed):
     plain = torch.nn.Parameter(torch.randn(5, 7, generator=generator))
     expected = [m.detach().double().clone() for m in (*experts.view(6, 5, 7), plain)]
     buffers = [torch.zeros_like(m) for m in expected]
-    optimizer = Muon([{"params": [experts], "parts": 2}, {"params": [plain]}], lr, momentum=momentum,
-                     weight_decay=decay)
+    optimizer = Muon(
+        [{"params": [experts], "parts": 2}, {"params": [plain]}], lr, momentum=momentum, weight_decay=decay
+    )
     for _ in range(4):
         experts.grad = torch.randn(3, 10, 7, generator=generator)
         plain.grad = torch.randn(5, 7, generator=generator)

@@ -19,8 +19,12 @@ SAME = 1e-10
 
 @pytest.fixture(scope="module")
 def objective() -> Objective:
-    sizes = {**PRESETS["tiny"].model_dump(), "num_hidden_layers": 2, "num_nextn_predict_layers": DEPTHS,
-             "initializer_range": 0.1}
+    sizes = {
+        **PRESETS["tiny"].model_dump(),
+        "num_hidden_layers": 2,
+        "num_nextn_predict_layers": DEPTHS,
+        "initializer_range": 0.1,
+    }
     return Objective(build_model(type(PRESETS["tiny"])(**sizes), seed=3, dtype=torch.float64))
 
 
@@ -39,10 +43,12 @@ def losses_at(objective: Objective, tokens: torch.Tensor, document: torch.Tensor
     states, _ = objective.model.training_hidden(tokens[:, :-1], inner)
     targets = prediction_targets(tokens, None, 1 + DEPTHS)
     head = objective.model.transformer.head.weight
-    return torch.stack([
-        F.cross_entropy((state @ head.T).transpose(1, 2), target, reduction="none")
-        for state, target in zip(states, targets, strict=True)
-    ]).detach()
+    return torch.stack(
+        [
+            F.cross_entropy((state @ head.T).transpose(1, 2), target, reduction="none")
+            for state, target in zip(states, targets, strict=True)
+        ]
+    ).detach()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -63,10 +69,14 @@ def test_losses_are_means_over_the_counted_predictions(objective, masked, seed):
 def test_targets_are_the_tokens_one_and_more_ahead_within_a_document():
     tokens = torch.arange(10, 18)[None]
     assert prediction_targets(tokens, None, 3)[:, 0].tolist() == [
-        [11, 12, 13, 14, 15], [12, 13, 14, 15, 16], [13, 14, 15, 16, 17],
+        [11, 12, 13, 14, 15],
+        [12, 13, 14, 15, 16],
+        [13, 14, 15, 16, 17],
     ]
     assert prediction_targets(tokens, documents(3, 1, 4), 3)[:, 0].tolist() == [
-        [11, 12, IGNORE, IGNORE, 15], [12, IGNORE, IGNORE, IGNORE, 16], [IGNORE, IGNORE, IGNORE, IGNORE, 17],
+        [11, 12, IGNORE, IGNORE, 15],
+        [12, IGNORE, IGNORE, IGNORE, 16],
+        [IGNORE, IGNORE, IGNORE, IGNORE, 17],
     ]
 
 

@@ -19,7 +19,10 @@ KINDS = {
     "adamw": {},
     "muon": {"optimizer": {"name": "muon", "learning_rate": 3e-3}},
     "ramp, average, micro-batches": {
-        "schedule": {"batch_ramp": 0.6}, "ema_decay": 0.9, "batch_size": 8, "micro_batch_size": 2,
+        "schedule": {"batch_ramp": 0.6},
+        "ema_decay": 0.9,
+        "batch_size": 8,
+        "micro_batch_size": 2,
     },
     "documents": {"mask_documents": True},
 }
@@ -28,8 +31,9 @@ MEASURED = ("tokens_per_s", "share_of_gemm_peak", "seconds")
 
 def course(out):
     """Everything in the metrics but what a clock measured."""
-    return [{key: value for key, value in row.items() if key not in MEASURED}
-            for row in read_metrics(out / "metrics.jsonl")]
+    return [
+        {key: value for key, value in row.items() if key not in MEASURED} for row in read_metrics(out / "metrics.jsonl")
+    ]
 
 
 def final(out):
@@ -131,14 +135,17 @@ def test_the_resolved_settings_resume_too(tiny_run_config, make_run):
     train(load_run_config(out / "config.toml"), out)
 
 
-@pytest.mark.parametrize(("changes", "complaint"), [
-    ({"steps": 21}, r"train.steps: saved 20, given 21"),
-    ({"model": {"hidden_size": 32}}, r"model.hidden_size: saved 64, given 32"),
-    ({"schedule": {"warmup": 0.5}}, r"train.schedule.warmup: saved 0.02, given 0.5"),
-    ({"mask_documents": True}, r"data.mask_documents: saved False, given True"),
-    ({"optimizer": {"name": "muon", "learning_rate": 3e-3}}, r"train.optimizer.name: saved adamw, given muon"),
-    ({"seed": 1}, r"train.seed: saved 0, given 1"),
-])
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"steps": 21}, r"train.steps: saved 20, given 21"),
+        ({"model": {"hidden_size": 32}}, r"model.hidden_size: saved 64, given 32"),
+        ({"schedule": {"warmup": 0.5}}, r"train.schedule.warmup: saved 0.02, given 0.5"),
+        ({"mask_documents": True}, r"data.mask_documents: saved False, given True"),
+        ({"optimizer": {"name": "muon", "learning_rate": 3e-3}}, r"train.optimizer.name: saved adamw, given muon"),
+        ({"seed": 1}, r"train.seed: saved 0, given 1"),
+    ],
+)
 def test_other_settings_are_refused_with_the_difference(tiny_run_config, make_run, changes, complaint):
     out = make_run()
     train(tiny_run_config(validate_every=100), out)
@@ -190,9 +197,18 @@ def full_disk(*args: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("change", [
-    {"run": []}, {"run": {}}, {"step": None}, {"step": "2"}, {"bits_per_byte": "low"}, {"step": 10**9}, {"step": -1},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"run": []},
+        {"run": {}},
+        {"step": None},
+        {"step": "2"},
+        {"bits_per_byte": "low"},
+        {"step": 10**9},
+        {"step": -1},
+    ],
+)
 def test_a_checkpoint_of_no_use_is_refused_although_its_hashes_are_right(tiny_run_config, make_run, change):
     out = make_run()
     train(tiny_run_config(steps=2), out)

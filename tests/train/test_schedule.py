@@ -34,12 +34,21 @@ def test_warm_up_is_linear_over_two_thousand_steps(course):
         assert PEAK * course.at(step - 1).learning_rate_factor == pytest.approx(PEAK * step / 2000)
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [
-    (1e12, 2.2e-4), (9.99e12, 2.2e-4), (10e12, 2.2e-4),
-    (12.15e12, (2.2e-4 + 2.2e-5) / 2),
-    (11.075e12, 2.2e-5 + (2.2e-4 - 2.2e-5) * (1 + math.cos(math.pi / 4)) / 2),
-    (14.299e12, 2.2e-5), (14.4e12, 2.2e-5), (14.632e12, 2.2e-5), (14.634e12, 7.3e-6), (14.8e12, 7.3e-6),
-])
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (1e12, 2.2e-4),
+        (9.99e12, 2.2e-4),
+        (10e12, 2.2e-4),
+        (12.15e12, (2.2e-4 + 2.2e-5) / 2),
+        (11.075e12, 2.2e-5 + (2.2e-4 - 2.2e-5) * (1 + math.cos(math.pi / 4)) / 2),
+        (14.299e12, 2.2e-5),
+        (14.4e12, 2.2e-5),
+        (14.632e12, 2.2e-5),
+        (14.634e12, 7.3e-6),
+        (14.8e12, 7.3e-6),
+    ],
+)
 def test_learning_rate(course, tokens, expected):
     assert rate(course, tokens) == pytest.approx(expected, rel=1e-3)
 
@@ -49,10 +58,16 @@ def test_batch_ramp(course, tokens, batch):
     assert course.at(course.step_at(tokens / TOKENS)).batch_size == pytest.approx(batch, abs=3)
 
 
-@pytest.mark.parametrize(("tokens", "speed", "mtp"), [
-    (1e12, 0.001, 0.3), (9.999e12, 0.001, 0.3), (10.001e12, 0.001, 0.1), (14.299e12, 0.001, 0.1),
-    (14.301e12, 0.0, 0.1),
-])
+@pytest.mark.parametrize(
+    ("tokens", "speed", "mtp"),
+    [
+        (1e12, 0.001, 0.3),
+        (9.999e12, 0.001, 0.3),
+        (10.001e12, 0.001, 0.1),
+        (14.299e12, 0.001, 0.1),
+        (14.301e12, 0.0, 0.1),
+    ],
+)
 def test_bias_speed_and_mtp_weight(course, tokens, speed, mtp):
     settings = course.at(course.step_at(tokens / TOKENS))
     assert (settings.bias_speed, settings.mtp_weight) == (speed, mtp)

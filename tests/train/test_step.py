@@ -14,8 +14,9 @@ from benthic.train.optimizer import ModelOptimizer
 from benthic.train.schedule import StepSettings
 from benthic.train.step import accumulate_gradients, train_step, update_router_bias
 
-SETTINGS = StepSettings(first_sequence=0, batch_size=6, learning_rate_factor=1.0, bias_speed=0.01, mtp_weight=0.3,
-                        balance_weight=0.01)
+SETTINGS = StepSettings(
+    first_sequence=0, batch_size=6, learning_rate_factor=1.0, bias_speed=0.01, mtp_weight=0.3, balance_weight=0.01
+)
 
 
 def build(seed: int = 0, dtype: torch.dtype | None = None) -> Objective:
@@ -53,8 +54,9 @@ def test_gradients_in_bf16_point_where_those_in_fp32_do():
 
 
 def everything(objective: Objective, optimizer: ModelOptimizer) -> dict[str, torch.Tensor]:
-    return {key: tensor.clone() for key, tensor in (*objective.state_dict().items(),
-                                                    *optimizer.state_tensors().items())}
+    return {
+        key: tensor.clone() for key, tensor in (*objective.state_dict().items(), *optimizer.state_tensors().items())
+    }
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -66,7 +66,9 @@ def _compile(compiler: str, target: Path) -> None:
             ]  # fmt: skip
             result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             if result.returncode:
-                complaint = next((line for line in result.stderr.splitlines() if "undefined" in line or "error" in line), "no reason")
+                complaint = next(
+                    (line for line in result.stderr.splitlines() if "undefined" in line or "error" in line), "no reason"
+                )
                 raise BuildError(complaint.strip())
             built.replace(target)
     except (OSError, subprocess.TimeoutExpired) as error:
