@@ -109,4 +109,5 @@ class LatentAttention(nn.Module):
             scale=self.scale,
             start=start,
         )
-        return (out_BHTC @ value_HVC.transpose(-1, -2)).transpose(1, 2)
+        out_BHTV: Tensor = out_BHTC @ value_HVC.transpose(-1, -2)
+        return out_BHTV.transpose(1, 2)

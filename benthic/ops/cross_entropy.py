@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
         dx_ND, dweight_VD = ctx.saved_tensors
-        return tuple(None if d is None else d * scale.to(d.dtype) for d in (dx_ND, dweight_VD)) + (None,)
+        return *(None if d is None else d * scale.to(d.dtype) for d in (dx_ND, dweight_VD)), None
 
 
 def _chunk_loss(logits_CV: Tensor, target_C: Tensor, counted: int) -> tuple[Tensor, Tensor]:

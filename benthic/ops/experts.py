@@ -71,8 +71,8 @@ def _forward_native(
     rows, (n, d), (e, _, f) = len(token_S), x_ND.shape, down_EDF.shape
     gate_up_SG, y_SD, out_ND = (x_ND.new_empty(shape) for shape in ((rows, 2 * f), (rows, d), (n, d)))
     native.call(
-        "experts_forward", x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_EGD, down_EDF, gate_up_SG, y_SD,
-        out_ND, n, e, d, f, slot_NK.shape[1],
+        "experts_forward", x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_EGD, down_EDF, gate_up_SG,
+        y_SD, out_ND, n, e, d, f, slot_NK.shape[1],
     )  # fmt: skip
     return gate_up_SG, out_ND
 

@@ -45,7 +45,8 @@ class _NativeRotateTail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotate_tail_native(grads[0], *ctx.saved_tensors, -1.0), None, None
+        cos_TP, sin_TP = ctx.saved_tensors
+        return _rotate_tail_native(grads[0], cos_TP, sin_TP, -1.0), None, None
 
 
 def _rotate_tail_native(x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor, direction: float) -> Tensor:
@@ -62,7 +63,7 @@ def _rotate_tail_native(x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor, directio
 
 def softmax_scale(config: ModelConfig) -> float:
     """Scale of attention scores: 1/sqrt(width), times YaRN's squared temperature (V3 report section 4.3)."""
-    scale = config.qk_head_dim**-0.5
+    scale: float = config.qk_head_dim**-0.5
     yarn = config.rope_scaling
     if yarn is None or not yarn.mscale_all_dim:
         return scale

@@ -9,7 +9,7 @@ from torch import Tensor
 from benthic.ops.attention import causal_attention, causal_attention_reference
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
 from benthic.ops.experts import routed_experts, routed_experts_reference
-from benthic.ops.norm import rms_norm
+from benthic.ops.norm import rms_norm, rms_norm_reference
 from benthic.ops.rope import apply_rope, rotate_tail
 from benthic.ops.swiglu import swiglu, swiglu_reference
 
@@ -153,20 +153,35 @@ def test_bf16_is_as_close_to_float64_as_rounding_allows(seed: int) -> None:
     tokens, index = 70, torch.rand(70, 5).topk(2, -1).indices
     angle, target = torch.rand(10, 3), torch.randint(9, (tokens,))
     gate = torch.rand(tokens, 2)
+    scale, turn = 0.3, (angle.cos(), angle.sin())
     cases: list[tuple[Op, Op, list[Tensor]]] = [
-        (lambda x, w: rms_norm(x, w, 1e-6), lambda x, w: rms_norm(x, w, 1e-6), [torch.randn(tokens, 24), torch.randn(24)]),
+        (
+            lambda x, w: rms_norm(x, w, 1e-6),
+            lambda x, w: rms_norm_reference(x, w, 1e-6),
+            [torch.randn(tokens, 24), torch.randn(24)],
+        ),
         (swiglu, swiglu_reference, [torch.randn(tokens, 24)]),
-        (lambda x: rotate_tail(x, angle.cos(), angle.sin()), lambda x: rotate_tail(x, angle.cos(), angle.sin()),
-         [torch.randn(2, 10, 3, 14)]),
-        (lambda q, kv, k: causal_attention(q, kv, k, scale=0.3),
-         lambda q, kv, k: causal_attention_reference(q, kv, k, scale=0.3),
-         [torch.randn(2, 90, 3, 12), torch.randn(2, 90, 3, 15), torch.randn(2, 90, 4)]),
-        (lambda x, gu, d: routed_experts(x, index, gate, gu, d),
-         lambda x, gu, d: routed_experts_reference(x, index, gate.double(), gu, d),
-         [torch.randn(tokens, 16), torch.randn(5, 12, 16) / 4, torch.randn(5, 16, 6) / 4]),
-        (lambda x, w: linear_cross_entropy(x, w, target), lambda x, w: torch.nn.functional.cross_entropy(x @ w.T, target),
-         [torch.randn(tokens, 8), torch.randn(9, 8)]),
-    ]  # fmt: skip
+        (
+            lambda x: rotate_tail(x, *turn),
+            lambda x: torch.cat((x[..., :8], apply_rope(x[..., 8:], *turn)), -1),
+            [torch.randn(2, 10, 3, 14)],
+        ),
+        (
+            lambda q, kv, k: causal_attention(q, kv, k, scale=scale),
+            lambda q, kv, k: causal_attention_reference(q, kv, k, scale=scale),
+            [torch.randn(2, 90, 3, 12), torch.randn(2, 90, 3, 15), torch.randn(2, 90, 4)],
+        ),
+        (
+            lambda x, gu, d: routed_experts(x, index, gate, gu, d),
+            lambda x, gu, d: routed_experts_reference(x, index, gate.double(), gu, d),
+            [torch.randn(tokens, 16), torch.randn(5, 12, 16) / 4, torch.randn(5, 16, 6) / 4],
+        ),
+        (
+            lambda x, w: linear_cross_entropy(x, w, target),
+            lambda x, w: torch.nn.functional.cross_entropy(x @ w.T, target),
+            [torch.randn(tokens, 8), torch.randn(9, 8)],
+        ),
+    ]
     for fast, reference, inputs in cases:
         rounded = [x.bfloat16() for x in inputs]
         rough = [x.clone().requires_grad_() for x in rounded]
