@@ -53,7 +53,8 @@ class _NativeAttention(torch.autograd.Function):
         ctx: Any, q_BTHK: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, first_BT: Tensor | None, scale: float
     ) -> Tensor:
         q_BTHK, kv_BTHX, k_rope_BTR = q_BTHK.contiguous(), kv_BTHX.contiguous(), k_rope_BTR.contiguous()
-        batch, time, heads, nope, rope, value = sizes = _sizes(q_BTHK, kv_BTHX, k_rope_BTR)
+        sizes = _sizes(q_BTHK, kv_BTHX, k_rope_BTR)
+        batch, time, heads, *_, value = sizes
         out_BTHV, lse_BHT = q_BTHK.new_empty(batch, time, heads, value), torch.empty(batch, heads, time)
         native.call("attention_forward", q_BTHK, kv_BTHX, k_rope_BTR, first_BT, out_BTHV, lse_BHT, *sizes, scale)
         ctx.save_for_backward(q_BTHK, kv_BTHX, k_rope_BTR, first_BT, out_BTHV, lse_BHT)

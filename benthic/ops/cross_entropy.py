@@ -38,8 +38,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         counted = int((target_N != IGNORE).sum())
         dx_ND = torch.empty_like(x_ND) if needs_x else None
-        dweight_VD = torch.zeros_like(weight_VD) if needs_weight else None
-        total = torch.zeros((), dtype=torch.promote_types(x_ND.dtype, torch.float32), device=x_ND.device)
+        # Sums over chunks are kept in at least fp32; autograd rounds them to the weight's dtype once.
+        precise = torch.promote_types(x_ND.dtype, torch.float32)
+        dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if needs_weight else None
+        total = torch.zeros((), dtype=precise, device=x_ND.device)
         for start in range(0, len(x_ND), _CHUNK):
             rows = slice(start, start + _CHUNK)
             nats, dlogits_CV = _chunk_loss(x_ND[rows] @ weight_VD.T, target_N[rows], max(counted, 1))
@@ -47,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx_ND is not None:
                 torch.mm(dlogits_CV, weight_VD, out=dx_ND[rows])
             if dweight_VD is not None:
-                dweight_VD.addmm_(dlogits_CV.T, x_ND[rows])
+                _accumulate_product(dweight_VD, dlogits_CV.T, x_ND[rows])
         ctx.save_for_backward(dx_ND, dweight_VD)
         return total / max(counted, 1)
 
@@ -56,6 +58,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grads
         dx_ND, dweight_VD = ctx.saved_tensors
         return *(None if d is None else d * scale.to(d.dtype) for d in (dx_ND, dweight_VD)), None
+
+
+def _accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, where ``total`` may be more precise than the factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)
 
 
 def _chunk_loss(logits_CV: Tensor, target_C: Tensor, counted: int) -> tuple[Tensor, Tensor]:
