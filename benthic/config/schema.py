@@ -118,7 +118,8 @@ class OptimizerConfig(Settings):
 
 
 class ScheduleConfig(Settings):
-    """The published course of a run, every moment a fraction of its tokens (V3 report section 4.2).
+    """The published course of a run (V3 report section 4.2): warm-up a fraction of its steps, every other moment a
+    fraction of its tokens.
 
     The learning rate rises linearly until ``warmup``, stays at its peak until ``decay_start``, falls along a cosine
     to ``decay_factor`` of the peak at ``decay_end``, stays there until ``tail_start`` and ends at ``tail_factor``.

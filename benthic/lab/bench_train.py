@@ -16,6 +16,7 @@ from benthic.model import build_model
 from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
+from benthic.train.memory import keep_freed_memory
 from benthic.train.objective import Objective
 from benthic.train.optimizer import ModelOptimizer
 from benthic.train.schedule import Course
@@ -44,6 +45,7 @@ def bench_train(config: RunConfig) -> TrainSpeed:
     """Times ``config.train.steps`` steps after two to warm up; nothing is read or written."""
     if config.train.steps is None:
         raise InputError("train.minutes: a benchmark counts steps; give train.steps")
+    keep_freed_memory()
     compute: Compute = "bf16" if config.precision.compute == "bf16" else "fp32"
     seconds = _step_seconds(config, config.train.steps, compute)
     train = config.train

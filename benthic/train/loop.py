@@ -20,6 +20,7 @@ from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import latest, load, save
 from benthic.train.identity import identity, resume_settings
 from benthic.train.ledger import Ledger
+from benthic.train.memory import keep_freed_memory
 from benthic.train.metrics import MetricsLog
 from benthic.train.progress import Progress, describe, open_progress
 from benthic.train.schedule import Course, StepSettings
@@ -57,6 +58,7 @@ def train(config: RunConfig, out: str | Path) -> Trained:
         CheckpointFailed: a checkpoint could not be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
+    keep_freed_memory()
     out = Path(out)
     store = TokenStore(out / "data", "train")
     corpus = _identify_corpus(config, out, store)
