@@ -36,8 +36,8 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
 
 
-def save(root: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Commit ``root/step-N`` and delete all but the newest ``keep``. Raises CheckpointFailed."""
+def save(root: Path, step: int, checkpoint: Checkpoint, keep: int | None) -> Path:
+    """Commit ``root/step-N`` and delete all but the newest ``keep``, or none. Raises CheckpointFailed."""
     target = root / f"step-{step}"
     temporary = root / f".{target.name}.tmp"
     try:
@@ -52,8 +52,8 @@ def save(root: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         raise CheckpointFailed(f"{target}: not saved ({error}); earlier checkpoints are intact") from error
     # One too many is no reason to stop a run; the next save tries again.
     with suppress(OSError):
-        for old in committed(root)[:-keep]:
-            _discard(old)
+        for old in committed(root)[:-keep] if keep else []:
+            discard(old)
     return target
 
 
@@ -66,6 +66,13 @@ def committed(root: Path) -> list[Path]:
 def latest(root: Path) -> Path | None:
     """The newest committed checkpoint."""
     return next(reversed(committed(root)), None)
+
+
+def discard(directory: Path) -> None:
+    """Delete a checkpoint, by a rename first, so that a kill half way leaves no partial one under its name."""
+    doomed = directory.with_name(f".{directory.name}.tmp")
+    directory.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def load(path: Path) -> Checkpoint:
@@ -95,13 +102,6 @@ def _write(directory: Path, checkpoint: Checkpoint) -> None:
     manifest.write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
     for file in (*files, manifest, directory):
         sync(file)
-
-
-def _discard(directory: Path) -> None:
-    """Delete a checkpoint, by a rename first, so that a kill half way leaves no partial one under its name."""
-    doomed = directory.with_name(f".{directory.name}.tmp")
-    directory.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _discard_leftovers(root: Path) -> None:

@@ -16,8 +16,9 @@ from benthic.model import LanguageModel
 from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
+from benthic.train.background import BackgroundWriter
 from benthic.train.calibrate import resolve
-from benthic.train.checkpoint import latest, load, save
+from benthic.train.checkpoint import latest, load
 from benthic.train.identity import identity, resume_settings
 from benthic.train.ledger import Ledger
 from benthic.train.memory import keep_freed_memory
@@ -115,6 +116,7 @@ class _Trainer:
         self.flops_per_token = training_flops(config.model, config.train.sequence_length, mtp=True)
         self.peak_flops = 1e9 * measure_gemm_gflops(compute_dtype(self.compute))
         self.held_out = TokenStore(out / "data", "val")
+        self.writer = BackgroundWriter(out / "checkpoints" / STAGE)
         self.ledger = Ledger(out, STAGE)
         self.skipped = 0
         """Steps in a row that were not taken because something was not finite."""
@@ -124,10 +126,12 @@ class _Trainer:
         state = self.state
         with (
             StopRequest() as stop,
+            self.writer,
             MetricsLog(self.out / "metrics.jsonl", state.step) as metrics,
             open_progress(STAGE, self.steps) as progress,
         ):
             while state.step < self.steps:
+                self.writer.check()
                 self._step(metrics, progress)
                 if state.step % self.config.train.validate_every == 0 or state.step == self.steps:
                     self._validate(metrics, progress)
@@ -135,7 +139,9 @@ class _Trainer:
                 if due or stop.signal is not None:
                     self._save(metrics)
                 if stop.signal is not None:
+                    self.writer.wait()
                     raise Interrupted(stop.signal, f"stopped after step {state.step}, saved in {self.out}")
+            self.writer.wait()
         assert state.bits_per_byte is not None
         return Trained(state.model, self.config, state.bits_per_byte)
 
@@ -229,9 +235,4 @@ class _Trainer:
         metrics.sync()
         tokens = self.course.sequences_before(self.state.step) * self.config.train.sequence_length
         self.ledger.write(tokens, tokens * self.flops_per_token)
-        save(
-            self.out / "checkpoints" / STAGE,
-            self.state.step,
-            self.state.to_checkpoint(self.identity),
-            self.config.train.keep_checkpoints,
-        )
+        self.writer.save(self.state.step, self.state.to_checkpoint(self.identity), self.config.train.keep_checkpoints)

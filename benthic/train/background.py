@@ -1,0 +1,57 @@
+"""Checkpoints written while training goes on: a step waits for a copy in memory, not for hashes and disks."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from benthic.train.checkpoint import Checkpoint, save
+
+
+class BackgroundWriter:
+    """Commits checkpoints below ``root`` in a thread of its own, one at a time. Leaving its context waits for it.
+
+    A failed write is raised by the next call of :meth:`save`, :meth:`check` or :meth:`wait`, as CheckpointFailed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Path] | None = None
+
+    def save(self, step: int, checkpoint: Checkpoint, keep: int | None) -> None:
+        """Copy the checkpoint, once the one before is on disk, and begin to write the copy."""
+        self.wait()
+        self._writing = self._thread.submit(save, self._root, step, on_host(checkpoint), keep)
+
+    def check(self) -> None:
+        """Raise what the write in the background failed with, if it has."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once nothing is being written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.shutdown()
+
+
+def on_host(checkpoint: Checkpoint) -> Checkpoint:
+    """A copy in host memory that no later step changes."""
+    return Checkpoint(
+        {
+            group: {
+                name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
+            }
+            for group, tensors in checkpoint.tensors.items()
+        },
+        checkpoint.state,
+    )
