@@ -172,6 +172,11 @@ class TrainConfig(Settings):
     """Tokens of a validation during the run; the last one reads the whole held-out split."""
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
+    on_spike: Literal["keep", "skip", "roll_back"] = "keep"
+    """What becomes of a step whose loss or gradient norm spikes, and does so again when its batch is run again: it is
+    taken, or left out, or the run goes back to the last checkpoint and passes over all it has read since."""
+    spike_deviations: Annotated[float, Field(gt=0)] = 10.0
+    """A spike lies so many robust standard deviations above the median of the last 64 steps."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
 

@@ -8,7 +8,14 @@ from pydantic import ValidationError
 from benthic.config.schema import RunConfig
 from benthic.errors import InputError
 
-MAY_CHANGE = {"train.checkpoint_every", "train.keep_checkpoints", "train.validate_every", "train.validation_tokens"}
+MAY_CHANGE = {
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.validate_every",
+    "train.validation_tokens",
+    "train.on_spike",
+    "train.spike_deviations",
+}
 _SECTIONS = {"model", "data", "train", "precision"}
 _KEYS = ("requested", "resolved", "corpus")
 

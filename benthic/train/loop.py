@@ -1,16 +1,15 @@
 """Pretraining from the first step to the last, whatever interrupts it: the same call again goes on where it stopped."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benthic.config.load import dump_toml
 from benthic.config.schema import RunConfig
-from benthic.data.batches import Batch, Batches
+from benthic.data.batches import Batches
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
-from benthic.errors import InputError, WorkFailed
+from benthic.errors import InputError
 from benthic.files import sha256, write_atomically
 from benthic.model import LanguageModel
 from benthic.plan.flops import training_flops
@@ -20,9 +19,17 @@ from benthic.train.background import BackgroundWriter
 from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import latest, load
 from benthic.train.identity import identity, resume_settings
+from benthic.train.incidents import (
+    action,
+    describe_incident,
+    give_up_on_skipping,
+    incident_row,
+    roll_back_rows,
+    roll_back_target,
+)
 from benthic.train.ledger import Ledger
 from benthic.train.memory import keep_freed_memory
-from benthic.train.metrics import MetricsLog
+from benthic.train.metrics import MetricsLog, read_metrics
 from benthic.train.progress import Progress, describe, open_progress
 from benthic.train.schedule import Course, StepSettings
 from benthic.train.signals import Interrupted, StopRequest
@@ -31,11 +38,6 @@ from benthic.train.step import StepReport, train_step
 from benthic.train.validate import bits_per_byte
 
 STAGE = "pretrain"
-_MOST_SKIPPED = 3
-
-
-class Diverged(WorkFailed):
-    """Loss or gradients were not finite several times in a row."""
 
 
 class Trained(NamedTuple):
@@ -55,7 +57,7 @@ def train(config: RunConfig, out: str | Path) -> Trained:
 
     Raises:
         InputError: there is no data, a checkpoint is damaged, or was made with other settings.
-        Diverged: the loss was not finite three times in a row.
+        Diverged: three updates in a row were not taken, or roll-backs were of no use.
         CheckpointFailed: a checkpoint could not be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
@@ -118,53 +120,85 @@ class _Trainer:
         self.held_out = TokenStore(out / "data", "val")
         self.writer = BackgroundWriter(out / "checkpoints" / STAGE)
         self.ledger = Ledger(out, STAGE)
-        self.skipped = 0
-        """Steps in a row that were not taken because something was not finite."""
 
     def run(self) -> Trained:
         """Train to the end, or until asked to stop."""
-        state = self.state
         with (
             StopRequest() as stop,
             self.writer,
-            MetricsLog(self.out / "metrics.jsonl", state.step) as metrics,
+            MetricsLog(self.out / "metrics.jsonl", self.state.step) as metrics,
             open_progress(STAGE, self.steps) as progress,
         ):
-            while state.step < self.steps:
+            while self.state.step < self.steps:
                 self.writer.check()
-                self._step(metrics, progress)
-                if state.step % self.config.train.validate_every == 0 or state.step == self.steps:
-                    self._validate(metrics, progress)
-                due = state.step % self.config.train.checkpoint_every == 0 or state.step == self.steps
-                if due or stop.signal is not None:
-                    self._save(metrics)
-                if stop.signal is not None:
-                    self.writer.wait()
-                    raise Interrupted(stop.signal, f"stopped after step {state.step}, saved in {self.out}")
+                if self._step(metrics, progress):
+                    self._end_step(metrics, progress, stop)
             self.writer.wait()
-        assert state.bits_per_byte is not None
-        return Trained(state.model, self.config, state.bits_per_byte)
+        assert self.state.bits_per_byte is not None
+        return Trained(self.state.model, self.config, self.state.bits_per_byte)
 
-    def _step(self, metrics: MetricsLog, progress: Progress) -> None:
+    def _end_step(self, metrics: MetricsLog, progress: Progress, stop: StopRequest) -> None:
+        """Validate and save where it is due; stop if asked to."""
+        step, train = self.state.step, self.config.train
+        if step % train.validate_every == 0 or step == self.steps:
+            self._validate(metrics, progress)
+        due = step % train.checkpoint_every == 0 or step == self.steps
+        if due or stop.signal is not None:
+            self._save(metrics, on_schedule=due)
+        if stop.signal is not None:
+            self.writer.wait()
+            raise Interrupted(stop.signal, f"stopped after step {step}, saved in {self.out}")
+
+    def _step(self, metrics: MetricsLog, progress: Progress) -> bool:
+        """Take a step; False if it has led back to an earlier one."""
         start = time.perf_counter()
-        settings = self.course.at(self.state.step)
-        batch = self.batches.at(settings.first_sequence, settings.batch_size)
+        state, settings = self.state, self.course.at(self.state.step)
+        first = settings.first_sequence + state.sequences_passed_over
         report = train_step(
-            self.state.objective,
-            self.state.optimizer,
-            batch,
+            state.objective,
+            state.optimizer,
+            self.batches.at(first, settings.batch_size),
             settings,
             micro_batch_size=self.micro_batch_size,
             compute=self.compute,
+            health=state.health,
         )
-        if report.updated and self.state.average is not None:
-            self.state.average.update()
-        self.state.step += 1
+        if report.updated and state.average is not None:
+            state.average.update()
+        state.step += 1
         row = self._row(report, settings, time.perf_counter() - start)
         metrics.write(row)
         tokens_left = (self.course.sequences * self.config.train.sequence_length) - row["tokens"]
-        progress.update(self.state.step, describe(row, self.state.bits_per_byte, tokens_left))
-        self._guard(report, settings, batch, metrics)
+        progress.update(state.step, describe(row, state.bits_per_byte, tokens_left))
+        if report.incident is None:
+            return True
+        return self._respond(report, range(first, first + settings.batch_size), metrics, progress)
+
+    def _respond(self, report: StepReport, sequences: range, metrics: MetricsLog, progress: Progress) -> bool:
+        """Record an incident; False if the run has gone back because of it."""
+        health = self.state.health
+        row = incident_row(report, health, self.state.step, sequences)
+        progress.note(describe_incident(row))
+        if action(report, health) == "rolled back":
+            self._roll_back(row, sequences.stop, metrics)
+            return False
+        metrics.write(row)
+        give_up_on_skipping(row, health.skipped)
+        return True
+
+    def _roll_back(self, row: dict[str, Any], next_sequence: int, metrics: MetricsLog) -> None:
+        """Become the last checkpoint, or the start, with all sequences before ``next_sequence`` passed over."""
+        self.writer.wait()
+        target = roll_back_target(self.out / "checkpoints" / STAGE)
+        if target is None:
+            self.state = TrainState(self.config)
+        else:
+            self.state.restore(load(target), str(target))
+        self.state.sequences_passed_over = next_sequence - self.course.sequences_before(self.state.step)
+        events = roll_back_rows(row, read_metrics(self.out / "metrics.jsonl"), self.state.step)
+        metrics.rewind(self.state.step)
+        for event in events:
+            metrics.write(event)
 
     def _row(self, report: StepReport, settings: StepSettings, seconds: float) -> dict[str, Any]:
         length = self.config.train.sequence_length
@@ -185,29 +219,6 @@ class _Trainer:
             "dead_experts": int((load_ME == 0).sum()),
             "seconds": seconds,
         }
-
-    def _guard(self, report: StepReport, settings: StepSettings, batch: Batch, metrics: MetricsLog) -> None:
-        """Record a step that was not taken; give up after several in a row."""
-        if report.updated:
-            self.skipped = 0
-            return
-        self.skipped += 1
-        finite_loss = all(math.isfinite(loss) for loss in (*report.cross_entropy, report.balance))
-        what = "gradient" if finite_loss else "loss"
-        last = settings.first_sequence + len(batch.tokens_BS) - 1
-        metrics.write(
-            {
-                "step": self.state.step,
-                "event": "update skipped",
-                "reason": f"{what} not finite",
-                "sequences": [settings.first_sequence, last],
-            }
-        )
-        if self.skipped == _MOST_SKIPPED:
-            raise Diverged(
-                f"step {self.state.step}: {what} not finite {_MOST_SKIPPED} times in a row, last in "
-                f"sequences {settings.first_sequence} to {last}; try a lower learning rate"
-            )
 
     def _validate(self, metrics: MetricsLog, progress: Progress) -> None:
         """Measure bits per byte: on a part of the split during the run, on all of it at the end."""
@@ -231,8 +242,10 @@ class _Trainer:
             max_tokens=max_tokens,
         )
 
-    def _save(self, metrics: MetricsLog) -> None:
+    def _save(self, metrics: MetricsLog, *, on_schedule: bool) -> None:
         metrics.sync()
         tokens = self.course.sequences_before(self.state.step) * self.config.train.sequence_length
         self.ledger.write(tokens, tokens * self.flops_per_token)
-        self.writer.save(self.state.step, self.state.to_checkpoint(self.identity), self.config.train.keep_checkpoints)
+        # A signal's checkpoint takes the place of none: a later roll-back may want the one before.
+        keep = self.config.train.keep_checkpoints if on_schedule else None
+        self.writer.save(self.state.step, self.state.to_checkpoint(self.identity, on_schedule=on_schedule), keep)

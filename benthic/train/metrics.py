@@ -4,7 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from benthic.files import write_atomically
 
@@ -13,10 +13,13 @@ class MetricsLog:
     """Appends rows to a file. Opening it drops the rows after ``step``, which a resumed run will write again."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = [line for line in _lines(path) if _step_of(line) <= step]
-        write_atomically(path, "".join(kept))
-        # A line reaches the system as soon as it is whole: a kill loses nothing of it.
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = path
+        self._file = _open_after(path, step)
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after ``step``."""
+        self._file.close()
+        self._file = _open_after(self._path, step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row, which has a ``step``. NaN and infinity, which JSON lacks, are written as null."""
@@ -36,6 +39,13 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole rows of a metrics file."""
     return [json.loads(line) for line in _lines(path)]
+
+
+def _open_after(path: Path, step: int) -> TextIO:
+    kept = [line for line in _lines(path) if _step_of(line) <= step]
+    write_atomically(path, "".join(kept))
+    # A line reaches the system as soon as it is whole: a kill loses nothing of it.
+    return path.open("a", encoding="utf-8", buffering=1)
 
 
 def _lines(path: Path) -> list[str]:

@@ -73,6 +73,8 @@ class ModelOptimizer:
     def load_state_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
         """Take over a saved state. Raises InputError, naming ``source``, if it is of another model or optimizer."""
         if not tensors:
+            for optimizer, _, _ in self._parts:
+                optimizer.state.clear()
             return
         for optimizer, _, keys in self._parts:
             for parameter in _parameters(optimizer):

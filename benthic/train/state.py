@@ -1,5 +1,7 @@
 """Everything a step changes, and how it goes into a checkpoint and comes back bit for bit."""
 
+from typing import Any
+
 import torch
 
 from benthic.config.schema import RunConfig
@@ -7,6 +9,7 @@ from benthic.errors import InputError
 from benthic.model import build_model
 from benthic.train.checkpoint import Checkpoint, copy_into
 from benthic.train.ema import WeightAverage
+from benthic.train.health import Health
 from benthic.train.objective import Objective
 from benthic.train.optimizer import ModelOptimizer
 
@@ -18,18 +21,28 @@ class TrainState:
         self.step = 0
         self.bits_per_byte: float | None = None
         """Of the last validation."""
+        self.sequences_passed_over = 0
+        """Sequences that roll-backs left unread: by so many the data is ahead of the course."""
+        self.health = Health(config.train.on_spike, config.train.spike_deviations)
         self.model = build_model(config.model, seed=config.train.seed)
         self.objective = Objective(self.model)
         self.optimizer = ModelOptimizer(self.model, config.train.optimizer)
         decay = config.train.ema_decay
         self.average = WeightAverage(self.model, decay) if decay else None
 
-    def to_checkpoint(self, run: dict[str, object]) -> Checkpoint:
-        """Tensors and numbers, with what identifies the run."""
+    def to_checkpoint(self, run: dict[str, object], *, on_schedule: bool) -> Checkpoint:
+        """Tensors and numbers, with what identifies the run, and whether it would be saved had no signal come."""
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_tensors()}
         if self.average is not None:
             tensors["average"] = self.average.tensors
-        return Checkpoint(tensors, {"step": self.step, "bits_per_byte": self.bits_per_byte, "run": run})
+        numbers = {
+            "step": self.step,
+            "bits_per_byte": self.bits_per_byte,
+            "sequences_passed_over": self.sequences_passed_over,
+            "health": self.health.to_json(),
+            "on_schedule": on_schedule,
+        }
+        return Checkpoint(tensors, {**numbers, "run": run})
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint, source: str) -> None:
@@ -43,7 +56,12 @@ class TrainState:
         self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], f"{source}/optimizer.safetensors")
         if self.average is not None:
             copy_into(self.average.tensors, checkpoint.tensors["average"], f"{source}/average.safetensors")
-        bits_per_byte = checkpoint.state.get("bits_per_byte")
-        if not isinstance(bits_per_byte, float | None):
-            raise InputError(f"{source}/state.json: bits_per_byte={bits_per_byte!r} must be a number")
-        self.step, self.bits_per_byte = checkpoint.state["step"], bits_per_byte
+        self._restore_numbers(checkpoint.state, f"{source}/state.json")
+
+    def _restore_numbers(self, saved: dict[str, Any], source: str) -> None:
+        for key, allowed in (("bits_per_byte", float | None), ("sequences_passed_over", int)):
+            if not isinstance(saved.get(key), allowed):
+                raise InputError(f"{source}: {key}={saved.get(key)!r} must be a number")
+        self.health.restore(saved.get("health"), source)
+        self.step, self.bits_per_byte = saved["step"], saved["bits_per_byte"]
+        self.sequences_passed_over = saved["sequences_passed_over"]

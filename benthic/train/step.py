@@ -3,7 +3,6 @@
 Shapes: B sequences, K predictions per position, M MoE layers, E experts.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from benthic.data.batches import Batch
 from benthic.model.moe import Router
 from benthic.ops.cross_entropy import IGNORE
 from benthic.precision.compute import Compute, call_in
+from benthic.train.health import Health, Incident, Trouble
 from benthic.train.objective import Losses, Objective, prediction_targets, router_weights
 from benthic.train.optimizer import ModelOptimizer
 from benthic.train.schedule import StepSettings
@@ -26,8 +26,10 @@ class StepReport(NamedTuple):
     balance: float
     grad_norm: float
     load_ME: Tensor
-    updated: bool
-    """False if a loss or a gradient was not finite: then nothing has changed."""
+    updated: bool = False
+    """If not, nothing has changed."""
+    incident: Incident | None = None
+    """What was amiss when the batch was first run; all else here is of the second time."""
 
 
 def train_step(
@@ -38,17 +40,48 @@ def train_step(
     *,
     micro_batch_size: int,
     compute: Compute,
+    health: Health | None = None,
 ) -> StepReport:
-    """Learn from one batch. A loss or gradient that is NaN or infinite stops the update before it happens."""
+    """Learn from one batch.
+
+    A loss or gradient that is NaN or infinite, or by ``health`` a spike, makes the batch run again. If it happens
+    again, what is not finite stops the update before it happens; a spike does as ``health`` says.
+    """
+    health = health or Health()
+
+    def run() -> StepReport:
+        return _gradients(objective, optimizer, batch, settings, micro_batch_size, compute)
+
+    report, incident = run(), None
+    if trouble := _trouble(health, report):
+        first, report = report, run()
+        incident = Incident(trouble, first.cross_entropy[0], first.grad_norm, _trouble(health, report))
+    updated = health.may_update(incident)
+    if updated:
+        optimizer.step(settings.learning_rate_factor, report.grad_norm)
+        update_router_bias(objective.routers, report.load_ME, settings.bias_speed)
+    health.remember(report.cross_entropy[0], report.grad_norm, updated=updated)
+    return report._replace(updated=updated, incident=incident)
+
+
+def _gradients(
+    objective: Objective,
+    optimizer: ModelOptimizer,
+    batch: Batch,
+    settings: StepSettings,
+    micro_batch_size: int,
+    compute: Compute,
+) -> StepReport:
+    """Forward and backward pass from scratch, and what they say."""
     optimizer.zero_grad()
     losses = accumulate_gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
     numbers = torch.stack([*losses.cross_entropy_K, losses.balance, optimizer.grad_norm()]).tolist()
     *cross_entropy, balance, grad_norm = numbers
-    updated = all(math.isfinite(number) for number in numbers)
-    if updated:
-        optimizer.step(settings.learning_rate_factor, grad_norm)
-        update_router_bias(objective.routers, losses.load_ME, settings.bias_speed)
-    return StepReport(cross_entropy, balance, grad_norm, losses.load_ME, updated)
+    return StepReport(cross_entropy, balance, grad_norm, losses.load_ME)
+
+
+def _trouble(health: Health, report: StepReport) -> Trouble | None:
+    return health.trouble([*report.cross_entropy, report.balance], report.grad_norm)
 
 
 def accumulate_gradients(

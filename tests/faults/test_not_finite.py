@@ -7,7 +7,8 @@ import torch
 
 from benthic.train import loop
 from benthic.train.checkpoint import committed, load
-from benthic.train.loop import Diverged, train
+from benthic.train.incidents import Diverged
+from benthic.train.loop import train
 from benthic.train.metrics import read_metrics
 
 

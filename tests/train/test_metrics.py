@@ -46,3 +46,13 @@ def test_numbers_that_json_lacks_become_null(tmp_path):
         "mtp_losses": [None, 2.0],
         "more": {"a": None},
     }
+
+
+def test_rewinding_drops_rows_and_goes_on_after_the_rest(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, 0) as log:
+        for step in range(1, 6):
+            log.write({"step": step})
+        log.rewind(2)
+        log.write({"step": 3, "again": True})
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
