@@ -30,6 +30,7 @@ from benthic.train.incidents import (
 from benthic.train.ledger import Ledger
 from benthic.train.memory import keep_freed_memory
 from benthic.train.metrics import MetricsLog, read_metrics
+from benthic.train.probe import probe
 from benthic.train.progress import Progress, describe, open_progress
 from benthic.train.schedule import Course, StepSettings
 from benthic.train.signals import Interrupted, StopRequest
@@ -118,6 +119,13 @@ class _Trainer:
         self.flops_per_token = training_flops(config.model, config.train.sequence_length, mtp=True)
         self.peak_flops = 1e9 * measure_gemm_gflops(compute_dtype(self.compute))
         self.held_out = TokenStore(out / "data", "val")
+        self.reading: dict[str, Any] = {
+            "sequence_length": config.train.sequence_length,
+            "batch_size": self.micro_batch_size,
+            "compute": self.compute,
+            "mask_documents": config.data.mask_documents,
+        }
+        """How held-out text is read."""
         self.writer = BackgroundWriter(out / "checkpoints" / STAGE)
         self.ledger = Ledger(out, STAGE)
 
@@ -223,24 +231,14 @@ class _Trainer:
     def _validate(self, metrics: MetricsLog, progress: Progress) -> None:
         """Measure bits per byte: on a part of the split during the run, on all of it at the end."""
         limit = None if self.state.step == self.steps else self.config.train.validation_tokens
-        self.state.bits_per_byte = self._bits_per_byte(limit)
+        model, held_out, reading = self.state.model, self.held_out, self.reading
+        self.state.bits_per_byte = bits_per_byte(model, held_out, max_tokens=limit, **reading)
         row = {"step": self.state.step, "validation_bits_per_byte": self.state.bits_per_byte}
         if self.state.average is not None:
             with self.state.average.applied():
-                row["average_validation_bits_per_byte"] = self._bits_per_byte(limit)
-        metrics.write(row)
+                row["average_validation_bits_per_byte"] = bits_per_byte(model, held_out, max_tokens=limit, **reading)
+        metrics.write({**row, **probe(model, held_out, **reading)._asdict()})
         progress.note(f"step {self.state.step}: validation {self.state.bits_per_byte:.4f} bits per byte")
-
-    def _bits_per_byte(self, max_tokens: int | None) -> float:
-        return bits_per_byte(
-            self.state.model,
-            self.held_out,
-            sequence_length=self.config.train.sequence_length,
-            batch_size=self.micro_batch_size,
-            compute=self.compute,
-            mask_documents=self.config.data.mask_documents,
-            max_tokens=max_tokens,
-        )
 
     def _save(self, metrics: MetricsLog, *, on_schedule: bool) -> None:
         metrics.sync()

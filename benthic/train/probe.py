@@ -1,0 +1,91 @@
+"""What a validation looks at besides bits per byte: how often each prediction is right, how decided the routers are.
+
+Shapes: B sequences, S tokens, T positions, K predictions (main model, then MTP depths), M MoE layers, E experts,
+N positions, D model width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benthic.data.batches import validation_batches
+from benthic.data.shards import TokenStore
+from benthic.model import LanguageModel
+from benthic.ops.cross_entropy import IGNORE
+from benthic.precision.compute import Compute, call_in
+from benthic.train.objective import prediction_targets, router_weights
+
+_TOKENS = 8192
+"""Enough for half a percent; the logits that accuracy needs are costly."""
+_CHUNK = 512
+
+
+class Probe(NamedTuple):
+    """Means over some held-out positions."""
+
+    top1_accuracy: list[float]
+    """Share of tokens that are the likeliest by the main model, then by each MTP depth."""
+    router_entropy: list[float]
+    """Nats, by MoE layer, of a token's affinities normalised over experts; at most ln E, if none is favoured."""
+
+
+class _Sums(nn.Module):
+    """Over a batch: right predictions (K,), targets (K,), entropies (M,) and positions ()."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_BS: Tensor, document_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        document_BI = None if document_BS is None else document_BS[:, :-1]
+        states, routings = self.model.training_hidden(tokens_BS[:, :-1], document_BI)
+        targets_KBT = prediction_targets(tokens_BS, document_BS, len(states))
+        head = self.model.transformer.head.weight
+        right = [
+            top1_hits(x_BTD.flatten(0, 1), head, target_BT.flatten())
+            for x_BTD, target_BT in zip(states, targets_KBT, strict=True)
+        ]
+        entropies = [affinity_entropy(routing.scores).sum() for routing in routings]
+        counted_K = (targets_KBT != IGNORE).sum((1, 2))
+        return torch.tensor(right), counted_K, torch.tensor(entropies), torch.tensor(targets_KBT[0].numel())
+
+
+@torch.no_grad()
+def probe(
+    model: LanguageModel,
+    store: TokenStore,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    compute: Compute = "fp32",
+    mask_documents: bool = False,
+) -> Probe:
+    """Accuracies and entropies over evenly spaced sequences of the validation split, about 8192 tokens."""
+    sums = _Sums(model)
+    keep = router_weights(sums)
+    parts = [
+        call_in(compute, sums, batch.tokens_BS, batch.document_BS, keep=keep)
+        for batch in validation_batches(
+            store, batch_size, sequence_length, mask_documents=mask_documents, max_tokens=_TOKENS
+        )
+        if batch.tokens_BS.shape[1] > 1 + len(model.mtp)  # the split's last sequence may be too short for all depths
+    ]
+    if not parts:
+        return Probe([], [])
+    right_K, counted_K, entropy_M, positions = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    return Probe((right_K / counted_K.clamp_min(1)).tolist(), (entropy_M / positions).tolist())
+
+
+def top1_hits(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> int:
+    """How many targets have the highest logit; ``IGNORE`` never has."""
+    hits = 0
+    for x_CD, target_C in zip(x_ND.split(_CHUNK), target_N.split(_CHUNK), strict=True):
+        hits += int(((x_CD @ weight_VD.T).argmax(-1) == target_C).sum())
+    return hits
+
+
+def affinity_entropy(scores_BTE: Tensor) -> Tensor:
+    """Entropy (B, T), in nats, of affinities normalised over experts."""
+    share_BTE = scores_BTE / scores_BTE.sum(-1, keepdim=True)
+    return -torch.xlogy(share_BTE, share_BTE).sum(-1)
