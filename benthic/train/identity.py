@@ -15,6 +15,7 @@ MAY_CHANGE = {
     "train.validation_tokens",
     "train.on_spike",
     "train.spike_deviations",
+    "train.price_per_hour",
 }
 _SECTIONS = {"model", "data", "train", "precision"}
 _KEYS = ("requested", "resolved", "corpus")

@@ -1,30 +1,79 @@
-"""ledger.json: what each stage of a run has cost so far, written as the run goes."""
+"""ledger.json: what each stage of a run has cost so far, written as the run goes.
+
+Tokens and operations are those that led to the present weights. Time, energy and money are all that were spent, on
+steps that were lost and done again too.
+"""
 
 import json
-import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, Self
 
 from benthic.files import read_json_object, write_atomically
+from benthic.train.energy import open_energy_meter
 
 FILE_NAME = "ledger.json"
+_SECONDS_BETWEEN_WRITES = 30.0
 
 
 class Ledger:
-    """The account of one stage on one device. A resumed stage goes on from what it had spent when last written."""
+    """The account of one stage, open while its context is. A resumed stage goes on from what was last written.
 
-    def __init__(self, run: Path, stage: str, devices: int = 1) -> None:
-        self._path, self._stage, self._devices = run / FILE_NAME, stage, devices
-        self._spent = float(self._stages().get(stage, {}).get("wall_hours", 0.0))
-        self._start = time.monotonic()
+    ``price_per_hour`` is what one device costs in dollars an hour; without it, no cost is given.
+    """
 
-    def write(self, tokens: int, flops: float) -> None:
-        """Record the stage's training tokens and their floating-point operations, with the time spent."""
-        wall_hours = self._spent + (time.monotonic() - self._start) / 3600
-        entry = {"tokens": tokens, "flops": flops, "wall_hours": wall_hours, "device_hours": wall_hours * self._devices}
-        content = {"stages": {**self._stages(), self._stage: entry}}
+    def __init__(self, run: Path, stage: str, *, price_per_hour: float | None = None, devices: int = 1) -> None:
+        self._path, self._stage = run / FILE_NAME, stage
+        self._price, self._devices = price_per_hour, devices
+        self._before = _stages(self._path).get(stage, {})
+        self._work: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        self._meter = open_energy_meter()
+        self._start = self._written = monotonic()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # How the run ended is worth more than the account of its last half minute.
+        with suppress(OSError):
+            if self._work:
+                self.write()
+        self._meter.close()
+
+    def update(self, tokens: int, flops: float) -> None:
+        """Take note of the stage's training tokens and their floating-point operations; write twice a minute."""
+        self._work = {"tokens": tokens, "flops": flops}
+        if monotonic() - self._written >= _SECONDS_BETWEEN_WRITES:
+            self.write()
+
+    def write(self) -> None:
+        """Record what was last noted, with time, energy and money spent."""
+        self._written = monotonic()
+        hours = (self._written - self._start) / 3600
+        device_hours = hours * self._devices
+        content = {"stages": {**_stages(self._path), self._stage: {**self._work, **self._spent(hours, device_hours)}}}
         write_atomically(self._path, json.dumps(content, indent=1))
 
-    def _stages(self) -> dict[str, Any]:
-        stages = read_json_object(self._path).get("stages") if self._path.exists() else None
-        return stages if isinstance(stages, dict) else {}
+    def _spent(self, hours: float, device_hours: float) -> dict[str, float | str | None]:
+        sources = {self._meter.source, *str(self._before.get("energy_source", self._meter.source)).split(" and ")}
+        priced = self._price is not None or self._before.get("cost_usd") is not None
+        return {
+            "wall_hours": self._earlier("wall_hours") + hours,
+            "device_hours": self._earlier("device_hours") + device_hours,
+            "energy_kwh": self._earlier("energy_kwh") + self._meter.kwh(),
+            "energy_source": " and ".join(sorted(sources)),
+            "cost_usd": self._earlier("cost_usd") + (self._price or 0.0) * device_hours if priced else None,
+        }
+
+    def _earlier(self, key: str) -> float:
+        """What was spent before this process began."""
+        value = self._before.get(key)
+        return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _stages(path: Path) -> dict[str, Any]:
+    stages = read_json_object(path).get("stages") if path.exists() else None
+    return (
+        {name: entry for name, entry in stages.items() if isinstance(entry, dict)} if isinstance(stages, dict) else {}
+    )

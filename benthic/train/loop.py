@@ -127,11 +127,12 @@ class _Trainer:
         }
         """How held-out text is read."""
         self.writer = BackgroundWriter(out / "checkpoints" / STAGE)
-        self.ledger = Ledger(out, STAGE)
+        self.ledger = Ledger(out, STAGE, price_per_hour=config.train.price_per_hour)
 
     def run(self) -> Trained:
         """Train to the end, or until asked to stop."""
         with (
+            self.ledger,
             StopRequest() as stop,
             self.writer,
             MetricsLog(self.out / "metrics.jsonl", self.state.step) as metrics,
@@ -176,6 +177,7 @@ class _Trainer:
         state.step += 1
         row = self._row(report, settings, time.perf_counter() - start)
         metrics.write(row)
+        self.ledger.update(row["tokens"], row["tokens"] * self.flops_per_token)
         tokens_left = (self.course.sequences * self.config.train.sequence_length) - row["tokens"]
         progress.update(state.step, describe(row, state.bits_per_byte, tokens_left))
         if report.incident is None:
@@ -242,8 +244,7 @@ class _Trainer:
 
     def _save(self, metrics: MetricsLog, *, on_schedule: bool) -> None:
         metrics.sync()
-        tokens = self.course.sequences_before(self.state.step) * self.config.train.sequence_length
-        self.ledger.write(tokens, tokens * self.flops_per_token)
+        self.ledger.write()
         # A signal's checkpoint takes the place of none: a later roll-back may want the one before.
         keep = self.config.train.keep_checkpoints if on_schedule else None
         self.writer.save(self.state.step, self.state.to_checkpoint(self.identity, on_schedule=on_schedule), keep)
