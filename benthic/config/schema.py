@@ -177,6 +177,8 @@ class TrainConfig(Settings):
     taken, or left out, or the run goes back to the last checkpoint and passes over all it has read since."""
     spike_deviations: Annotated[float, Field(gt=0)] = 10.0
     """A spike lies so many robust standard deviations above the median of the last 64 steps."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that metrics are sent to besides ``metrics.jsonl``."""
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
     """Dollars an hour of this machine (of one device, where there are several) costs; the ledger adds them up."""
     optimizer: OptimizerConfig = OptimizerConfig()

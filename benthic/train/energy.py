@@ -46,10 +46,11 @@ class CodecarbonEnergy:
     source = "codecarbon"
 
     def __init__(self) -> None:
+        codecarbon = importlib.import_module("codecarbon")
         logging.getLogger("codecarbon").setLevel(logging.ERROR)
         self._heard = _Listener()
         # Energy does not depend on the country; codecarbon's emissions, which do, are not used.
-        self._tracker: Any = importlib.import_module("codecarbon").OfflineEmissionsTracker(
+        self._tracker: Any = codecarbon.OfflineEmissionsTracker(
             country_iso_code="USA", output_methods=[], output_handlers=[self._heard],
             allow_multiple_runs=True, log_level="error",
         )  # fmt: skip

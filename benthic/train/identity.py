@@ -16,6 +16,7 @@ MAY_CHANGE = {
     "train.on_spike",
     "train.spike_deviations",
     "train.price_per_hour",
+    "train.track",
 }
 _SECTIONS = {"model", "data", "train", "precision"}
 _KEYS = ("requested", "resolved", "corpus")

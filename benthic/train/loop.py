@@ -36,6 +36,7 @@ from benthic.train.schedule import Course, StepSettings
 from benthic.train.signals import Interrupted, StopRequest
 from benthic.train.state import TrainState
 from benthic.train.step import StepReport, train_step
+from benthic.train.track import open_trackers, require_trackers
 from benthic.train.validate import bits_per_byte
 
 STAGE = "pretrain"
@@ -58,10 +59,12 @@ def train(config: RunConfig, out: str | Path) -> Trained:
 
     Raises:
         InputError: there is no data, a checkpoint is damaged, or was made with other settings.
+        MissingExtra: a tracker's library is not installed.
         Diverged: three updates in a row were not taken, or roll-backs were of no use.
         CheckpointFailed: a checkpoint could not be written.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
+    require_trackers(config.train.track)
     keep_freed_memory()
     out = Path(out)
     store = TokenStore(out / "data", "train")
@@ -135,7 +138,7 @@ class _Trainer:
             self.ledger,
             StopRequest() as stop,
             self.writer,
-            MetricsLog(self.out / "metrics.jsonl", self.state.step) as metrics,
+            self._open_metrics() as metrics,
             open_progress(STAGE, self.steps) as progress,
         ):
             while self.state.step < self.steps:
@@ -145,6 +148,11 @@ class _Trainer:
             self.writer.wait()
         assert self.state.bits_per_byte is not None
         return Trained(self.state.model, self.config, self.state.bits_per_byte)
+
+    def _open_metrics(self) -> MetricsLog:
+        step, settings = self.state.step, self.config.model_dump(mode="json")
+        trackers = open_trackers(self.config.train.track, self.out, step, settings)
+        return MetricsLog(self.out / "metrics.jsonl", step, trackers)
 
     def _end_step(self, metrics: MetricsLog, progress: Progress, stop: StopRequest) -> None:
         """Validate and save where it is due; stop if asked to."""

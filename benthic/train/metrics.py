@@ -3,17 +3,22 @@
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from benthic.files import write_atomically
+from benthic.train.track import Tracker, numbers
 
 
 class MetricsLog:
-    """Appends rows to a file. Opening it drops the rows after ``step``, which a resumed run will write again."""
+    """Appends rows to a file, and sends their numbers on to trackers, which it closes.
 
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path
+    Opening it drops the rows after ``step``, which a resumed run will write again.
+    """
+
+    def __init__(self, path: Path, step: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._path, self._trackers = path, trackers
         self._file = _open_after(path, step)
 
     def rewind(self, step: int) -> None:
@@ -24,6 +29,9 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Append a row, which has a ``step``. NaN and infinity, which JSON lacks, are written as null."""
         self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        if "event" not in row:
+            for tracker in self._trackers:
+                tracker.log(row["step"], numbers(row))
 
     def sync(self) -> None:
         """Push all rows to the disk."""
@@ -34,6 +42,8 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
