@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from benthic.config.load import dump_toml
 from benthic.config.schema import RunConfig
 from benthic.data.batches import Batch, Batches
@@ -13,6 +15,7 @@ from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError, WorkFailed
 from benthic.files import sha256, write_atomically
 from benthic.model import LanguageModel
+from benthic.ops import native
 from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
@@ -127,6 +130,7 @@ class _Trainer:
             MetricsLog(self.out / "metrics.jsonl", state.step) as metrics,
             open_progress(STAGE, self.steps) as progress,
         ):
+            progress.note(f"{self.steps} steps in {self.compute}, {torch.get_num_threads()} threads, {native.status()}")
             while state.step < self.steps:
                 self._step(metrics, progress)
                 if state.step % self.config.train.validate_every == 0 or state.step == self.steps:

@@ -36,8 +36,10 @@ def status() -> str:
 def usable(*tensors: Tensor) -> bool:
     """Whether the native kernels exist and take these tensors: on the CPU, all fp32 or all bf16."""
     dtype = tensors[0].dtype
-    plain = dtype in _SUFFIX and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
-    return plain and not torch.is_autocast_enabled("cpu") and _load()[0] is not None
+    if dtype not in _SUFFIX or not all(t.dtype == dtype and t.device.type == "cpu" for t in tensors):
+        return False
+    library = _load()[0]
+    return library is not None and (dtype == torch.float32 or bool(library.has_bf16()))
 
 
 def call(name: str, *arguments: _Argument) -> None:
