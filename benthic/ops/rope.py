@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from benthic.config.schema import ModelConfig, YarnConfig
 from benthic.ops import native
@@ -45,6 +46,7 @@ class _NativeRotateTail(torch.autograd.Function):
         return _rotate_tail_native(x_BTHW, cos_TP, sin_TP, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_TP, sin_TP = ctx.saved_tensors
         return _rotate_tail_native(grads[0], cos_TP, sin_TP, -1.0), None, None
