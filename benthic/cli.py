@@ -50,6 +50,8 @@ def main() -> NoReturn:
         _fail(f"{error.filename}: {error.strerror}", 2)
     except WorkFailed as error:
         _fail(str(error), 1)
+    except OSError as error:  # such as a full disk
+        _fail(str(error), 1)
     except Interrupted as stop:
         print(stop.message, file=sys.stderr)
         raise
@@ -59,7 +61,8 @@ def main() -> NoReturn:
 
 def _fail(line: str, status: int) -> NoReturn:
     if line:  # a command without arguments has printed its help instead
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        # Names out of a file from anywhere may be among it.
+        print(f"error: {console.without_controls(' '.join(line.split()))}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -140,6 +143,7 @@ def generate(
     from benthic.config.load import section_settings
 
     engine, sampling = Engine(run), section_settings("inference", set_ or ())
+    engine.settings(**sampling)
     if json_:
         console.print_json(asdict(engine.generate(prompt, **sampling)[0]))
     else:
@@ -154,6 +158,7 @@ def import_(
     from benthic.convert.runs import import_run
 
     console.print_figures(import_run(source, out)._asdict())
+    print(f"to talk to it: benthic chat {out}")
 
 
 @app.command(epilog="Example: benthic export runs/quickstart --format hf --out exported")

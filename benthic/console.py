@@ -23,13 +23,14 @@ def print_json(data: Any) -> None:
 
 def print_stream(pieces: Iterable[str]) -> None:
     """Text as it comes, and a line's end; a model may produce any byte, so no control characters for a terminal."""
-    show = _without_controls if sys.stdout.isatty() else str
+    show = without_controls if sys.stdout.isatty() else str
     for piece in pieces:
         print(show(piece), end="", flush=True)
     print()
 
 
-def _without_controls(text: str) -> str:
+def without_controls(text: str) -> str:
+    """Text that cannot command a terminal: without control characters but line ends and tabs."""
     return "".join(character for character in text if character in "\n\t" or unicodedata.category(character) != "Cc")
 
 

@@ -15,7 +15,7 @@ def test_the_tour_matches_the_tree():
 
 
 def test_files_and_links_exist():
-    for path in re.findall(r"\]\(([\w/.]+)\)", README):
+    for path in re.findall(r"\]\(([\w/.-]+)\)", README):
         assert (ROOT / path).is_file(), path
     for path in re.findall(r"`(\w+/\w+\.py)`", README):
         assert (ROOT / "benthic" / path).is_file(), path

@@ -58,7 +58,8 @@ def _describe(detail: ErrorDetails, key: str, settings: type[Settings]) -> str:
     if detail["type"] == "missing":
         return f"{key}: missing, and it has no default"
     if detail["type"] == "value_error":
-        return f"{key}: {detail['msg'].removeprefix('Value error, ')}"
+        message = detail["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
     return f"{key} = {shown(detail['input'])}: {_allowed(detail)}"
 
 

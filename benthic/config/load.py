@@ -110,7 +110,7 @@ def _read_toml(path: Path) -> Tree:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid TOML: {' '.join(str(error).split())}") from error
 
 
@@ -138,7 +138,7 @@ def _parse_override(text: str) -> tuple[str, Any]:
         raise InputError(f"--set {text}: must be KEY=VALUE, such as train.steps=200")
     try:
         parsed = tomllib.loads(f"value = {value}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return key, value
     return key, parsed["value"] if len(parsed) == 1 else value
 

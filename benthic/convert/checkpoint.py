@@ -6,6 +6,7 @@ header is whole and of bounded size, every tensor is there once and of the right
 
 import json
 import math
+import operator
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,11 +175,12 @@ def _header_text(file: Path) -> bytes:
 def _check_extent(name: str, entry: Any, file: Path) -> int:
     """Where a tensor's data ends; its bytes must be as many as dtype and shape say."""
     try:
-        start, end = entry["data_offsets"]
-        size = math.prod(entry["shape"]) * ITEM_BYTES.get(entry["dtype"], 0)
-        negative = min(start, *entry["shape"], 0) < 0
+        start, end = map(operator.index, entry["data_offsets"])
+        shape = list(map(operator.index, entry["shape"]))
+        size = math.prod(shape) * ITEM_BYTES.get(entry["dtype"], 0)
+        negative = min(start, *shape, 0) < 0
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: {name}: malformed header entry") from error
     if negative or (entry["dtype"] in ITEM_BYTES and end - start != size):
-        raise InputError(f"{file}: {name}: {end - start} bytes for shape {entry['shape']} of {entry['dtype']}")
-    return int(end)
+        raise InputError(f"{file}: {name}: {end - start} bytes for shape {shape} of {entry['dtype']}")
+    return end

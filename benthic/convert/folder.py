@@ -42,7 +42,12 @@ def _swap(draft: Path, out: Path) -> None:
     old = _sibling(out, "old")
     if out.exists():
         out.rename(old)
-    draft.rename(out)
+    try:
+        draft.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
     sync(out.parent)
     shutil.rmtree(old, ignore_errors=True)
 

@@ -62,6 +62,7 @@ def open_hf(folder: Path) -> PublishedModel:
     checkpoint = Checkpoint(folder, fp8=is_fp8(raw, source))
     if not any(name.startswith(mtp_prefix(config, 0)) for name in checkpoint.names):
         config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    _check_count(config, checkpoint)
     sources = _sources(config, checkpoint, tied=raw.get("tie_word_embeddings") is True)
     return PublishedModel(config, stored_dtype(raw, source), checkpoint, sources, _published_ids(folder, raw))
 
@@ -185,6 +186,17 @@ def _blueprint(config: ModelConfig) -> dict[str, Tensor]:
     """Every published name with a tensor of its shape that has no data."""
     state = build_model(config, device="meta").state_dict()
     return {name: place.view(state) for name, place in published_names(config).items()}
+
+
+def _check_count(config: ModelConfig, checkpoint: Checkpoint) -> None:
+    """A config may claim any number of layers and experts: before names are made of them, there must be tensors."""
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    least = layers + (layers - config.first_k_dense_replace) * config.n_routed_experts
+    if least > len(checkpoint.names):
+        raise InputError(
+            f"{checkpoint.folder}: holds {len(checkpoint.names)} tensors, too few for {layers} layers and "
+            f"n_routed_experts={config.n_routed_experts}"
+        )
 
 
 def _sources(config: ModelConfig, checkpoint: Checkpoint, *, tied: bool) -> dict[str, str]:

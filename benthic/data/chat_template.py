@@ -1,5 +1,7 @@
 """Chat templates, which may come with a model from anywhere, rendered in a sandbox and with bounded work."""
 
+import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -18,6 +20,7 @@ MAX_CHARACTERS = 16 << 20
 MAX_FACTOR = 1000
 """Largest number in a product, so that text is not repeated until memory is full."""
 
+_MAX_INDENT = 16
 _deadline: ContextVar[float] = ContextVar("deadline")
 
 CHAT_TEMPLATE = """\
@@ -34,12 +37,23 @@ CHAT_TEMPLATE = """\
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or any(isinstance(side, int) and side > MAX_FACTOR for side in (left, right)):
+        if _too_large(operator, left, right):
             raise SecurityError("arithmetic too large for a chat template")
         return super().call_binop(context, operator, left, right)
+
+
+def _too_large(operator: str, left: Any, right: Any) -> bool:
+    """Could the result fill the memory? ``%`` on text, for one, pads to any width that the text asks for."""
+    lengths = [len(side) for side in (left, right) if hasattr(side, "__len__")]
+    factors = [abs(side) for side in (left, right) if isinstance(side, int)]
+    if operator == "+":
+        return sum(lengths) > MAX_CHARACTERS
+    if operator == "%":
+        return isinstance(left, str)
+    return operator == "**" or max(factors, default=0) > MAX_FACTOR or math.prod(lengths + factors) > MAX_CHARACTERS
 
 
 class ChatTemplate:
@@ -51,6 +65,7 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.globals.update(raise_exception=_raise, strftime_now=time.strftime)
+        environment.filters["tojson"] = _to_json
         try:
             self._template = environment.from_string(_with_checks(environment, source))
         except (TemplateError, RecursionError) as error:
@@ -87,6 +102,16 @@ def check_time() -> None:
     """Stop a template that has used up its processor time."""
     if time.thread_time() > _deadline.get():
         raise SecurityError(f"not rendered within {MAX_SECONDS} s")
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:  # fmt: skip
+    """As Hugging Face's templates expect it; Jinja's own escapes what HTML would."""
+    if isinstance(indent, int) and indent > _MAX_INDENT:
+        raise SecurityError(f"tojson: indent={indent} is more than {_MAX_INDENT}")
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> NoReturn:

@@ -58,6 +58,8 @@ class Manifest(Settings):
     def load(cls, directory: str | Path) -> Self:
         """Read ``manifest.json`` of a data directory; raises ``InputError`` if it is missing or was altered."""
         path = Path(directory) / FILE_NAME
+        if not path.exists():
+            raise InputError(f"{path}: no such file; prepare the data first, with: benthic data")
         content = read_json_object(path)
         checksum = content.pop("checksum", None)
         if checksum != _checksum(content):

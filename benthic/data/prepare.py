@@ -17,7 +17,7 @@ from benthic.data.document import Document
 from benthic.data.manifest import FILE_NAME, SPLITS, Manifest, Split, SplitManifest
 from benthic.data.shards import ShardWriter, token_dtype
 from benthic.data.split import Survey, split_documents, survey
-from benthic.data.tokenizer import Tokenizer
+from benthic.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from benthic.errors import InputError
 from benthic.files import sync
 
@@ -37,6 +37,7 @@ def prepare(config: DataConfig, vocab_size: int, out: Path, progress: Progress =
     """
     if (out / "data" / FILE_NAME).exists():
         return _prepared_before(config, vocab_size, out)
+    _refuse_to_replace(out)
     files = files_digest(config.sources)
     found = survey(
         _counted(read_corpus(config.sources), "reading", None, progress), config.validation_fraction, config.seed
@@ -53,6 +54,15 @@ def prepare(config: DataConfig, vocab_size: int, out: Path, progress: Progress =
             (folder / name).rename(out / name)
         sync(out)
     return manifest
+
+
+def _refuse_to_replace(out: Path) -> None:
+    """Only what a preparation that was cut short left behind is replaced: ``out/data`` may be the user's own corpus."""
+    for name, left_behind in (("tokenizer", TOKENIZER_FILES), ("data", ())):
+        path = out / name
+        ours = path.is_dir() and not path.is_symlink() and all(file.name in left_behind for file in path.iterdir())
+        if not ours and (path.exists() or path.is_symlink()):
+            raise InputError(f"{path}: already there, and nothing that benthic prepared; choose another directory")
 
 
 def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:

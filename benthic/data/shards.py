@@ -91,6 +91,8 @@ class TokenStore:
         self.manifest = Manifest.load(directory)
         described: SplitManifest = getattr(self.manifest, split)
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        if not described.shards:
+            raise InputError(f"{directory}: the manifest lists no {split} shards; prepare the data again")
         self._shards = [_map(directory / shard.name, shard, dtype) for shard in described.shards]
         for shard, tokens in zip(described.shards, self._shards, strict=True):
             if tokens.max() >= self.manifest.vocab_size:
@@ -102,7 +104,8 @@ class TokenStore:
         boundaries = described.boundaries
         self.document_ends_D = _map(directory / boundaries.name, boundaries, np.dtype("<u8")).astype(np.int64)
         self.tokens = described.tokens
-        if self.tokens != self.document_ends_D[-1] or self.tokens != self._shard_ends[-1]:
+        ends_D = self.document_ends_D
+        if not (ends_D[0] > 0 and (np.diff(ends_D) > 0).all() and ends_D[-1] == self.tokens == self._shard_ends[-1]):
             raise InputError(f"{directory}: the {split} shards and boundaries disagree with the manifest")
 
     def take(self, positions: Tokens) -> Tokens:
@@ -120,7 +123,7 @@ def _map(path: Path, described: DataFile, dtype: np.dtype[np.unsignedinteger]) -
     expected = described.items * dtype.itemsize
     if Path(described.name).name != described.name:
         raise InputError(f"{path}: a shard must lie beside its manifest")
-    if (size := require_plain(path)) != expected:
+    if (size := require_plain(path)) != expected or not size:
         raise InputError(f"{path}: {size} bytes, but the manifest says {expected}; prepare the data again")
     if sha256(path) != described.sha256:
         raise InputError(f"{path}: does not match the hash in the manifest; prepare the data again")

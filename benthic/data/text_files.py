@@ -32,7 +32,10 @@ def find_files(path: Path) -> list[Path]:
             Path(folder) / name
             for folder, _, names in _walk(path)
             for name in sorted(names)
-            if not name.startswith(".") and name.lower().endswith(SUFFIXES)
+            if not name.startswith(".")
+            and name.lower().endswith(SUFFIXES)
+            # Reading a pipe or a device would never end.
+            and stat.S_ISREG(_mode(Path(folder) / name))
         ]
         if not found:
             raise InputError(f"{path}: no {', '.join(SUFFIXES)} files in this folder")

@@ -7,7 +7,7 @@ template, not the messages, produce them. A file that transformers, vLLM or SGLa
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,8 @@ from benthic.files import read_json_object, write_atomically
 BOS, EOS = "<|begin|>", "<|end|>"
 ROLE_TOKENS: dict[Role, str] = {role: f"<|{role}|>" for role in ROLES}
 MIN_VOCAB_SIZE = 256 + 2 + len(ROLES)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""What :meth:`Tokenizer.save` writes."""
 _GUARD = "\ufdd0"
 """A Unicode noncharacter that breaks up control-token strings in messages while a template is rendered."""
 
@@ -95,8 +97,9 @@ class Tokenizer:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` as transformers' AutoTokenizer reads them."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "tokenizer.json", self._backend.to_str(pretty=True))
-        write_atomically(directory / "tokenizer_config.json", json.dumps(self._settings, indent=2))
+        contents = (self._backend.to_str(pretty=True), json.dumps(self._settings, indent=2))
+        for name, content in zip(TOKENIZER_FILES, contents, strict=True):
+            write_atomically(directory / name, content)
 
     @property
     def fingerprint(self) -> str:
@@ -152,12 +155,8 @@ class Tokenizer:
         return [index for piece in self._split(text) for index in piece]
 
     def _guard(self, message: Message) -> Message:
-        content = message.get("content")
-        if not isinstance(content, str):
-            return message
         control = self._special if message.get("role") == "assistant" else self._control
-        content = content.replace(_GUARD, 2 * _GUARD)
-        return {**message, "content": control.sub(lambda match: match[0][0] + _GUARD + match[0][1:], content)}
+        return {key: value if key == "role" else _guarded(value, control) for key, value in message.items()}
 
     def _split(self, text: str) -> Iterator[list[int]]:
         """Control tokens by their ids, and the text between them, freed of the guard, encoded."""
@@ -173,6 +172,15 @@ def _id(backend: tokenizers.Tokenizer, token: str) -> int:
     index = backend.token_to_id(token)
     assert index is not None, token
     return index
+
+
+def _guarded(value: Any, control: re.Pattern[str]) -> Any:
+    """A message's content, tool calls and the like, with control-token strings in all their text broken up."""
+    if isinstance(value, str):
+        return control.sub(lambda match: match[0][0] + _GUARD + match[0][1:], value.replace(_GUARD, 2 * _GUARD))
+    if isinstance(value, Mapping):
+        return {key: _guarded(item, control) for key, item in value.items()}
+    return [_guarded(item, control) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _unguard(text: str) -> str:
@@ -213,13 +221,25 @@ def _load_settings(folder: Path, backend: tokenizers.Tokenizer) -> tuple[dict[st
         if not isinstance(token, str) or backend.token_to_id(token) is None:
             raise InputError(f"{folder}: no usable {key} in tokenizer_config.json and no {key}_id in config.json")
         settings[key] = token
-    template_file = folder / "chat_template.jinja"
-    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else settings.get("chat_template")
-    if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return {**settings, "chat_template": template}, stop_ids
+    return {**settings, "chat_template": _find_template(folder, settings.get("chat_template"))}, stop_ids
+
+
+def _find_template(folder: Path, setting: Any) -> str | None:
+    """The template's own file, or the setting: one template, or a list of named ones."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: cannot be read as UTF-8 text: {error}") from None
+    if isinstance(setting, list):
+        named = [entry for entry in setting if isinstance(entry, dict) and entry.get("name") == "default"]
+        setting = named[0].get("template") if named else None
+    if not isinstance(setting, str | None):
+        raise InputError(f"{folder}: chat_template in tokenizer_config.json must be text")
+    return setting
 
 
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
-    return [index for index in values if isinstance(index, int)]
+    return [index for index in values if isinstance(index, int) and 0 <= index < 2**31]

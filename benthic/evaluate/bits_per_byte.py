@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from benthic.data.batches import validation_batches
 from benthic.data.shards import TokenStore
+from benthic.errors import InputError
 from benthic.model import LanguageModel
 from benthic.train.validate import nats_of_batches
 
@@ -38,7 +39,15 @@ def bits_per_byte(
         store: the validation split.
         sequence_length: tokens that are read together, as in training.
         mask_documents: keep attention within documents, as in training.
+
+    Raises:
+        InputError: the text was prepared for a larger vocabulary than the model's.
     """
+    if store.manifest.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the held-out text has a vocabulary of {store.manifest.vocab_size}, the model one of "
+            f"{model.config.vocab_size}: it was prepared for another model"
+        )
     batches = validation_batches(store, PIECE, sequence_length, mask_documents=mask_documents)
     nats_N, tokens_N = np.array(list(nats_of_batches(model, batches))).T
     scale = tokens_N.sum() / math.log(2) / store.manifest.val.bytes

@@ -24,7 +24,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """A model may produce any byte; none of these may reach a terminal."""
 
 
-def chat(engine: Engine, **sampling: Any) -> None:
+def chat(engine: Engine, /, **sampling: Any) -> None:
     """Converse over standard input and output, with a prompt and line editing where they are a terminal.
 
     Raises:
@@ -54,7 +54,7 @@ def converse(conversation: "Conversation", lines: Iterable[str], out: TextIO) ->
 class Conversation:
     """Messages so far, sampling settings, and the engine's memory of what it has read."""
 
-    def __init__(self, engine: Engine, **sampling: Any) -> None:
+    def __init__(self, engine: Engine, /, **sampling: Any) -> None:
         self.messages: list[dict[str, str]] = []
         self._engine, self._context = engine, engine.new_context()
         self._sampling: dict[str, Any] = {}
@@ -64,7 +64,7 @@ class Conversation:
         """Forget everything said, and begin with a system message if one is given."""
         self.messages = [{"role": "system", "content": system}] if system else []
 
-    def set(self, **sampling: Any) -> None:
+    def set(self, /, **sampling: Any) -> None:
         """Change settings of further answers; raises ``InputError`` if one is wrong."""
         self._engine.settings(**self._sampling | sampling)
         self._sampling |= sampling

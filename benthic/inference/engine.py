@@ -93,7 +93,7 @@ class Engine:
         layers, latent_dim = self.config.num_hidden_layers, self.config.latent_dim
         return Context(LatentCache(layers, 1, latent_dim, dtype=weight.dtype, device=weight.device))
 
-    def settings(self, **sampling: Any) -> Sampling:
+    def settings(self, /, **sampling: Any) -> Sampling:
         """The defaults with ``sampling`` over them; raises ``InputError`` if a key or value is wrong."""
         try:
             return Sampling.model_validate(self.defaults.model_dump() | sampling)
@@ -131,7 +131,8 @@ class Engine:
             token = draw(
                 logits_V, generator, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
             )
-            yield token, float(logits_V.log_softmax(dim=0)[token])
+            exact = torch.promote_types(logits_V.dtype, torch.float32)
+            yield token, float(logits_V.log_softmax(dim=0, dtype=exact)[token])
             unread = [token]
 
     @torch.inference_mode()

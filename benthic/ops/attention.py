@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
 
@@ -55,19 +56,23 @@ class _NativeAttention(torch.autograd.Function):
         q_BTHK, kv_BTHX, k_rope_BTR = q_BTHK.contiguous(), kv_BTHX.contiguous(), k_rope_BTR.contiguous()
         sizes = _sizes(q_BTHK, kv_BTHX, k_rope_BTR)
         batch, time, heads, *_, value = sizes
-        out_BTHV, lse_BHT = q_BTHK.new_empty(batch, time, heads, value), torch.empty(batch, heads, time)
+        out_BTHV, lse_BHT = (
+            q_BTHK.new_empty(batch, time, heads, value),
+            q_BTHK.new_empty(batch, heads, time, dtype=torch.float32),
+        )
         native.call("attention_forward", q_BTHK, kv_BTHX, k_rope_BTR, first_BT, out_BTHV, lse_BHT, *sizes, scale)
         ctx.save_for_backward(q_BTHK, kv_BTHX, k_rope_BTR, first_BT, out_BTHV, lse_BHT)
         ctx.scale = scale
         return out_BTHV
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         q_BTHK, kv_BTHX, k_rope_BTR = saved[:3]
         batch, time, heads, _, rope, _ = sizes = _sizes(q_BTHK, kv_BTHX, k_rope_BTR)
         dq_BTHK, dkv_BTHX = torch.empty_like(q_BTHK), torch.empty_like(kv_BTHX)
-        dk_rope_BHTR = torch.empty(batch, heads, time, rope)
+        dk_rope_BHTR = q_BTHK.new_empty(batch, heads, time, rope, dtype=torch.float32)
         native.call(
             "attention_backward", grads[0].contiguous(), *saved, dq_BTHK, dkv_BTHX, dk_rope_BHTR, *sizes, ctx.scale
         )

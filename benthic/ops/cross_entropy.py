@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
 
@@ -54,6 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total / max(counted, 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
         dx_ND, dweight_VD = ctx.saved_tensors
@@ -74,7 +76,7 @@ def _chunk_loss(logits_CV: Tensor, target_C: Tensor, counted: int) -> tuple[Tens
     The gradient takes the place of the logits where a kernel does this.
     """
     if native.usable(logits_CV):
-        nats_C = torch.empty(len(logits_CV), dtype=torch.float64)
+        nats_C = logits_CV.new_empty(len(logits_CV), dtype=torch.float64)
         native.call("cross_entropy_rows", logits_CV, target_C, nats_C, *logits_CV.shape, IGNORE, 1.0 / counted)
         return nats_C.sum(), logits_CV
     logits = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))

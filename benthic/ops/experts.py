@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
 
@@ -55,6 +56,7 @@ class _RoutedExperts(torch.autograd.Function):
         return out_ND
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, gate_up_SG, order_S = ctx.saved_tensors
         dout_ND, slot_NK = grads[0].contiguous(), inputs[2]
@@ -82,7 +84,11 @@ def _backward_native(
     gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (n, d), (e, _, f) = x_ND.shape, down_EDF.shape
-    dx_SD, dx_ND, dgate_S = x_ND.new_empty(len(token_S), d), torch.empty_like(x_ND), torch.empty(len(token_S))
+    dx_SD, dx_ND, dgate_S = (
+        x_ND.new_empty(len(token_S), d),
+        torch.empty_like(x_ND),
+        x_ND.new_empty(len(token_S), dtype=torch.float32),
+    )
     dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
     native.call(
         "experts_backward", dout_ND, x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_SG, gate_up_EGD,

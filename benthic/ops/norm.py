@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
 
@@ -34,16 +35,17 @@ class _NativeRMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         rows_ND = _as_rows(x)
         y = x.new_empty(x.shape)
-        rstd_N = torch.empty(len(rows_ND))
+        rstd_N = x.new_empty(len(rows_ND), dtype=torch.float32)
         native.call("rms_norm_forward", rows_ND, rows_ND.stride(0), weight, y, rstd_N, *rows_ND.shape, eps)
         ctx.save_for_backward(rows_ND, weight, rstd_N)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows_ND, weight, rstd_N = ctx.saved_tensors
         dy, threads = grads[0].contiguous(), torch.get_num_threads()
-        dx, dweight_parts = torch.empty_like(dy), torch.zeros(threads, len(weight))
+        dx, dweight_parts = torch.empty_like(dy), dy.new_zeros(threads, len(weight), dtype=torch.float32)
         native.call(
             "rms_norm_backward", dy, rows_ND, rows_ND.stride(0), weight, rstd_N, dx, dweight_parts, *rows_ND.shape,
             threads,

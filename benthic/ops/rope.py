@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from benthic.config.schema import ModelConfig, YarnConfig
 from benthic.ops import native
@@ -23,9 +24,10 @@ def rope_angles(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tenso
 
 def apply_rope(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     """Rotate the pairs (0, 1), (2, 3), ... of the last dimension by their position's angle (arXiv 2104.09864)."""
-    cos_TP, sin_TP = cos_TP[:, None].to(x_BTHR.dtype), sin_TP[:, None].to(x_BTHR.dtype)
-    even, odd = x_BTHR[..., 0::2], x_BTHR[..., 1::2]
-    return torch.stack((even * cos_TP - odd * sin_TP, odd * cos_TP + even * sin_TP), -1).flatten(-2)
+    precise = torch.promote_types(x_BTHR.dtype, torch.float32)
+    cos_TP, sin_TP = cos_TP[:, None].to(precise), sin_TP[:, None].to(precise)
+    even, odd = x_BTHR[..., 0::2].to(precise), x_BTHR[..., 1::2].to(precise)
+    return torch.stack((even * cos_TP - odd * sin_TP, odd * cos_TP + even * sin_TP), -1).flatten(-2).to(x_BTHR.dtype)
 
 
 def rotate_tail(x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
@@ -44,6 +46,7 @@ class _NativeRotateTail(torch.autograd.Function):
         return _rotate_tail_native(x_BTHW, cos_TP, sin_TP, 1.0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_TP, sin_TP = ctx.saved_tensors
         return _rotate_tail_native(grads[0], cos_TP, sin_TP, -1.0), None, None

@@ -4,6 +4,7 @@ Measured on a model that is thrown away, so that nothing of it is left in the ru
 settings, so a resumed run does not measure again.
 """
 
+import statistics
 import time
 
 from benthic.config.schema import RunConfig
@@ -15,7 +16,7 @@ from benthic.train.step import train_step
 
 _MODES: tuple[Compute, ...] = ("fp32", "bf16")
 _WARM_UP_STEPS = 2
-_FEWEST_STEPS = 3
+_FEWEST_STEPS = 5
 _SHARE_OF_RUN = 0.01
 """Of the minutes given, spent on measuring how long a step takes."""
 _FORWARD_SHARE = 1 / 3
@@ -52,16 +53,18 @@ def affordable_steps(config: RunConfig, seconds: float, budget: float) -> int:
 
 
 def seconds_per_step(config: RunConfig, batches: Batches, compute: Compute, budget: float = 0.0) -> float:
-    """Mean time of a full-batch step, after warming up, over ``budget`` seconds but a few steps at least."""
+    """Median time of a full-batch step, after warming up, over ``budget`` seconds but a few steps at least."""
     state = TrainState(config)
     course = Course(config.train.schedule.model_copy(update={"batch_ramp": 0.0}), 10**6, config.train.batch_size)
     for step in range(_WARM_UP_STEPS):
         _step(state, config, batches, course.at(step), compute)
-    start, steps = time.perf_counter(), 0
-    while steps < _FEWEST_STEPS or time.perf_counter() - start < budget:
-        _step(state, config, batches, course.at(_WARM_UP_STEPS + steps), compute)
-        steps += 1
-    return (time.perf_counter() - start) / steps
+    seconds: list[float] = []
+    while len(seconds) < _FEWEST_STEPS or sum(seconds) < budget:
+        start = time.perf_counter()
+        _step(state, config, batches, course.at(_WARM_UP_STEPS + len(seconds)), compute)
+        seconds.append(time.perf_counter() - start)
+    # What else runs on the machine disturbs some steps; a mean would promise too few.
+    return statistics.median(seconds)
 
 
 def _step(state: TrainState, config: RunConfig, batches: Batches, settings: StepSettings, compute: Compute) -> None:

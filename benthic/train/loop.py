@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from benthic.config.load import dump_toml
 from benthic.config.schema import RunConfig
 from benthic.data.batches import Batches
@@ -12,6 +14,7 @@ from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.files import sha256, write_atomically
 from benthic.model import LanguageModel
+from benthic.ops import native
 from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
@@ -141,6 +144,7 @@ class _Trainer:
             self._open_metrics() as metrics,
             open_progress(STAGE, self.steps) as progress,
         ):
+            progress.note(f"{self.steps} steps in {self.compute}, {torch.get_num_threads()} threads, {native.status()}")
             while self.state.step < self.steps:
                 self.writer.check()
                 if self._step(metrics, progress):

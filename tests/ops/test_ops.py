@@ -74,6 +74,26 @@ def test_nan_is_not_swallowed(kernels: str) -> None:
     assert out[0, 1].isnan().all()
 
 
+def test_a_target_that_is_no_token_is_not_read(kernels: str) -> None:
+    for target in (5, -1):
+        nats = lambda: linear_cross_entropy(torch.ones(2, 4), torch.ones(5, 4), torch.tensor([1, target]))  # noqa: E731, B023
+        if kernels == "native":
+            assert nats().isnan()
+        elif target >= 0:
+            with pytest.raises((IndexError, RuntimeError)):
+                nats()
+
+
+def test_default_dtype_does_not_reach_the_kernels() -> None:
+    q, kv, k_rope = torch.randn(1, 20, 2, 8), torch.randn(1, 20, 2, 9), torch.randn(1, 20, 3)
+    expected = causal_attention(q, kv, k_rope, scale=1.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(causal_attention(q, kv, k_rope, scale=1.0), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(("heads", "kept", "pairs"), [(1, 0, 1), (3, 5, 4), (2, 16, 8)])
 def test_rotate_tail(heads: int, kept: int, pairs: int) -> None:
     x, angle = torch.randn(2, 7, heads, kept + 2 * pairs), torch.rand(7, pairs) * 6

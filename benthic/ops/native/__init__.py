@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from benthic.ops.native.build import BuildError, shared_library
 
@@ -36,8 +37,15 @@ def status() -> str:
 def usable(*tensors: Tensor) -> bool:
     """Whether the native kernels exist and take these tensors: on the CPU, all fp32 or all bf16."""
     dtype = tensors[0].dtype
-    plain = dtype in _SUFFIX and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
-    return plain and not torch.is_autocast_enabled("cpu") and _load()[0] is not None
+    if dtype not in _SUFFIX or not all(_is_plain(t) and t.dtype == dtype for t in tensors):
+        return False
+    library = _load()[0]
+    return library is not None and (dtype == torch.float32 or bool(library.has_bf16()))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is numbers in this process's memory, not one of PyTorch's stand-ins for them."""
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, Parameter)
 
 
 def call(name: str, *arguments: _Argument) -> None:
@@ -55,6 +63,7 @@ def _convert(argument: _Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, Tensor):
+        assert argument.dtype.is_floating_point or argument.dtype == torch.int64
         return ctypes.c_void_p(argument.data_ptr())
     if isinstance(argument, float):
         return ctypes.c_float(argument)

@@ -58,7 +58,7 @@ void clear_outside(T* x, int64_t keys, Range range) {
 }
 
 // One block of keys into the running softmax of one row: p becomes exp(x - top) inside the range and 0 outside.
-// Returns the factor by which what was summed before is to be multiplied. x and p may be one array.
+// Returns the factor by which what was summed before is to be multiplied.
 template <typename T>
 float online_softmax(const float* x, T* p, int64_t keys, Range range, float& top, float& sum) {
     float peak = top;

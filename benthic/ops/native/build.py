@@ -39,7 +39,8 @@ def _cache_directory() -> Path:
 
 def _fingerprint(compiler: str) -> str:
     """Changes with anything that a compiled library depends on: source, flags, compiler, PyTorch, processor."""
-    digest = hashlib.sha256(" ".join((compiler, torch.__version__, torch.__file__, _processor(), *_FLAGS)).encode())
+    built_by = f"{compiler} {Path(compiler).stat().st_mtime_ns if Path(compiler).exists() else 0}"
+    digest = hashlib.sha256(" ".join((built_by, torch.__version__, torch.__file__, _processor(), *_FLAGS)).encode())
     for source in sorted(_HERE.glob("*.[ch]*")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]

@@ -7,16 +7,18 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
 // The BLAS inside libtorch; called from within a parallel region it uses the calling thread only.
 extern "C" void sgemm_(const char* trans_a, const char* trans_b, const int* m, const int* n, const int* k,
                        const float* alpha, const float* a, const int* lda, const float* b, const int* ldb,
                        const float* beta, float* c, const int* ldc);
-extern "C" void cblas_gemm_bf16bf16f32(int layout, int trans_a, int trans_b, int m, int n, int k, float alpha,
-                                       const void* a, int lda, const void* b, int ldb, float beta, float* c, int ldc);
+// Only some builds of PyTorch have this one: weak, so that the library links without it.
+extern "C" __attribute__((weak)) void cblas_gemm_bf16bf16f32(int layout, int trans_a, int trans_b, int m, int n,
+                                                             int k, float alpha, const void* a, int lda,
+                                                             const void* b, int ldb, float beta, float* c, int ldc);
 
 namespace benthic {
 
@@ -81,11 +83,25 @@ inline float fast_exp(float x) {
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
 // Working memory of one thread, kept between calls and grown when needed; a slot for each buffer in use at once.
+// Aligned as PyTorch's tensors are: BLAS repeats its results bit for bit only where alignment repeats.
 template <typename T>
 T* scratch(int slot, size_t count) {
-    static thread_local std::vector<T> buffers[8];
-    if (buffers[slot].size() < count) buffers[slot].resize(count);
-    return buffers[slot].data();
+    constexpr size_t alignment = 64;
+    struct Buffer {
+        T* data = nullptr;
+        size_t size = 0;
+        ~Buffer() { std::free(data); }
+    };
+    static thread_local Buffer buffers[8];
+    Buffer& buffer = buffers[slot];
+    if (buffer.size < count) {
+        std::free(buffer.data);
+        const size_t bytes = (count * sizeof(T) + alignment - 1) / alignment * alignment;
+        buffer.data = static_cast<T*>(std::aligned_alloc(alignment, bytes));
+        if (buffer.data == nullptr) std::abort();
+        buffer.size = count;
+    }
+    return buffer.data;
 }
 
 // Where a matrix product destined for `to` goes: there if that is fp32, else into a scratch buffer.

@@ -6,7 +6,8 @@ using namespace benthic;
 
 namespace {
 
-// logits (n, v) become scale * (softmax - one-hot), or zeros where target is `ignore`; nats (n) gets the losses.
+// logits (n, v) become scale * (softmax - one-hot), or zeros where target is `ignore`; nats (n) gets the losses. A
+// target that is no token gives NaN, which stops whatever is computed from it.
 template <typename T>
 void cross_entropy_rows(T* logits, const int64_t* target, double* nats, int64_t n, int64_t v, int64_t ignore,
                         float scale) {
@@ -16,6 +17,11 @@ void cross_entropy_rows(T* logits, const int64_t* target, double* nats, int64_t 
         if (target[row] == ignore) {
             nats[row] = 0.0;
             std::memset(x, 0, v * sizeof(T));
+            continue;
+        }
+        if (target[row] < 0 || target[row] >= v) {
+            nats[row] = NAN;
+            std::fill(x, x + v, T(NAN));
             continue;
         }
         float* e = product(x, 0, v);

@@ -92,6 +92,9 @@ void rope_tail(const T* x, int64_t stride, const float* cos, const float* sin, f
 
 }  // namespace
 
+// Whether this build of PyTorch has the matrix product that the bf16 kernels are made of.
+extern "C" int64_t has_bf16() { return cblas_gemm_bf16bf16f32 != nullptr; }
+
 #define ARGS(T) (const T* x, int64_t stride, const T* w, T* y, float* rstd, int64_t n, int64_t d, float eps)
 BENTHIC_EXPORT(rms_norm_forward, ARGS, (x, stride, w, y, rstd, n, d, eps))
 #undef ARGS
