@@ -4,25 +4,27 @@ import math
 
 import pytest
 
+from benthic.config.load import load_run_config
 from benthic.config.schema import ScheduleConfig
 from benthic.train.schedule import Course, batch_share, steps_per_full_batch
 
 TOKENS, LENGTH, BATCH, PEAK = 14.8e12, 4096, 15360, 2.2e-4
 
 
-def published_course() -> Course:
-    ramp = 469e9 / TOKENS
-    steps = round(TOKENS / LENGTH / BATCH * steps_per_full_batch(ScheduleConfig(batch_ramp=ramp)))
-    return Course(ScheduleConfig(batch_ramp=ramp, warmup=2000 / steps), steps, BATCH)
-
-
 @pytest.fixture(scope="module")
 def course() -> Course:
-    return published_course()
+    train = load_run_config("v3-671b").train
+    assert (train.sequence_length, train.batch_size, train.optimizer.learning_rate) == (LENGTH, BATCH, PEAK)
+    return Course(train.schedule, train.steps, train.batch_size)
 
 
 def rate(course: Course, tokens: float) -> float:
     return PEAK * course.at(course.step_at(tokens / TOKENS)).learning_rate_factor
+
+
+def test_the_published_run_takes_the_steps_its_ramp_asks_for(course):
+    ramped = ScheduleConfig(batch_ramp=469e9 / TOKENS)
+    assert course.steps == round(TOKENS / LENGTH / BATCH * steps_per_full_batch(ramped))
 
 
 def test_the_published_run_reads_its_tokens(course):
