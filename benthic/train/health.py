@@ -6,6 +6,7 @@ by skipping data (PaLM, arXiv 2204.02311 section 5.1).
 
 import math
 import statistics
+import sys
 from collections import deque
 from collections.abc import Collection, Sequence
 from enum import StrEnum
@@ -19,8 +20,10 @@ WINDOW = 64
 """Steps that a new one is compared with."""
 FEWEST = 16
 """Steps needed to compare at all."""
-LEAST_SPREAD = 0.02
-"""Of the median: what a robust deviation is at least, lest a smooth course make every ripple a spike."""
+LOSS_SPREAD = 0.02
+"""What a robust deviation of the loss is at least, as a share of it, lest a smooth course make each ripple a spike."""
+GRADIENT_SPREAD = 0.25
+"""The same of the gradient norm, which an odd but sound document may multiply by five."""
 _NORMAL = 1.4826  # standard deviations in a median absolute deviation, of normally distributed numbers
 
 
@@ -69,9 +72,9 @@ class Health:
             return Trouble.LOSS_NOT_FINITE
         if not math.isfinite(grad_norm):
             return Trouble.GRADIENT_NOT_FINITE
-        if is_spike(losses[0], self._losses, self._deviations):
+        if is_spike(losses[0], self._losses, self._deviations, LOSS_SPREAD):
             return Trouble.LOSS_SPIKE
-        if is_spike(grad_norm, self._grad_norms, self._deviations):
+        if is_spike(grad_norm, self._grad_norms, self._deviations, GRADIENT_SPREAD):
             return Trouble.GRADIENT_SPIKE
         return None
 
@@ -105,14 +108,20 @@ class Health:
                 raise InputError(f"{source}: health={saved!r:.80} must hold losses, grad_norms and skipped")
 
 
-def is_spike(value: float, before: Collection[float], deviations: float) -> bool:
-    """Whether a value lies more than so many robust standard deviations above the median of those before it.
+def is_spike(value: float, before: Collection[float], deviations: float, least: float) -> bool:
+    """Whether a positive value lies more than so many robust standard deviations above the median of those before it.
 
-    A robust standard deviation is 1.4826 times the median absolute deviation, and at least 2% of the median. Without
-    16 values to compare with, none is a spike.
+    Both are taken of logarithms, so that what counts is by what factor a value is larger. A robust standard deviation
+    is 1.4826 times the median absolute deviation, and at least ``least``. Without 16 values to compare with, none is a
+    spike.
     """
     if len(before) < FEWEST:
         return False
-    median = statistics.median(before)
-    spread = _NORMAL * statistics.median(abs(number - median) for number in before)
-    return value > median + deviations * max(spread, LEAST_SPREAD * abs(median))
+    logarithms = [_log(number) for number in before]
+    median = statistics.median(logarithms)
+    spread = _NORMAL * statistics.median(abs(number - median) for number in logarithms)
+    return _log(value) > median + deviations * max(spread, least)
+
+
+def _log(value: float) -> float:
+    return math.log(max(value, sys.float_info.min))

@@ -74,7 +74,7 @@ BATCH = 4
 LENGTH = {"steps": 30, "checkpoint_every": 10, "validate_every": 30}
 
 
-@pytest.mark.parametrize(("factor", "reason"), [(30.0, "loss spike"), (math.nan, "loss not finite")])
+@pytest.mark.parametrize(("factor", "reason"), [(300.0, "loss spike"), (math.nan, "loss not finite")])
 @pytest.mark.parametrize("policy", ["keep", "skip", "roll_back"])
 def test_a_transient_fault_changes_nothing(tiny_run_config, make_run, monkeypatch, factor, reason, policy):
     whole, out = make_run("whole"), make_run()
@@ -93,7 +93,7 @@ def test_a_transient_fault_changes_nothing(tiny_run_config, make_run, monkeypatc
 
 def test_a_reproducible_spike_is_kept_by_default(tiny_run_config, make_run, monkeypatch):
     out = make_run()
-    spoil(monkeypatch, {24 * BATCH}, 30.0)
+    spoil(monkeypatch, {24 * BATCH}, 300.0)
     train(tiny_run_config(**LENGTH), out)
     event = events(out)[0]
     assert (event["event"], event["kind"], event["sequences"]) == ("update kept", "reproducible", [96, 99])
@@ -107,7 +107,7 @@ def test_a_reproducible_spike_is_skipped_if_so_set(tiny_run_config, make_run, mo
     with monkeypatch.context() as patch:
         spoil(patch, {24 * BATCH}, math.nan)
         train(config, clean)
-    spoil(monkeypatch, {24 * BATCH}, 30.0)
+    spoil(monkeypatch, {24 * BATCH}, 300.0)
     train(config, out)
     (event,) = events(out)
     assert (event["event"], event["kind"]) == ("update skipped", "reproducible")
@@ -116,14 +116,14 @@ def test_a_reproducible_spike_is_skipped_if_so_set(tiny_run_config, make_run, mo
 
 def test_three_skipped_in_a_row_end_the_run(tiny_run_config, make_run, monkeypatch):
     out = make_run()
-    spoil(monkeypatch, {24 * BATCH, 25 * BATCH, 26 * BATCH}, 30.0)
+    spoil(monkeypatch, {24 * BATCH, 25 * BATCH, 26 * BATCH}, 300.0)
     with pytest.raises(Diverged, match=r"step 27: loss spike 3 times in a row, last in sequences 104 to 107"):
         train(tiny_run_config(**LENGTH, on_spike="skip"), out)
 
 
 def test_rolling_back_passes_over_what_was_read_since_the_checkpoint(tiny_run_config, make_run, monkeypatch):
     out, read = make_run(), []
-    spoil(monkeypatch, {24 * BATCH}, 30.0, before=read.append)
+    spoil(monkeypatch, {24 * BATCH}, 300.0, before=read.append)
     train(tiny_run_config(**LENGTH, on_spike="roll_back"), out)
     # Steps 21 to 25 led to the spike; after it, step 21 and all that follow read what was not read before.
     assert read == list(range(0, 25 * BATCH, BATCH)) + list(range(25 * BATCH, 35 * BATCH, BATCH))
@@ -137,7 +137,7 @@ def test_rolling_back_passes_over_what_was_read_since_the_checkpoint(tiny_run_co
 
 def test_rolling_back_before_the_first_checkpoint_begins_anew(tiny_run_config, make_run, monkeypatch):
     out, read = make_run(), []
-    spoil(monkeypatch, {18 * BATCH}, 30.0, before=read.append)
+    spoil(monkeypatch, {18 * BATCH}, 300.0, before=read.append)
     train(tiny_run_config(**{**LENGTH, "checkpoint_every": 30}, on_spike="roll_back"), out)
     assert read == list(range(0, 19 * BATCH, BATCH)) + list(range(19 * BATCH, 49 * BATCH, BATCH))
     assert rows(out)[0]["rolled_back_from"] == 19
@@ -145,7 +145,7 @@ def test_rolling_back_before_the_first_checkpoint_begins_anew(tiny_run_config, m
 
 def test_spikes_that_do_not_end_end_the_run(tiny_run_config, make_run, monkeypatch):
     out = make_run()
-    spoil(monkeypatch, set(range(24 * BATCH, 100 * BATCH)), 30.0)
+    spoil(monkeypatch, set(range(24 * BATCH, 100 * BATCH)), 300.0)
     with pytest.raises(Diverged, match=r"step 21: loss spike after 3 roll-backs to step 20"):
         train(tiny_run_config(**LENGTH, on_spike="roll_back"), out)
     assert [event["rolled_back_from"] for event in events(out)] == [25, 21, 21]
@@ -157,7 +157,7 @@ def test_an_interrupted_run_goes_back_to_the_same_place(tiny_run_config, make_ru
     config = tiny_run_config(**LENGTH, on_spike="roll_back", keep_checkpoints=1, ema_decay=0.9)
     whole, out, left = make_run("whole"), make_run(), set(moments)
     with monkeypatch.context() as patch:
-        spoil(patch, {24 * BATCH, 33 * BATCH}, 30.0)
+        spoil(patch, {24 * BATCH, 33 * BATCH}, 300.0)
         train(config, whole)
     assert len(events(whole)) == 2
 
@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_back_to_the_same_place(tiny_run_config, make_ru
                 raise Killed
             os.kill(os.getpid(), signal.SIGTERM)
 
-    spoil(monkeypatch, {24 * BATCH, 33 * BATCH}, 30.0, before=interrupt)
+    spoil(monkeypatch, {24 * BATCH, 33 * BATCH}, 300.0, before=interrupt)
     for _ in moments:
         with pytest.raises((Killed, Interrupted)):
             train(config, out)

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 
 from benthic.errors import InputError
-from benthic.train.health import FEWEST, WINDOW, Health, Incident, Trouble, is_spike
+from benthic.train.health import FEWEST, LOSS_SPREAD, WINDOW, Health, Incident, Trouble, is_spike
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_value_is_a_spike_from_so_many_robust_deviations_on(seed):
     rng = np.random.default_rng(seed)
-    before = rng.normal(3.0, 0.5, int(rng.integers(FEWEST, 100)))
-    deviation = 1.4826 * np.median(np.abs(before - np.median(before)))
-    edge = np.median(before) + 6 * deviation
-    assert not is_spike(float(edge * 0.999), before.tolist(), 6)
-    assert is_spike(float(edge * 1.001), before.tolist(), 6)
+    before = rng.lognormal(1.0, 0.5, int(rng.integers(FEWEST, 100)))
+    logarithms = np.log(before)
+    deviation = 1.4826 * np.median(np.abs(logarithms - np.median(logarithms)))
+    edge = np.exp(np.median(logarithms) + 6 * deviation)
+    assert not is_spike(float(edge * 0.999), before.tolist(), 6, 0.01)
+    assert is_spike(float(edge * 1.001), before.tolist(), 6, 0.01)
+    assert not is_spike(float(edge * 1.001), before.tolist(), 6, 2.0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -26,17 +28,17 @@ def test_noise_falling_losses_and_growing_gradients_are_no_spikes(seed):
     rng, health = random.Random(seed), Health("keep", 10.0)
     for step in range(2000):
         loss = 2.0 + 6.0 * math.exp(-step / 300) + rng.gauss(0, 0.15)
-        grad_norm = (0.3 + step / 1000) * math.exp(rng.gauss(0, 0.35))
+        grad_norm = (0.3 + step / 1000) * math.exp(rng.gauss(0, 0.35)) * (5.0 if step % 50 == 49 else 1.0)
         assert health.trouble([loss, 9.0, 1.0], grad_norm) is None, step
         health.remember(loss, grad_norm, updated=True)
-    assert health.trouble([2 * loss], grad_norm) is Trouble.LOSS_SPIKE
-    assert health.trouble([loss], 30 * grad_norm) is Trouble.GRADIENT_SPIKE
+    assert health.trouble([3 * loss], grad_norm) is Trouble.LOSS_SPIKE
+    assert health.trouble([loss], 50 * grad_norm) is Trouble.GRADIENT_SPIKE
 
 
 def test_a_few_spikes_hide_no_others_and_a_new_level_is_accepted():
     before = [1.0 + 0.01 * (i % 5) for i in range(WINDOW)]
     before[-9:] = [50.0] * 9
-    assert is_spike(2.0, before, 10)
+    assert is_spike(2.0, before, 10, LOSS_SPREAD)
     health = Health("keep", 10.0)
     found = []
     for value in before[:30] + [2.0] * WINDOW:
@@ -47,10 +49,11 @@ def test_a_few_spikes_hide_no_others_and_a_new_level_is_accepted():
 
 
 def test_nothing_to_compare_with_makes_no_spike():
-    assert not is_spike(1e9, [1.0] * (FEWEST - 1), 10)
-    assert is_spike(1e9, [1.0] * FEWEST, 10)
-    assert not is_spike(1.19, [1.0] * FEWEST, 10)  # a tenth of the smallest spread that is assumed
-    assert is_spike(1.21, [1.0] * FEWEST, 10)
+    assert not is_spike(1e9, [1.0] * (FEWEST - 1), 10, LOSS_SPREAD)
+    assert is_spike(1e9, [1.0] * FEWEST, 10, LOSS_SPREAD)
+    assert not is_spike(1.22, [1.0] * FEWEST, 10, LOSS_SPREAD)  # exp(0.2) is 1.221
+    assert is_spike(1.23, [1.0] * FEWEST, 10, LOSS_SPREAD)
+    assert not is_spike(0.0, [0.0] * FEWEST, 10, LOSS_SPREAD)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
