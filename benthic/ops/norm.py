@@ -22,7 +22,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Same as :func:`rms_norm_reference`, in one pass over memory where there is a kernel for it."""
-    if native.usable(x, weight):
+    one_row = x.numel() == len(weight)  # decoding: a kernel's call would cost more than it saves
+    if not one_row and native.usable(x, weight):
         out: Tensor = _NativeRMSNorm.apply(x, weight, eps)
         return out
     if x.dtype == weight.dtype == torch.float32:

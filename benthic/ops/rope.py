@@ -33,6 +33,8 @@ def apply_rope(x_BTHR: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
 def rotate_tail(x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     """Rotate the last 2P of each head's W numbers as :func:`apply_rope` does, and copy the rest."""
     if native.usable(x_BTHW):
+        if not torch.is_grad_enabled():
+            return _rotate_tail_native(x_BTHW, cos_TP, sin_TP, 1.0)
         out: Tensor = _NativeRotateTail.apply(x_BTHW, cos_TP, sin_TP)
         return out
     kept = x_BTHW.shape[-1] - 2 * cos_TP.shape[-1]

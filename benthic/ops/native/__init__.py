@@ -56,15 +56,13 @@ def call(name: str, *arguments: _Argument) -> None:
     library, first = _load()[0], arguments[0]
     assert library is not None, "call usable() first"
     assert isinstance(first, Tensor)
-    getattr(library, name + _SUFFIX[first.dtype])(*map(_convert, arguments))
+    kernel = getattr(library, name + _SUFFIX[first.dtype])
+    if kernel.argtypes is None:
+        kernel.argtypes, kernel.restype = [_c_type(argument) for argument in arguments], None
+    kernel(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])
 
 
-def _convert(argument: _Argument) -> ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float:
-    if argument is None:
-        return ctypes.c_void_p(None)
-    if isinstance(argument, Tensor):
-        assert argument.dtype.is_floating_point or argument.dtype == torch.int64
-        return ctypes.c_void_p(argument.data_ptr())
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
-    return ctypes.c_int64(argument)
+def _c_type(argument: _Argument) -> type[ctypes.c_void_p | ctypes.c_int64 | ctypes.c_float]:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_float if isinstance(argument, float) else ctypes.c_int64

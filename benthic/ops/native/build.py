@@ -1,16 +1,22 @@
 """Compile the kernels once per machine, source and PyTorch, into the user's cache directory."""
 
 import hashlib
+import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 _HERE = Path(__file__).parent
+_DAY = 86400.0
+_UNFINISHED = "building-"
 _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared",
     # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
@@ -23,23 +29,59 @@ class BuildError(RuntimeError):
 
 
 def shared_library() -> Path:
-    """Path of the compiled kernels, compiling them if no earlier process did."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise BuildError("no C++ compiler found")
+    """Path of the compiled kernels, compiling them if no earlier process did.
+
+    Raises BuildError if that fails, or failed within the last day: else every process would try for itself.
+    """
+    compiler = _compiler()
     target = _cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
-    if not target.exists():
+    failure = target.with_suffix(".failed")
+    if target.exists():
+        with suppress(OSError):
+            target.touch()  # in use, so not to be removed as old
+        return target
+    if _age(failure) < _DAY:
+        raise BuildError(failure.read_text(encoding="utf-8"))
+    try:
         _compile(compiler, target)
+    except BuildError as error:
+        with suppress(OSError):
+            failure.write_text(str(error), encoding="utf-8")
+        raise
     return target
 
 
+def _compiler() -> list[str]:
+    """The command that compiles: ``$CXX``, which may be of several words, else GCC, which brings OpenMP along."""
+    if given := shlex.split(os.environ.get("CXX", "")):
+        return given
+    for name in ("g++", "c++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError("no C++ compiler found")
+
+
 def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "benthic"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "benthic"
+    try:
+        return Path.home() / ".cache" / "benthic"
+    except RuntimeError as error:
+        raise BuildError("no home directory to keep them in; set XDG_CACHE_HOME") from error
 
 
-def _fingerprint(compiler: str) -> str:
+def _age(path: Path) -> float:
+    """Seconds since a file or folder was changed; infinite if it is not there."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+def _fingerprint(compiler: list[str]) -> str:
     """Changes with anything that a compiled library depends on: source, flags, compiler, PyTorch, processor."""
-    built_by = f"{compiler} {Path(compiler).stat().st_mtime_ns if Path(compiler).exists() else 0}"
+    programs = [Path(path) for word in compiler if (path := shutil.which(word))]
+    built_by = f"{compiler} {[path.stat().st_mtime_ns for path in programs]}"
     digest = hashlib.sha256(" ".join((built_by, torch.__version__, torch.__file__, _processor(), *_FLAGS)).encode())
     for source in sorted(_HERE.glob("*.[ch]*")):
         digest.update(source.read_bytes())
@@ -55,14 +97,15 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _compile(compiler: str, target: Path) -> None:
+def _compile(compiler: list[str], target: Path) -> None:
     libraries = Path(torch.__file__).parent / "lib"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        _remove_old(target.parent)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as folder:
             built = Path(folder) / target.name
             command = [
-                compiler, *_FLAGS, *map(str, sorted(_HERE.glob("*.cpp"))), "-o", str(built), f"-L{libraries}",
+                *compiler, *_FLAGS, *map(str, sorted(_HERE.glob("*.cpp"))), "-o", str(built), f"-L{libraries}",
                 "-ltorch_cpu", "-Wl,--no-undefined", f"-Wl,-rpath,{libraries}",
             ]  # fmt: skip
             result = subprocess.run(  # noqa: S603 - the user's own compiler
@@ -76,3 +119,13 @@ def _compile(compiler: str, target: Path) -> None:
             built.replace(target)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(str(error)) from error
+
+
+def _remove_old(directory: Path) -> None:
+    """Delete what killed builds left behind, and what no process has used for a month."""
+    for folder in directory.glob(f"{_UNFINISHED}*"):
+        if _age(folder) > _DAY:
+            shutil.rmtree(folder, ignore_errors=True)
+    for file in directory.glob("kernels-*"):
+        if _age(file) > 30 * _DAY:
+            file.unlink(missing_ok=True)
