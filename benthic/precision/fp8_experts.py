@@ -40,30 +40,31 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         order_S, slot_NK, counts = sort_by_expert(index_NK, len(down_EDF))
         token_S, gate_S = order_S // index_NK.shape[1], gate_NK.flatten()[order_S]
-        x8_SD = quantise(x_ND, ROW_TILE, powers_of_two=True)[token_S]
+        x8_ND = quantise(x_ND, ROW_TILE, powers_of_two=True)
         weights = quantise(gate_up_EGD), quantise(down_EDF)
-        gate_up_SG, y_SD = x_ND.new_empty(len(token_S), gate_up_EGD.shape[1]), x_ND.new_empty(x8_SD.numbers.shape)
+        gate_up_SG, y_SD = (gate_S.new_empty(len(token_S), weight.shape[1]) for weight in (gate_up_EGD, down_EDF))
         for expert, rows in segments(counts):
-            gate_up_SG[rows] = product(x8_SD[rows], weights[0][expert])
+            gate_up_SG[rows] = product(x8_ND[token_S[rows]], weights[0][expert])
             hidden_RF = swiglu(gate_up_SG[rows]) * gate_S[rows, None]
             y_SD[rows] = product(quantise(hidden_RF, ROW_TILE), weights[1][expert])
         ctx.save_for_backward(order_S, slot_NK, counts, token_S, gate_S)
-        ctx.quantised = x8_SD, quantise(gate_up_SG, ROW_TILE), *weights
+        ctx.quantised = x8_ND, quantise(gate_up_SG, ROW_TILE), *weights
         return combine(y_SD, slot_NK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         order_S, slot_NK, counts, token_S, gate_S = ctx.saved_tensors
-        x8_SD, gate_up8_SG, gate_up8_EGD, down8_EDF = ctx.quantised
-        dy8_SD = quantise(grads[0], ROW_TILE, powers_of_two=True)[token_S]
-        dx_SD, dgate_S = gate_S.new_empty(x8_SD.numbers.shape), torch.empty_like(gate_S)
+        x8_ND, gate_up8_SG, gate_up8_EGD, down8_EDF = ctx.quantised
+        dy8_ND = quantise(grads[0], ROW_TILE, powers_of_two=True)
+        dx_SD, dgate_S = gate_S.new_empty(len(token_S), grads[0].shape[1]), torch.empty_like(gate_S)
         dgate_up_EGD, ddown_EDF = (gate_S.new_zeros(x.numbers.shape) for x in (gate_up8_EGD, down8_EDF))
         for expert, rows in segments(counts):
+            x8_RD, dy8_RD = x8_ND[token_S[rows]], dy8_ND[token_S[rows]]
             hidden_RF, dgate_up_RG, dgate_S[rows] = swiglu_backward(
-                gate_up8_SG[rows].dequantised(), gate_S[rows, None], product(dy8_SD[rows], down8_EDF[expert].mT)
+                gate_up8_SG[rows].dequantised(), gate_S[rows, None], product(dy8_RD, down8_EDF[expert].mT)
             )
             dx_SD[rows] = product(quantise(dgate_up_RG, ROW_TILE), gate_up8_EGD[expert].mT)
-            x8_RD, dy8_RD = (x[rows].requantised(COLUMN_TILE, powers_of_two=True) for x in (x8_SD, dy8_SD))
+            x8_RD, dy8_RD = (x.requantised(COLUMN_TILE, powers_of_two=True) for x in (x8_RD, dy8_RD))
             dgate_up_EGD[expert] = product(quantise(dgate_up_RG, COLUMN_TILE).mT, x8_RD.mT)
             ddown_EDF[expert] = product(dy8_RD.mT, quantise(hidden_RF, COLUMN_TILE).mT)
         dgate_NK = torch.empty_like(dgate_S).index_copy_(0, order_S, dgate_S).view(slot_NK.shape)

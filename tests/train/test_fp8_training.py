@@ -73,8 +73,8 @@ def test_losses_stay_near_those_in_fp32(tiny_run_config, make_run):
     fp32, fp8 = make_run("fp32"), make_run("fp8")
     train(tiny_run_config(), fp32)
     train(in_fp8(tiny_run_config()), fp8)
-    for left, right in zip(losses(fp8), losses(fp32), strict=True):
-        assert left == pytest.approx(right, rel=0.005)
+    assert losses(fp8) == pytest.approx(losses(fp32), rel=0.01)
+    assert sum(losses(fp8)) == pytest.approx(sum(losses(fp32)), rel=0.0025)
     assert losses(fp8) != losses(fp32)
     moments = load(committed(fp8 / "checkpoints" / "pretrain")[-1]).tensors["optimizer"]
     assert {tensor.dtype for name, tensor in moments.items() if "exp_avg" in name} == {torch.bfloat16}
