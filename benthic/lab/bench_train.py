@@ -16,6 +16,7 @@ from benthic.model import build_model
 from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
+from benthic.train.compute import moments_dtype
 from benthic.train.memory import keep_freed_memory
 from benthic.train.objective import Objective
 from benthic.train.optimizer import ModelOptimizer
@@ -46,7 +47,7 @@ def bench_train(config: RunConfig) -> TrainSpeed:
     if config.train.steps is None:
         raise InputError("train.minutes: a benchmark counts steps; give train.steps")
     keep_freed_memory()
-    compute: Compute = "bf16" if config.precision.compute == "bf16" else "fp32"
+    compute: Compute = "fp32" if config.precision.compute == "auto" else config.precision.compute
     seconds = _step_seconds(config, config.train.steps, compute)
     train = config.train
     tokens_per_s = train.batch_size * train.sequence_length / statistics.median(seconds)
@@ -64,7 +65,7 @@ def _step_seconds(config: RunConfig, timed: int, compute: Compute) -> list[float
     train = config.train
     steps = WARMUP_STEPS + timed
     objective = Objective(build_model(config.model, seed=train.seed))
-    optimizer = ModelOptimizer(objective.model, train.optimizer)
+    optimizer = ModelOptimizer(objective.model, train.optimizer, moments_dtype(compute))
     course = Course(train.schedule, steps, train.batch_size)
     generator = torch.Generator().manual_seed(train.seed)
     size = (train.batch_size, train.sequence_length + objective.predictions)

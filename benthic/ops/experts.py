@@ -47,7 +47,7 @@ class _RoutedExperts(torch.autograd.Function):
         ctx: Any, x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
     ) -> Tensor:
         x_ND = x_ND.contiguous()
-        order_S, slot_NK, counts = _sort_by_expert(index_NK, gate_up_EGD.shape[0])
+        order_S, slot_NK, counts = sort_by_expert(index_NK, gate_up_EGD.shape[0])
         token_S, gate_S = order_S // index_NK.shape[1], gate_NK.flatten()[order_S]
         inputs = x_ND, token_S, slot_NK, counts, gate_S, gate_up_EGD, down_EDF
         run = _forward_native if native.usable(x_ND, gate_up_EGD, down_EDF) else _forward_torch
@@ -108,11 +108,11 @@ def _forward_torch(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     gate_up_SG = x_ND.new_empty(len(token_S), gate_up_EGD.shape[1])
     y_SD = x_ND.new_empty(len(token_S), x_ND.shape[1])
-    for expert, rows_e in _segments(counts):
+    for expert, rows_e in segments(counts):
         torch.mm(x_ND[token_S[rows_e]], gate_up_EGD[expert].T, out=gate_up_SG[rows_e])
         hidden = _swiglu(gate_up_SG[rows_e]).mul_(gate_S[rows_e, None].to(x_ND.dtype))
         torch.mm(hidden, down_EDF[expert].T, out=y_SD[rows_e])
-    return gate_up_SG, _combine(y_SD, slot_NK)
+    return gate_up_SG, combine(y_SD, slot_NK)
 
 
 def _backward_torch(
@@ -121,17 +121,17 @@ def _backward_torch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dgate_up_EGD, ddown_EDF = torch.zeros_like(gate_up_EGD), torch.zeros_like(down_EDF)
     dx_SD, dgate_S = x_ND.new_empty(len(token_S), x_ND.shape[1]), torch.empty_like(gate_S)
-    for expert, rows_e in _segments(counts):
+    for expert, rows_e in segments(counts):
         token_e = token_S[rows_e]
         dy = dout_ND[token_e]
         dhidden = dy @ down_EDF[expert]
-        hidden, dgate_up, dgate_S[rows_e] = _swiglu_backward(
+        hidden, dgate_up, dgate_S[rows_e] = swiglu_backward(
             gate_up_SG[rows_e], gate_S[rows_e, None].to(x_ND.dtype), dhidden
         )
         torch.mm(dy.T, hidden, out=ddown_EDF[expert])
         torch.mm(dgate_up.T, x_ND[token_e], out=dgate_up_EGD[expert])
         torch.mm(dgate_up, gate_up_EGD[expert], out=dx_SD[rows_e])
-    return _combine(dx_SD, slot_NK), dgate_S, dgate_up_EGD, ddown_EDF
+    return combine(dx_SD, slot_NK), dgate_S, dgate_up_EGD, ddown_EDF
 
 
 def _experts_of_one_token(
@@ -147,7 +147,7 @@ def _experts_of_one_token(
     return out_D
 
 
-def _sort_by_expert(index_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(index_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Flat choices in order of their expert (S,), where each choice went (N, K), and how many each expert got."""
     flat = index_NK.flatten()
     order_S = flat.argsort(stable=True)
@@ -156,7 +156,7 @@ def _sort_by_expert(index_NK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, T
     return order_S, slot.view(index_NK.shape), torch.bincount(flat, minlength=n_experts)
 
 
-def _segments(counts: Tensor) -> list[tuple[int, slice]]:
+def segments(counts: Tensor) -> list[tuple[int, slice]]:
     """(expert, its rows) for every expert that has any."""
     segments, start = [], 0
     for expert, count in enumerate(counts.tolist()):
@@ -166,7 +166,7 @@ def _segments(counts: Tensor) -> list[tuple[int, slice]]:
     return segments
 
 
-def _combine(y_SD: Tensor, slot_NK: Tensor) -> Tensor:
+def combine(y_SD: Tensor, slot_NK: Tensor) -> Tensor:
     """Sum of each token's rows (N, D)."""
     out_ND = y_SD[slot_NK[:, 0]]
     for k in range(1, slot_NK.shape[1]):
@@ -179,7 +179,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def _swiglu_backward(gate_up: Tensor, weight: Tensor, dhidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_backward(gate_up: Tensor, weight: Tensor, dhidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For hidden = weight * silu(gate) * up: (hidden, d gate_up, d weight summed over the width)."""
     gate, up = gate_up.chunk(2, -1)
     sigmoid = gate.sigmoid()

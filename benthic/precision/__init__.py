@@ -1,1 +1,1 @@
-"""Number formats: FP8 blocks of published checkpoints, and computing in bf16."""
+"""Number formats: FP8 blocks of published checkpoints, and computing in FP8 and bf16."""

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-Compute = Literal["fp32", "bf16"]
+Cast = Literal["fp32", "bf16"]
+Compute = Literal[Cast, "fp8"]
 
 
 def compute_dtype(compute: Compute) -> torch.dtype:
-    """The dtype of a mode's matrix products."""
+    """The dtype of the results of a mode's matrix products."""
     return torch.bfloat16 if compute == "bf16" else torch.float32
 
 
@@ -22,7 +23,7 @@ def fast_matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def call_in(compute: Compute, module: nn.Module, *args: Any, keep: Collection[str] = ()) -> Any:
+def call_in(compute: Cast, module: nn.Module, *args: Any, keep: Collection[str] = ()) -> Any:
     """``module(*args)``, computed in fp32 or with weights rounded to bf16.
 
     Gradients reach the fp32 weights through the rounding. ``keep`` names parameters that are not rounded. Activations

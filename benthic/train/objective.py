@@ -83,8 +83,3 @@ def prediction_targets(tokens_BS: Tensor, document_BS: Tensor | None, prediction
         return targets_KBT
     same_KBT = torch.stack([document_BS[:, shift] == document_BS[:, :length] for shift in shifted])
     return targets_KBT.where(same_KBT, IGNORE)
-
-
-def router_weights(module: nn.Module) -> set[str]:
-    """Names of a module's router weights, to which no lower precision is applied (V3 report section 3.3.1)."""
-    return {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, Router)}

@@ -16,6 +16,7 @@ from benthic.model import LanguageModel
 from benthic.model.layers import SwiGLU
 from benthic.model.moe import Experts, Router
 from benthic.precision.compute import fast_matmul_dtype
+from benthic.train.adamw import LowPrecisionAdamW
 from benthic.train.checkpoint import copy_into
 from benthic.train.muon import Muon
 
@@ -24,15 +25,15 @@ _MUON_STATE = ("momentum",)
 
 
 class ModelOptimizer:
-    """AdamW, or Muon beside AdamW, over all parameters of a model."""
+    """AdamW, or Muon beside AdamW, over all parameters of a model; ``moments`` is the dtype of AdamW's."""
 
-    def __init__(self, model: LanguageModel, config: OptimizerConfig) -> None:
-        self.config = config
+    def __init__(self, model: LanguageModel, config: OptimizerConfig, moments: torch.dtype = torch.float32) -> None:
+        self.config, self.moments = config, moments
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         matrices = _hidden_matrices(model) if config.name == "muon" else {}
         others = [parameter for parameter in self._names if parameter not in matrices]
         self._parts: list[tuple[torch.optim.Optimizer, float, tuple[str, ...]]] = [
-            (_adamw(others, config), config.learning_rate, _ADAMW_STATE)
+            (_adamw(others, config, moments), config.learning_rate, _ADAMW_STATE)
         ]
         if matrices:
             muon = Muon(
@@ -78,22 +79,27 @@ class ModelOptimizer:
             return
         for optimizer, _, keys in self._parts:
             for parameter in _parameters(optimizer):
-                optimizer.state[parameter] = {
-                    key: torch.empty((), device=parameter.device) if key == "step" else torch.empty_like(parameter)
-                    for key in keys
-                }
+                optimizer.state[parameter] = {key: self._empty_state(key, parameter) for key in keys}
         copy_into(self.state_tensors(), tensors, source)
+
+    def _empty_state(self, key: str, parameter: Tensor) -> Tensor:
+        if key == "step":
+            return torch.empty((), device=parameter.device)
+        return torch.empty_like(parameter, dtype=self.moments if key in _ADAMW_STATE else None)
 
     def _grads(self) -> Iterable[Tensor]:
         return (parameter.grad for parameter in self._names if parameter.grad is not None)
 
 
-def _adamw(parameters: list[Tensor], config: OptimizerConfig) -> torch.optim.AdamW:
+def _adamw(parameters: list[Tensor], config: OptimizerConfig, moments: torch.dtype) -> torch.optim.Optimizer:
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    if moments == torch.float32:
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    return LowPrecisionAdamW(groups, **settings, moments=moments)
 
 
 def _hidden_matrices(model: LanguageModel) -> dict[Tensor, int]:

@@ -8,6 +8,7 @@ from benthic.config.schema import RunConfig
 from benthic.errors import InputError
 from benthic.model import build_model
 from benthic.train.checkpoint import Checkpoint, copy_into
+from benthic.train.compute import moments_dtype
 from benthic.train.ema import WeightAverage
 from benthic.train.health import Health
 from benthic.train.objective import Objective
@@ -26,7 +27,9 @@ class TrainState:
         self.health = Health(config.train.on_spike, config.train.spike_deviations)
         self.model = build_model(config.model, seed=config.train.seed)
         self.objective = Objective(self.model)
-        self.optimizer = ModelOptimizer(self.model, config.train.optimizer)
+        compute = config.precision.compute
+        moments = moments_dtype("fp32" if compute == "auto" else compute)
+        self.optimizer = ModelOptimizer(self.model, config.train.optimizer, moments)
         decay = config.train.ema_decay
         self.average = WeightAverage(self.model, decay) if decay else None
 

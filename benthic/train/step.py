@@ -11,9 +11,10 @@ from torch import Tensor
 from benthic.data.batches import Batch
 from benthic.model.moe import Router
 from benthic.ops.cross_entropy import IGNORE
-from benthic.precision.compute import Compute, call_in
+from benthic.precision.compute import Compute
+from benthic.train.compute import compute_in
 from benthic.train.health import Health, Incident, Trouble
-from benthic.train.objective import Losses, Objective, prediction_targets, router_weights
+from benthic.train.objective import Losses, Objective, prediction_targets
 from benthic.train.optimizer import ModelOptimizer
 from benthic.train.schedule import StepSettings
 
@@ -94,12 +95,11 @@ def accumulate_gradients(
     """
     targets_KBT = prediction_targets(batch.tokens_BS, batch.document_BS, objective.predictions)
     counts_K = _counted(targets_KBT)
-    keep = router_weights(objective)
     parts = []
     for start in range(0, len(batch.tokens_BS), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         document = None if batch.document_BS is None else batch.document_BS[rows]
-        losses: Losses = call_in(compute, objective, batch.tokens_BS[rows], document, targets_KBT[:, rows], keep=keep)
+        losses: Losses = compute_in(compute, objective, batch.tokens_BS[rows], document, targets_KBT[:, rows])
         share_K = _counted(targets_KBT[:, rows]) / counts_K.clamp_min(1)
         share = len(batch.tokens_BS[rows]) / len(batch.tokens_BS)
         weighted = Losses(losses.cross_entropy_K * share_K, losses.balance * share, losses.load_ME)

@@ -13,8 +13,9 @@ from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
 from benthic.model import LanguageModel, Transformer
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy
-from benthic.precision.compute import Compute, call_in
-from benthic.train.objective import prediction_targets, router_weights
+from benthic.precision.compute import Compute
+from benthic.train.compute import compute_in
+from benthic.train.objective import prediction_targets
 
 
 class _TotalNats(nn.Module):
@@ -61,9 +62,8 @@ def nats_of_batches(
 ) -> Iterator[tuple[float, int]]:
     """Cross-entropy in nats, summed over each batch's tokens, and how many they were."""
     total = _TotalNats(model.transformer)
-    keep = router_weights(total)
     for batch in batches:
-        nats: tuple[float, int] = call_in(compute, total, batch.tokens_BS, batch.document_BS, keep=keep)
+        nats: tuple[float, int] = compute_in(compute, total, batch.tokens_BS, batch.document_BS)
         yield nats
 
 

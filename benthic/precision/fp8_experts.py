@@ -1,0 +1,71 @@
+"""SwiGLU experts whose six matrix products take FP8 operands (V3 report sections 3.3.1 to 3.3.3).
+
+What would be sent between devices is quantised once per token, with powers of two for scales: inputs before the up
+projection, gradients before the down projection. Kept for the backward pass are the FP8 inputs, and in FP8 the inputs
+of SwiGLU, whose output is computed again.
+
+Shapes: N tokens, K experts per token, E experts, D model width, F expert width, G = 2F, S = N * K rows sorted by
+expert, R rows of one expert.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benthic.ops.experts import combine, segments, sort_by_expert, swiglu_backward
+from benthic.ops.swiglu import swiglu
+from benthic.precision.blocks import COLUMN_TILE, ROW_TILE
+from benthic.precision.fp8 import product, quantise
+
+
+def fp8_swiglu(x: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:
+    """A shared expert, which is one that every token chooses, with weight 1."""
+    x_ND = x.flatten(0, -2)
+    index_N1 = torch.zeros(len(x_ND), 1, dtype=torch.long, device=x.device)
+    gate_N1 = torch.ones(len(x_ND), 1, device=x.device)
+    return fp8_experts(x_ND, index_N1, gate_N1, gate_up_GD.unsqueeze(0), down_DF.unsqueeze(0)).view_as(x)
+
+
+def fp8_experts(x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
+    """What :func:`benthic.ops.experts.routed_experts` computes, (N, D) in fp32, with FP8 products."""
+    out_ND: Tensor = _Experts.apply(x_ND, index_NK, gate_NK, gate_up_EGD, down_EDF)
+    return out_ND
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
+        order_S, slot_NK, counts = sort_by_expert(index_NK, len(down_EDF))
+        token_S, gate_S = order_S // index_NK.shape[1], gate_NK.flatten()[order_S]
+        x8_ND = quantise(x_ND, ROW_TILE, powers_of_two=True)
+        weights = quantise(gate_up_EGD), quantise(down_EDF)
+        gate_up_SG, y_SD = (gate_S.new_empty(len(token_S), weight.shape[1]) for weight in (gate_up_EGD, down_EDF))
+        for expert, rows in segments(counts):
+            gate_up_SG[rows] = product(x8_ND[token_S[rows]], weights[0][expert])
+            hidden_RF = swiglu(gate_up_SG[rows]) * gate_S[rows, None]
+            y_SD[rows] = product(quantise(hidden_RF, ROW_TILE), weights[1][expert])
+        ctx.save_for_backward(order_S, slot_NK, counts, token_S, gate_S)
+        ctx.quantised = x8_ND, quantise(gate_up_SG, ROW_TILE), *weights
+        return combine(y_SD, slot_NK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        order_S, slot_NK, counts, token_S, gate_S = ctx.saved_tensors
+        x8_ND, gate_up8_SG, gate_up8_EGD, down8_EDF = ctx.quantised
+        dy8_ND = quantise(grads[0], ROW_TILE, powers_of_two=True)
+        dx_SD, dgate_S = gate_S.new_empty(len(token_S), grads[0].shape[1]), torch.empty_like(gate_S)
+        dgate_up_EGD, ddown_EDF = (gate_S.new_zeros(x.numbers.shape) for x in (gate_up8_EGD, down8_EDF))
+        for expert, rows in segments(counts):
+            x8_RD, dy8_RD = x8_ND[token_S[rows]], dy8_ND[token_S[rows]]
+            hidden_RF, dgate_up_RG, dgate_S[rows] = swiglu_backward(
+                gate_up8_SG[rows].dequantised(), gate_S[rows, None], product(dy8_RD, down8_EDF[expert].mT)
+            )
+            dx_SD[rows] = product(quantise(dgate_up_RG, ROW_TILE), gate_up8_EGD[expert].mT)
+            x8_RD, dy8_RD = (x.requantised(COLUMN_TILE, powers_of_two=True) for x in (x8_RD, dy8_RD))
+            dgate_up_EGD[expert] = product(quantise(dgate_up_RG, COLUMN_TILE).mT, x8_RD.mT)
+            ddown_EDF[expert] = product(dy8_RD.mT, quantise(hidden_RF, COLUMN_TILE).mT)
+        dgate_NK = torch.empty_like(dgate_S).index_copy_(0, order_S, dgate_S).view(slot_NK.shape)
+        return combine(dx_SD, slot_NK), None, dgate_NK, dgate_up_EGD, ddown_EDF

@@ -1,0 +1,71 @@
+"""The precision of a training step, applied to a module from outside for the length of a call.
+
+FP8 replaces the products of linear layers and experts. As published (V3 report section 3.3.1), embedding, head,
+routers, norms and the core of attention stay as they are.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benthic.model import Transformer
+from benthic.model.mla import LatentAttention
+from benthic.model.moe import Experts, MoE, Router
+from benthic.precision.compute import Compute, call_in
+from benthic.precision.fp8_experts import fp8_experts, fp8_swiglu
+from benthic.precision.fp8_linear import fp8_linear
+
+
+def compute_in(compute: Compute, module: nn.Module, *args: Any) -> Any:
+    """``module(*args)``, computed in this precision; gradients reach the fp32 weights."""
+    if compute == "fp8":
+        with fp8_products(module):
+            return module(*args)
+    return call_in(compute, module, *args, keep=router_weights(module))
+
+
+def moments_dtype(compute: Compute) -> torch.dtype:
+    """The dtype of AdamW's moments: bf16 beside FP8 products (V3 report section 3.3.3), else fp32."""
+    return torch.bfloat16 if compute == "fp8" else torch.float32
+
+
+def router_weights(module: nn.Module) -> set[str]:
+    """Names of a module's router weights, to which no lower precision is applied (V3 report section 3.3.1)."""
+    return {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, Router)}
+
+
+@contextmanager
+def fp8_products(module: nn.Module) -> Iterator[None]:
+    """Inside, forward passes of the module multiply FP8 operands; the backward passes of these may come later."""
+    forwards = _fp8_forwards(module)
+    for part, forward in forwards.items():
+        part.forward = forward
+    try:
+        yield
+    finally:
+        for part in forwards:
+            del part.forward
+
+
+def _fp8_forwards(module: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
+    """New forward methods by the part of the module they are for."""
+    parts = list(module.modules())
+    heads = {part.head for part in parts if isinstance(part, Transformer)}
+    forwards: dict[nn.Module, Callable[..., Tensor]] = {
+        part: partial(fp8_linear, weight_FD=part.weight)
+        for part in parts
+        if isinstance(part, nn.Linear) and part not in heads
+    }
+    for part in parts:
+        if isinstance(part, LatentAttention):
+            forwards[part.o] = partial(fp8_linear, weight_FD=part.o.weight, powers_of_two=True)
+        elif isinstance(part, Experts):
+            forwards[part] = partial(fp8_experts, gate_up_EGD=part.gate_up, down_EDF=part.down)
+        elif isinstance(part, MoE) and part.shared is not None:
+            shared = part.shared
+            forwards[shared] = partial(fp8_swiglu, gate_up_GD=shared.gate_up.weight, down_DF=shared.down.weight)
+    return forwards
