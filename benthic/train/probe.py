@@ -13,8 +13,9 @@ from benthic.data.batches import validation_batches
 from benthic.data.shards import TokenStore
 from benthic.model import LanguageModel
 from benthic.ops.cross_entropy import IGNORE
-from benthic.precision.compute import Compute, call_in
-from benthic.train.objective import prediction_targets, router_weights
+from benthic.precision.compute import Compute
+from benthic.train.compute import compute_in
+from benthic.train.objective import prediction_targets
 
 _TOKENS = 8192
 """Enough for half a percent; the logits that accuracy needs are costly."""
@@ -63,9 +64,8 @@ def probe(
 ) -> Probe:
     """Accuracies and entropies over evenly spaced sequences of the validation split, about 8192 tokens."""
     sums = _Sums(model)
-    keep = router_weights(sums)
     parts = [
-        call_in(compute, sums, batch.tokens_BS, batch.document_BS, keep=keep)
+        compute_in(compute, sums, batch.tokens_BS, batch.document_BS)
         for batch in validation_batches(
             store, batch_size, sequence_length, mask_documents=mask_documents, max_tokens=_TOKENS
         )
