@@ -44,6 +44,7 @@ class Trained(NamedTuple):
     """The outcome of a run."""
 
     model: LanguageModel
+    """With the averaged weights, where an average is kept."""
     config: RunConfig
     """As resolved."""
     bits_per_byte: float
@@ -53,6 +54,7 @@ class Trained(NamedTuple):
 def train(config: RunConfig, out: str | Path) -> Trained:
     """Pretrain a model on the data prepared in ``out``, or go on with the training begun there.
 
+    What ``config.data`` says of how data is prepared gives way to what the data in ``out`` was prepared with.
     Writes ``config.toml``, ``metrics.jsonl``, ``ledger.json`` and ``checkpoints/pretrain/step-N`` into ``out``.
 
     Raises:
@@ -64,6 +66,7 @@ def train(config: RunConfig, out: str | Path) -> Trained:
     keep_freed_memory()
     out = Path(out)
     store = TokenStore(out / "data", "train")
+    config = config.model_copy(update={"data": store.manifest.prepared(config.data)})
     corpus = _identify_corpus(config, out, store)
     batches = Batches(
         store,
@@ -95,8 +98,8 @@ def _identify_corpus(config: RunConfig, out: Path, store: TokenStore) -> dict[st
         raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
     if store.manifest.vocab_size > config.model.vocab_size:
         raise InputError(
-            f"model.vocab_size={config.model.vocab_size} must be at least "
-            f"{store.manifest.vocab_size}, the vocabulary of {out / 'data'}"
+            f"model.vocab_size={config.model.vocab_size} must be at least {store.manifest.vocab_size}, the "
+            f"vocabulary of {out / 'data'}: give --set model.vocab_size={store.manifest.settings['vocab_size']}"
         )
     return {"data": sha256(out / "data" / "manifest.json"), "tokenizer": tokenizer}
 
@@ -130,7 +133,11 @@ class _Trainer:
             MetricsLog(self.out / "metrics.jsonl", state.step) as metrics,
             open_progress(STAGE, self.steps) as progress,
         ):
-            progress.note(f"{self.steps} steps in {self.compute}, {torch.get_num_threads()} threads, {native.status()}")
+            sources = ", ".join(self.config.data.sources)
+            progress.note(
+                f"{self.steps} steps over {sources} in {self.compute}, {torch.get_num_threads()} threads, "
+                f"{native.status()}"
+            )
             while state.step < self.steps:
                 self._step(metrics, progress)
                 if state.step % self.config.train.validate_every == 0 or state.step == self.steps:
@@ -140,6 +147,8 @@ class _Trainer:
                     self._save(metrics)
                 if stop.signal is not None:
                     raise Interrupted(stop.signal, f"stopped after step {state.step}, saved in {self.out}")
+        if state.average is not None:
+            state.average.move_into_model()
         assert state.bits_per_byte is not None
         return Trained(state.model, self.config, state.bits_per_byte)
 
@@ -208,13 +217,13 @@ class _Trainer:
             )
 
     def _validate(self, metrics: MetricsLog, progress: Progress) -> None:
-        """Measure bits per byte: on a part of the split during the run, on all of it at the end."""
+        """Measure bits per byte: on a part of the split during the run, on all of it, and in fp32, at the end."""
         limit = None if self.state.step == self.steps else self.config.train.validation_tokens
         self.state.bits_per_byte = self._bits_per_byte(limit)
         row = {"step": self.state.step, "validation_bits_per_byte": self.state.bits_per_byte}
         if self.state.average is not None:
             with self.state.average.applied():
-                row["average_validation_bits_per_byte"] = self._bits_per_byte(limit)
+                self.state.bits_per_byte = row["average_validation_bits_per_byte"] = self._bits_per_byte(limit)
         metrics.write(row)
         progress.note(f"step {self.state.step}: validation {self.state.bits_per_byte:.4f} bits per byte")
 
@@ -224,7 +233,7 @@ class _Trainer:
             self.held_out,
             sequence_length=self.config.train.sequence_length,
             batch_size=self.micro_batch_size,
-            compute=self.compute,
+            compute="fp32" if max_tokens is None else self.compute,
             mask_documents=self.config.data.mask_documents,
             max_tokens=max_tokens,
         )

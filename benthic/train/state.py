@@ -17,7 +17,7 @@ class TrainState:
     def __init__(self, config: RunConfig) -> None:
         self.step = 0
         self.bits_per_byte: float | None = None
-        """Of the last validation."""
+        """Of the last validation; of the averaged weights, where an average is kept."""
         self.model = build_model(config.model, seed=config.train.seed)
         self.objective = Objective(self.model)
         self.optimizer = ModelOptimizer(self.model, config.train.optimizer)
