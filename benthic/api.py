@@ -9,13 +9,15 @@ from pydantic import ValidationError
 from benthic.config.complain import complaint
 from benthic.config.load import load_run_config
 from benthic.config.schema import InferenceConfig, RunConfig
-from benthic.convert.huggingface import save_hf
+from benthic.convert.huggingface import is_own_export, save_hf
 from benthic.convert.resolve import find_tokenizer, load_model
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.inference import engine
+from benthic.lock import locked
 from benthic.model import Transformer
 from benthic.train import loop
+from benthic.train.checkpoint import committed
 
 
 def load(
@@ -40,11 +42,25 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
 
     ``benthic.train`` is this function. What is written besides, and what it raises, is as in
     :func:`benthic.train.loop.train`; ``out/model`` is in Hugging Face layout.
+
+    Raises:
+        InputError: besides, ``out/model`` is there and not of this training, or another process works in ``out``.
     """
     out = Path(out)
-    trained = loop.train(config, out)
-    save_hf(trained.model, trained.config.model, out / "tokenizer", out / "model")
+    with locked(out):
+        _refuse_other_model(out)
+        trained = loop.train(config, out)
+        save_hf(trained.model, trained.config.model, out / "tokenizer", out / "model")
     return trained
+
+
+def _refuse_other_model(out: Path) -> None:
+    """Before the training, whose result takes the place of ``out/model``: was that written by this run?"""
+    model = out / "model"
+    if not model.is_symlink() and not (model.exists() and (model.is_file() or any(model.iterdir()))):
+        return
+    if not (is_own_export(model) and committed(out / "checkpoints" / loop.STAGE)):
+        raise InputError(f"{model}: already there, and not of a training in {out}; give another --out")
 
 
 class Engine(engine.Engine):

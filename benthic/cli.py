@@ -2,7 +2,9 @@
 prints what comes back. PyTorch and the like are imported only inside a subcommand, so that help comes at once.
 """
 
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -11,6 +13,7 @@ import typer
 
 from benthic import console
 from benthic.errors import InputError, WorkFailed
+from benthic.terminal import without_controls
 from benthic.train.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ def main() -> NoReturn:
 def _fail(line: str, status: int) -> NoReturn:
     if line:  # a command without arguments has printed its help instead
         # Names out of a file from anywhere may be among it.
-        print(f"error: {console.without_controls(' '.join(line.split()))}", file=sys.stderr)
+        print(f"error: {without_controls(' '.join(line.split()))}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -84,7 +87,7 @@ def data(
     out: Out, set_: Set = None, json_: Json = False,
 ) -> None:  # fmt: skip
     """Turn a corpus into a tokenizer, token shards and a manifest."""
-    from benthic.config.load import load_data_config
+    from benthic.config.load import DEFAULT_RECIPE, load_data_config, recipe_among
     from benthic.data.prepare import prepare
 
     config = load_data_config(sources, set_ or ())
@@ -92,6 +95,10 @@ def data(
         manifest = prepare(config.data, config.model.vocab_size, out, progress)
     keys = ("documents", "tokens", "bytes", "rejected", "duplicates", "train_tokens", "val_tokens")
     _print({key: getattr(manifest, key) for key in keys}, json_)
+    if not json_:
+        again = [argument for setting in set_ or () for argument in ("--set", setting)]
+        command = ["benthic", "train", recipe_among(sources) or DEFAULT_RECIPE, "--out", str(out), *again]
+        print(f"to train on it: {shlex.join(command)}")
 
 
 @app.command(epilog="Example: benthic train quickstart --out runs/quickstart --set train.steps=200")
@@ -99,16 +106,21 @@ def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
     """Pretrain on data that `benthic data` has prepared in --out; run it again to resume."""
     from benthic.config.load import load_run_config
 
-    _train(load_run_config(recipe, set_ or ()), out)
+    config = load_run_config(recipe, set_ or ())
+    _refuse_other_data(config, set_ or (), out)
+    _train(config, out)
 
 
 @app.command("eval", epilog="Example: benthic eval runs/quickstart --json")
-def evaluate(run: Run, json_: Json = False) -> None:
+def evaluate(
+    run: Run, baseline: Annotated[bool, typer.Option("--baseline", help="Also what xz -9e makes of it.")] = False,
+    json_: Json = False,
+) -> None:  # fmt: skip
     """Bits per byte of a run's model on the text it has held out, with a 95% confidence interval."""
     from benthic.config.load import load_run_config
     from benthic.convert.resolve import load_model
     from benthic.data.shards import TokenStore
-    from benthic.evaluate.bits_per_byte import bits_per_byte
+    from benthic.evaluate.bits_per_byte import bits_per_byte, xz_baseline
 
     model, _ = load_model(run)
     held_out = TokenStore(run / "data", "val")
@@ -116,11 +128,14 @@ def evaluate(run: Run, json_: Json = False) -> None:
     score = bits_per_byte(
         model, held_out, sequence_length=config.train.sequence_length, mask_documents=config.data.mask_documents
     )
+    xz = xz_baseline(config.data, held_out) if baseline else None
     if json_:
-        console.print_json({"validation": asdict(score)})
-    else:
-        low, high = score.ci95
-        print(f"{score.value:.4f} bits per byte of held-out text, 95% interval {low:.4f} to {high:.4f}")
+        console.print_json({"validation": asdict(score)} | ({"xz_baseline": asdict(xz)} if xz else {}))
+        return
+    interval = ", 95% interval {:.4f} to {:.4f}".format(*score.ci95) if score.ci95 else ""
+    print(f"{score.value:.4f} bits per byte of held-out text{interval}")
+    if xz:
+        print(f"{xz.value:.4f} for xz -9e, with the training text before it; the ratio is {score.value / xz.value:.3f}")
 
 
 @app.command(epilog="Example: benthic chat runs/quickstart --set inference.temperature=0.5")
@@ -227,6 +242,21 @@ def bench_decode(
 
     model = load_preset_or_recipe("bench-400m", set_ or ()).model
     _print(asdict(bench_decode(model, context=context, batch=batch, precision=precision)), json_)
+
+
+def _refuse_other_data(config: "RunConfig", overrides: Sequence[str], out: Path) -> None:
+    """Data is prepared already: a setting given for this command, unlike the recipe's, must not go unheeded."""
+    from benthic.config.load import override_keys
+    from benthic.data.manifest import Manifest
+
+    prepared = Manifest.load(out / "data").prepared(config.data)
+    for key in override_keys(overrides):
+        section, _, name = key.partition(".")
+        if section != "data":
+            continue
+        given, found = (getattr(settings, name) if name else settings for settings in (config.data, prepared))
+        if given != found:
+            raise InputError(f"--set {key}: {out / 'data'} was prepared with {found!r}; choose another --out")
 
 
 def _train(config: "RunConfig", out: Path) -> None:

@@ -3,11 +3,12 @@
 import json
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from benthic.terminal import without_controls
 
 if TYPE_CHECKING:
     from benthic.plan.report import Plan
@@ -27,11 +28,6 @@ def print_stream(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(show(piece), end="", flush=True)
     print()
-
-
-def without_controls(text: str) -> str:
-    """Text that cannot command a terminal: without control characters but line ends and tabs."""
-    return "".join(character for character in text if character in "\n\t" or unicodedata.category(character) != "Cc")
 
 
 def print_figures(figures: dict[str, Any]) -> None:

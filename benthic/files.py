@@ -1,5 +1,6 @@
 """Files that survive a kill or a power cut, and are not trusted when read back."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,10 +8,15 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from benthic.errors import InputError
+from benthic.errors import InputError, WorkFailed
 
 JSON_LIMIT = 64 * 2**20
 """Bytes of the largest JSON file that is read."""
+
+_WRONG_PATH = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR,
+    errno.EPERM, errno.EROFS,
+}  # fmt: skip
 
 
 def sync(path: Path) -> None:
@@ -54,8 +60,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {size} bytes of JSON; at most {JSON_LIMIT} are read")
     try:
         content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: must hold a JSON object, not {type(content).__name__}")
     return content
+
+
+def cannot_write(path: Path, error: Exception) -> InputError | WorkFailed:
+    """What to raise when writing below ``path`` failed: the user's mistake, or such as a full disk."""
+    kind = InputError if isinstance(error, OSError) and error.errno in _WRONG_PATH else WorkFailed
+    return kind(f"{path}: cannot be written: {error}")

@@ -29,8 +29,10 @@ def complaint(error: ValidationError, settings: type[Settings], origin: str, ove
     # A misspelt key often leaves another one missing: the spelling is the cause.
     details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] != "extra_forbidden")
     key = ".".join(map(str, details[0]["loc"]))
+    # What is wrong between two sections has no key of its own.
+    culprit = key or next((override for override in overrides if override in details[0]["msg"]), "")
     more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{source_of(key, origin, overrides)} {_describe(details[0], key, settings)}{more}"
+    return f"{source_of(culprit, origin, overrides)} {_describe(details[0], key, settings)}{more}"
 
 
 def source_of(key: str, origin: str, overrides: Collection[str]) -> str:

@@ -44,7 +44,7 @@ def load_run_config(recipe: str | Path | None = None, overrides: Sequence[str] =
 def load_preset_or_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A recipe, or the model of a preset with sequences of its pretraining length. Raises as ``load_run_config``."""
     if name in PRESETS:
-        return _resolve(_preset_recipe(name), f"preset {name}", overrides)
+        return _preset_config(name, overrides)
     if not Path(name).exists() and name not in recipe_names():
         raise InputError(_unknown("preset or recipe", name, list(dict.fromkeys([*PRESETS, *recipe_names()]))))
     return load_run_config(name, overrides)
@@ -52,19 +52,29 @@ def load_preset_or_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig
 
 def load_data_config(sources: Sequence[str], overrides: Sequence[str] = ()) -> RunConfig:
     """A recipe, or the default one over other sources of text. Raises as ``load_run_config``."""
-    if len(sources) == 1 and (sources[0] in recipe_names() or sources[0].endswith(".toml")):
-        return load_run_config(sources[0], overrides)
+    recipe = recipe_among(sources)
+    if recipe is not None:
+        return load_run_config(recipe, overrides)
     path = _find_recipe(DEFAULT_RECIPE)
     tree = _read_toml(path)
     return _resolve(tree | {"data": {**tree["data"], "sources": list(sources)}}, str(path), overrides)
 
 
-def _preset_recipe(name: str) -> Tree:
-    model = PRESETS[name]
-    yarn = model.rope_scaling
-    length = model.max_position_embeddings if yarn is None else yarn.original_max_position_embeddings
-    # A preset says nothing of a run's length; one step makes it a whole recipe.
-    return {"model": {"preset": name}, "train": {"steps": 1, "sequence_length": length}}
+def recipe_among(sources: Sequence[str]) -> str | None:
+    """The recipe, if that is what was given in the place of sources of text."""
+    is_recipe = len(sources) == 1 and (sources[0] in recipe_names() or sources[0].endswith(".toml"))
+    return sources[0] if is_recipe else None
+
+
+def _preset_config(name: str, overrides: Sequence[str]) -> RunConfig:
+    def with_length(length: int) -> RunConfig:
+        # A preset says nothing of a run's length; one step makes it a whole recipe.
+        tree = {"model": {"preset": name}, "train": {"steps": 1, "sequence_length": length}}
+        return _resolve(tree, f"preset {name}", overrides)
+
+    model = with_length(1).model
+    yarn, length = model.rope_scaling, model.max_position_embeddings
+    return with_length(length if yarn is None else min(length, yarn.original_max_position_embeddings))
 
 
 def section_settings(section: str, overrides: Sequence[str]) -> Tree:
@@ -116,7 +126,7 @@ def _read_toml(path: Path) -> Tree:
 
 def _resolve(tree: Tree, origin: str, overrides: Sequence[str]) -> RunConfig:
     settings = [_parse_override(text) for text in overrides]
-    keys = [key for key, _ in settings]
+    keys = override_keys(overrides)
     for key in keys:
         if key in ALTERNATIVES:
             _remove(tree, ALTERNATIVES[key])
@@ -129,6 +139,11 @@ def _resolve(tree: Tree, origin: str, overrides: Sequence[str]) -> RunConfig:
         return RunConfig.model_validate(_tuples(tree), strict=True)
     except ValidationError as error:
         raise InputError(complaint(error, RunConfig, origin, keys)) from None
+
+
+def override_keys(overrides: Sequence[str]) -> list[str]:
+    """Keys that ``--set`` gives."""
+    return [key for key, _ in map(_parse_override, overrides)]
 
 
 def _parse_override(text: str) -> tuple[str, Any]:

@@ -219,3 +219,10 @@ class RunConfig(Settings):
     train: TrainConfig
     precision: PrecisionConfig = PrecisionConfig()
     inference: InferenceConfig = InferenceConfig()
+
+    @model_validator(mode="after")
+    def _sequences_fit_the_model(self) -> Self:
+        length, limit = self.train.sequence_length, self.model.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"train.sequence_length={length} must be at most model.max_position_embeddings={limit}")
+        return self

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from benthic.errors import InputError
-from benthic.files import sync
+from benthic.files import cannot_write, sync
 
 
 @contextmanager
@@ -22,6 +22,7 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         InputError: ``out`` is a file, or a folder that may not be replaced, or cannot be written.
+        WorkFailed: the disk is full.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not replace):
         raise InputError(f"{out}: already there and not replaced; give a path that is free or an empty folder")
@@ -33,7 +34,7 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
             sync(path)
         _swap(draft, out)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{out}: cannot be written: {error}") from error
+        raise cannot_write(out, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -4,7 +4,6 @@ Weights stream: reading fills the model tensor by tensor, writing holds one shar
 Either way the whole directory is checked against the table of names before the first weight is read.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +107,11 @@ def save_hf(
 
     Raises:
         InputError: ``out`` holds something else or cannot be written.
+        WorkFailed: the disk is full.
     """
     state, places = model.state_dict(), published_names(config)
     token_ids = {} if tokenizer_dir is None else _tokenizer_ids(tokenizer_dir)
-    with new_folder(out, replace=_is_own_export(out)) as draft:
+    with new_folder(out, replace=is_own_export(out)) as draft:
         write_hf(
             draft,
             config,
@@ -122,6 +122,15 @@ def save_hf(
         )
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, draft)
+
+
+def check_copies(published: PublishedModel) -> None:
+    """Raises InputError if copies of one weight, such as those of MTP layers, differ in the config's dtype."""
+    for first, *others in _copies(published).values():
+        weight = published.checkpoint.read(first).to(published.dtype)
+        for other in others:
+            if not torch.equal(weight, published.checkpoint.read(other).to(published.dtype)):
+                raise _differ(published, other, first)
 
 
 def write_hf(
@@ -153,8 +162,13 @@ def write_hf(
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies the tokenizer's files that are there."""
     for name in TOKENIZER_FILES:
-        if inside(source, name).is_file():
-            shutil.copyfile(source / name, target / name)
+        file = inside(source, name)
+        if file.is_file():
+            try:
+                content = file.read_bytes()
+            except OSError as error:
+                raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+            (target / name).write_bytes(content)
 
 
 def _tokenizer_ids(tokenizer_dir: Path) -> dict[str, Any]:
@@ -171,7 +185,7 @@ def _published_ids(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     return {key: merged[key] for key in ("bos_token_id", "eos_token_id") if merged.get(key) is not None}
 
 
-def _is_own_export(folder: Path) -> bool:
+def is_own_export(folder: Path) -> bool:
     """Did an export write all that is in this folder? Only then may another replace it."""
     try:
         index = read_json_object(folder / INDEX)
@@ -231,9 +245,22 @@ def _fill(state: dict[str, Tensor], published: PublishedModel) -> None:
         if first.setdefault(place, source) == source:
             target.copy_(weight)
         elif not torch.equal(target, weight.to(target)):
-            raise InputError(
-                f"{stored[source].file}: {source} differs from {first[place]}: the model has one weight for both"
-            )
+            raise _differ(published, source, first[place])
+
+
+def _copies(published: PublishedModel) -> dict[Place, list[str]]:
+    """Stored tensors of each weight that is stored more than once."""
+    places = published_names(published.config)
+    sources: dict[Place, list[str]] = {}
+    for name, source in published.sources.items():
+        if source not in (found := sources.setdefault(places[name], [])):
+            found.append(source)
+    return {place: found for place, found in sources.items() if len(found) > 1}
+
+
+def _differ(published: PublishedModel, copy: str, first: str) -> InputError:
+    file = published.checkpoint.stored[copy].file
+    return InputError(f"{file}: {copy} differs from {first}: the model has one weight for both")
 
 
 def _stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -18,7 +18,9 @@ WHAT_IS_ALLOWED = "give a run directory, or an exported or Hugging Face model di
 def load_model(
     path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> tuple[LanguageModel, ModelConfig]:
-    """The model of a run (its ``model/``, else its newest checkpoint), or of an exported or Hugging Face directory.
+    """The model of a run, or of an exported or Hugging Face directory.
+
+    Of a run it is ``model/``, or the newest checkpoint if that was written later: training goes on, or was stopped.
 
     Args:
         path: the directory.
@@ -29,10 +31,11 @@ def load_model(
         InputError: nothing of this kind is there, or it is damaged.
     """
     path = _directory(path)
-    for folder in (path, path / "model"):
-        if (folder / "config.json").is_file():
-            return load_hf(folder, dtype, device)
     newest = _newest_checkpoint(path)
+    for folder in (path, path / "model"):
+        config = folder / "config.json"
+        if config.is_file() and (newest is None or _written(config) >= _written(newest)):
+            return load_hf(folder, dtype, device)
     if newest is None:
         raise InputError(f"{path}: holds no config.json, model/ or checkpoints/; {WHAT_IS_ALLOWED}")
     return _load_checkpoint(path, newest, dtype, device)
@@ -57,7 +60,13 @@ def _directory(path: str | Path) -> Path:
 def _newest_checkpoint(run: Path) -> Path | None:
     """Of all stages; one stage follows another, so the newest is of the last."""
     newest = [latest for stage in (run / "checkpoints").glob("*") if (latest := checkpoint.latest(stage)) is not None]
-    return max(newest, key=lambda path: path.stat().st_mtime, default=None)
+    return max(newest, key=_written, default=None)
+
+
+def _written(path: Path) -> int:
+    """When a checkpoint or file was written; of a checkpoint, its manifest comes last."""
+    manifest = path / "manifest.json"
+    return (manifest if manifest.is_file() else path).stat().st_mtime_ns
 
 
 def _load_checkpoint(
@@ -65,8 +74,11 @@ def _load_checkpoint(
 ) -> tuple[LanguageModel, ModelConfig]:
     config = load_run_config(run / "config.toml").model
     model = build_model(config, device="meta").to_empty(device=device or "cpu")
-    weights = checkpoint.load(path).tensors.get("model", {})
-    checkpoint.copy_into(model.state_dict(), weights, str(path / "model.safetensors"))
+    tensors = checkpoint.load(path, groups=("model", "average")).tensors
+    checkpoint.copy_into(model.state_dict(), tensors.get("model", {}), str(path / "model.safetensors"))
+    if "average" in tensors:
+        parameters = dict(model.named_parameters())
+        checkpoint.copy_into(parameters, tensors["average"], str(path / "average.safetensors"))
     if dtype is not None:
         cast_parameters(model, dtype)
     return model, config

@@ -8,7 +8,7 @@ import torch
 
 from benthic.convert.config import dtype_name
 from benthic.convert.folder import new_folder
-from benthic.convert.huggingface import copy_tokenizer, open_hf, save_hf, write_hf
+from benthic.convert.huggingface import check_copies, copy_tokenizer, open_hf, save_hf, write_hf
 from benthic.convert.resolve import find_tokenizer, load_model
 
 
@@ -30,8 +30,10 @@ def import_run(hf_dir: Path, out: Path) -> Imported:
 
     Raises:
         InputError: ``hf_dir`` is not a model that Benthic can run, or ``out`` is there and not empty.
+        WorkFailed: the disk is full.
     """
     published = open_hf(hf_dir)
+    check_copies(published)
     with new_folder(out) as draft:
         (draft / "model").mkdir()
         shards = write_hf(

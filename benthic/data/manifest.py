@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import ValidationError
 
-from benthic.config.schema import Settings
+from benthic.config.schema import DataConfig, Settings
 from benthic.data.document import Rejection
 from benthic.errors import InputError
 from benthic.files import read_json_object, write_atomically
@@ -53,6 +53,11 @@ class Manifest(Settings):
     """The first few of ``rejected``."""
     train: SplitManifest
     val: SplitManifest
+
+    def prepared(self, asked: DataConfig) -> DataConfig:
+        """The settings that this data was prepared with; those that only training reads are as asked for."""
+        known = {key: value for key, value in self.settings.items() if key in DataConfig.model_fields}
+        return DataConfig.model_validate({**asked.model_dump(), **known})
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:

@@ -20,6 +20,7 @@ from benthic.data.split import Survey, split_documents, survey
 from benthic.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from benthic.errors import InputError
 from benthic.files import sync
+from benthic.lock import locked
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how many documents are done, and how many there are if that is known."""
@@ -33,10 +34,16 @@ def prepare(config: DataConfig, vocab_size: int, out: Path, progress: Progress =
     """Write ``out/tokenizer`` and ``out/data``, or keep them if they were prepared with the same settings.
 
     ``vocab_size`` is the model's; a tokenizer trained here has at most as many tokens. Raises ``InputError`` for a
-    corpus that cannot be read or split, a tokenizer that does not fit, or data that was prepared differently.
+    corpus that cannot be read or split, a tokenizer that does not fit, data that was prepared differently, or if
+    another process works in ``out``.
     """
     if (out / "data" / FILE_NAME).exists():
         return _prepared_before(config, vocab_size, out)
+    with locked(out):
+        return _prepare(config, vocab_size, out, progress)
+
+
+def _prepare(config: DataConfig, vocab_size: int, out: Path, progress: Progress) -> Manifest:
     _refuse_to_replace(out)
     files = files_digest(config.sources)
     found = survey(
@@ -147,19 +154,14 @@ def _manifest(
 
 @contextmanager
 def _building(out: Path) -> Iterator[Path]:
-    """A fresh directory inside ``out`` that is gone afterwards, as is ``out`` itself if nothing came to be in it."""
+    """A fresh directory inside ``out`` that is gone afterwards."""
     folder = out / ".preparing"
     shutil.rmtree(folder, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}") from None
+    folder.mkdir()
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if not any(out.iterdir()):
-            out.rmdir()
 
 
 def _counted(items: Iterable[Item], doing: str, total: int | None, progress: Progress) -> Iterator[Item]:

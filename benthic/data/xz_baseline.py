@@ -9,19 +9,25 @@ import lzma
 
 from benthic.config.schema import DataConfig
 from benthic.data.corpus import read_corpus
-from benthic.data.manifest import Split
+from benthic.data.manifest import Manifest, Split
 from benthic.data.split import split_documents, survey
+from benthic.errors import InputError
 
 _PRESET = 9 | lzma.PRESET_EXTREME
 
 
-def xz_bits_per_byte(config: DataConfig) -> float:
-    """Bits per byte of the held-out split, compressed after the training split; reads the corpus anew."""
+def xz_bits_per_byte(config: DataConfig, manifest: Manifest) -> float:
+    """Bits per byte of the held-out split, compressed after the training split; reads the corpus anew.
+
+    Raises ``InputError`` if the corpus is not there, or no longer the one that ``manifest`` describes.
+    """
     threshold = survey(read_corpus(config.sources), config.validation_fraction, config.seed).threshold
     texts: dict[Split, list[str]] = {"train": [], "val": []}
     for split, document in split_documents(config.sources, config.seed, threshold):
         texts[split].append(document.plain_text)
     train, held_out = ("".join(texts[split]).encode() for split in ("train", "val"))
+    if (len(train), len(held_out)) != (manifest.train.bytes, manifest.val.bytes):
+        raise InputError(f"{', '.join(config.sources)}: changed since the data was prepared; there is no baseline")
     return (_compressed_size(train, held_out) - _compressed_size(train)) * 8 / len(held_out)
 
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from benthic.config.schema import DataConfig
 from benthic.data.batches import validation_batches
 from benthic.data.shards import TokenStore
+from benthic.data.xz_baseline import xz_bits_per_byte
 from benthic.errors import InputError
 from benthic.model import LanguageModel
 from benthic.train.validate import nats_of_batches
@@ -25,8 +27,8 @@ class Score:
     value: float
     n: int
     """Independent pieces the value is an average of: here, of eight sequences each."""
-    ci95: tuple[float, float]
-    """95% confidence interval, by bootstrap over the pieces."""
+    ci95: tuple[float, float] | None
+    """95% confidence interval, by bootstrap over the pieces; none of a single piece."""
 
 
 def bits_per_byte(
@@ -51,9 +53,17 @@ def bits_per_byte(
     batches = validation_batches(store, PIECE, sequence_length, mask_documents=mask_documents)
     nats_N, tokens_N = np.array(list(nats_of_batches(model, batches))).T
     scale = tokens_N.sum() / math.log(2) / store.manifest.val.bytes
-    low, high = bootstrap_ci95(nats_N, tokens_N)
     value = float(nats_N.sum() / tokens_N.sum() * scale)
-    return Score("bits_per_byte", value, len(nats_N), (low * scale, high * scale))
+    interval = None
+    if len(nats_N) > 1:
+        low, high = bootstrap_ci95(nats_N, tokens_N)
+        interval = float(low * scale), float(high * scale)
+    return Score("bits_per_byte", value, len(nats_N), interval)
+
+
+def xz_baseline(config: DataConfig, store: TokenStore) -> Score:
+    """What ``xz -9e`` needs for the same text: one stream, so without an interval. Raises as ``xz_bits_per_byte``."""
+    return Score("bits_per_byte", xz_bits_per_byte(config, store.manifest), 1, None)
 
 
 def bootstrap_ci95(totals_N: NDArray[np.float64], weights_N: NDArray[np.float64]) -> tuple[float, float]:

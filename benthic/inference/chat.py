@@ -4,7 +4,6 @@ It reads lines and writes text, so that a terminal, a pipe and a test are the sa
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Any, TextIO
 
 from benthic.errors import InputError
 from benthic.inference.engine import Engine
+from benthic.terminal import without_controls
 
 _HELP = """\
 /reset           forget the conversation
@@ -19,9 +19,6 @@ _HELP = """\
 /set KEY=VALUE   temperature, top_k, top_p, max_new_tokens or seed, as in /set temperature=0.5
 /help            these lines
 Ctrl-C stops an answer, Ctrl-D leaves."""
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""A model may produce any byte; none of these may reach a terminal."""
 
 
 def chat(engine: Engine, /, **sampling: Any) -> None:
@@ -118,7 +115,7 @@ def _piped_lines() -> Iterator[str]:
 def _write_answer(conversation: Conversation, text: str, out: TextIO) -> None:
     try:
         for piece in conversation.answer(text):
-            out.write(_CONTROL.sub("", piece))
+            out.write(without_controls(piece))
             out.flush()
     except KeyboardInterrupt:
         out.write(" [stopped]")

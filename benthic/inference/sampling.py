@@ -1,7 +1,11 @@
 """Choosing the next token from its logits: temperature, then the k likeliest, then the nucleus."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from benthic.errors import WorkFailed
 
 
 def distribution(logits_V: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -26,7 +30,13 @@ def distribution(logits_V: Tensor, *, temperature: float, top_k: int = 0, top_p:
 def draw(
     logits_V: Tensor, generator: torch.Generator, *, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> int:
-    """The next token's id; at temperature 0 the generator is left as it is."""
+    """The next token's id; at temperature 0 the generator is left as it is.
+
+    Raises:
+        WorkFailed: a logit is NaN or infinite, as damaged weights make them.
+    """
+    if not math.isfinite(logits_V.max()):
+        raise WorkFailed("the model's logits are not finite: its weights are damaged, or its precision is too low")
     if temperature == 0:
         return int(logits_V.argmax())
     probability_V = distribution(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)

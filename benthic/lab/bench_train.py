@@ -46,8 +46,10 @@ def bench_train(config: RunConfig) -> TrainSpeed:
     """Times ``config.train.steps`` steps after two to warm up; nothing is read or written."""
     if config.train.steps is None:
         raise InputError("train.minutes: a benchmark counts steps; give train.steps")
+    compute = config.precision.compute
+    if compute == "auto":
+        raise InputError("precision.compute=auto: a benchmark measures one precision; give fp32 or bf16")
     keep_freed_memory()
-    compute: Compute = "fp32" if config.precision.compute == "auto" else config.precision.compute
     seconds = _step_seconds(config, config.train.steps, compute)
     train = config.train
     tokens_per_s = train.batch_size * train.sequence_length / statistics.median(seconds)

@@ -44,6 +44,10 @@ class AttentionContext:
     document_BT: Tensor | None = None
     cache: Cache | None = None
 
+    def __post_init__(self) -> None:
+        if self.document_BT is not None and self.cache is not None:
+            raise ValueError("document_BT: a cache holds one document; it cannot be read with a mask of several")
+
 
 class LatentAttention(nn.Module):
     """One MLA layer. ``layer`` is its index in the cache."""

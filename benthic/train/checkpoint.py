@@ -8,7 +8,7 @@ the commit. Nothing is believed when read back, and nothing is ever unpickled.
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,15 +75,19 @@ def discard(directory: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint after checking every byte of it against its manifest.
+def load(path: Path, groups: Collection[str] | None = None) -> Checkpoint:
+    """Read a checkpoint after checking every byte that is read against its manifest.
+
+    Args:
+        path: the checkpoint's directory.
+        groups: of tensors to read, as far as they are there; by default all.
 
     Raises:
         InputError: a file is missing, damaged, or not what a checkpoint may hold; the message names it, and an
             older checkpoint if there is one.
     """
     try:
-        return _load(path)
+        return _load(path, groups)
     except InputError as error:
         older = [other for other in committed(path.parent) if _step(other) < _step(path)]
         advice = f"; to resume from {older[-1].name} instead, remove {path}" if older else ""
@@ -110,15 +114,17 @@ def _discard_leftovers(root: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _load(path: Path) -> Checkpoint:
+def _load(path: Path, groups: Collection[str] | None) -> Checkpoint:
     if path.is_symlink():
         raise InputError(f"{path}: must be a directory, not a link")
-    for name, entry in _manifest_entries(path / "manifest.json").items():
-        _check(path / name, entry)
+    entries = _manifest_entries(path / "manifest.json")
+    files = [path / name for name in sorted(entries) if groups is None or Path(name).stem in {"state", *groups}]
+    for file in files:
+        _check(file, entries[file.name])
     state = read_json_object(path / "state.json")
     if state.get("step") != _step(path):
         raise InputError(f"{path / 'state.json'}: is of step {state.get('step')!r}, not of {path.name}")
-    tensors = {file.stem: _read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    tensors = {file.stem: _read_tensors(file) for file in files if file.suffix == ".safetensors"}
     return Checkpoint(tensors, state)
 
 

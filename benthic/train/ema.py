@@ -29,6 +29,12 @@ class WeightAverage:
         finally:
             self._swap()
 
+    @torch.no_grad()
+    def move_into_model(self) -> None:
+        """Make the average the model's weights for good."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self.tensors[name])
+
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
             parameter.data, self.tensors[name] = self.tensors[name], parameter.data

@@ -47,22 +47,28 @@ def resume_settings(requested: RunConfig, saved: Any, corpus: dict[str, str], so
     if not isinstance(saved, dict) or not all(isinstance(saved.get(key), dict) for key in _KEYS):
         raise InputError(f"{source}/state.json: does not say which run it is of")
     given = requested.model_dump(mode="json", include=_SECTIONS)
-    changed = differences(given, saved["resolved"]) and differences(given, saved["requested"])
+    began = {key: _of_this_version(saved[key], source) for key in ("resolved", "requested")}
+    changed = differences(given, began["resolved"]) and differences(given, began["requested"])
     changed = [*changed, *differences({"corpus": corpus}, {"corpus": saved["corpus"]})]
     if changed:
         raise InputError(
             f"{source} was made with other settings: {'; '.join(changed)}; restore these, or give another --out"
         )
-    return _with_measured(requested, saved["resolved"], source)
+    return _with_measured(requested, began["resolved"])
 
 
-def _with_measured(requested: RunConfig, resolved: dict[str, Any], source: str) -> RunConfig:
+def _of_this_version(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """Saved settings with the defaults of those that an earlier version did not have."""
+    try:
+        return RunConfig.model_validate(settings).model_dump(mode="json", include=_SECTIONS)
+    except ValidationError as error:
+        raise InputError(f"{source}/state.json: settings that cannot be used") from error
+
+
+def _with_measured(requested: RunConfig, resolved: dict[str, Any]) -> RunConfig:
     settings = requested.model_dump(mode="json")
     free = {key: value for key, value in settings["train"].items() if f"train.{key}" in MAY_CHANGE}
-    try:
-        return RunConfig.model_validate({**settings, **resolved, "train": {**resolved["train"], **free}})
-    except (ValidationError, KeyError, TypeError) as error:
-        raise InputError(f"{source}/state.json: settings that cannot be used") from error
+    return RunConfig.model_validate({**settings, **resolved, "train": {**resolved["train"], **free}})
 
 
 def differences(given: dict[str, Any], saved: dict[str, Any]) -> list[str]:

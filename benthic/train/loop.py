@@ -49,6 +49,7 @@ class Trained(NamedTuple):
     """The outcome of a run."""
 
     model: LanguageModel
+    """With the averaged weights, where an average is kept."""
     config: RunConfig
     """As resolved."""
     bits_per_byte: float
@@ -58,6 +59,7 @@ class Trained(NamedTuple):
 def train(config: RunConfig, out: str | Path) -> Trained:
     """Pretrain a model on the data prepared in ``out``, or go on with the training begun there.
 
+    What ``config.data`` says of how data is prepared gives way to what the data in ``out`` was prepared with.
     Writes ``config.toml``, ``metrics.jsonl``, ``ledger.json`` and ``checkpoints/pretrain/step-N`` into ``out``.
 
     Raises:
@@ -71,6 +73,7 @@ def train(config: RunConfig, out: str | Path) -> Trained:
     keep_freed_memory()
     out = Path(out)
     store = TokenStore(out / "data", "train")
+    config = config.model_copy(update={"data": store.manifest.prepared(config.data)})
     corpus = _identify_corpus(config, out, store)
     batches = Batches(
         store,
@@ -102,8 +105,8 @@ def _identify_corpus(config: RunConfig, out: Path, store: TokenStore) -> dict[st
         raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
     if store.manifest.vocab_size > config.model.vocab_size:
         raise InputError(
-            f"model.vocab_size={config.model.vocab_size} must be at least "
-            f"{store.manifest.vocab_size}, the vocabulary of {out / 'data'}"
+            f"model.vocab_size={config.model.vocab_size} must be at least {store.manifest.vocab_size}, the "
+            f"vocabulary of {out / 'data'}: give --set model.vocab_size={store.manifest.settings['vocab_size']}"
         )
     return {"data": sha256(out / "data" / "manifest.json"), "tokenizer": tokenizer}
 
@@ -144,12 +147,18 @@ class _Trainer:
             self._open_metrics() as metrics,
             open_progress(STAGE, self.steps) as progress,
         ):
-            progress.note(f"{self.steps} steps in {self.compute}, {torch.get_num_threads()} threads, {native.status()}")
+            sources = ", ".join(self.config.data.sources)
+            progress.note(
+                f"{self.steps} steps over {sources} in {self.compute}, {torch.get_num_threads()} threads, "
+                f"{native.status()}"
+            )
             while self.state.step < self.steps:
                 self.writer.check()
                 if self._step(metrics, progress):
                     self._end_step(metrics, progress, stop)
             self.writer.wait()
+        if self.state.average is not None:
+            self.state.average.move_into_model()
         assert self.state.bits_per_byte is not None
         return Trained(self.state.model, self.config, self.state.bits_per_byte)
 
@@ -243,14 +252,17 @@ class _Trainer:
         }
 
     def _validate(self, metrics: MetricsLog, progress: Progress) -> None:
-        """Measure bits per byte: on a part of the split during the run, on all of it at the end."""
-        limit = None if self.state.step == self.steps else self.config.train.validation_tokens
-        model, held_out, reading = self.state.model, self.held_out, self.reading
+        """Measure bits per byte: on a part of the split during the run, on all of it, and in fp32, at the end."""
+        last = self.state.step == self.steps
+        limit = None if last else self.config.train.validation_tokens
+        model, held_out = self.state.model, self.held_out
+        reading = {**self.reading, "compute": "fp32" if last else self.compute}
         self.state.bits_per_byte = bits_per_byte(model, held_out, max_tokens=limit, **reading)
         row = {"step": self.state.step, "validation_bits_per_byte": self.state.bits_per_byte}
         if self.state.average is not None:
             with self.state.average.applied():
-                row["average_validation_bits_per_byte"] = bits_per_byte(model, held_out, max_tokens=limit, **reading)
+                self.state.bits_per_byte = bits_per_byte(model, held_out, max_tokens=limit, **reading)
+                row["average_validation_bits_per_byte"] = self.state.bits_per_byte
         metrics.write({**row, **probe(model, held_out, **reading)._asdict()})
         progress.note(f"step {self.state.step}: validation {self.state.bits_per_byte:.4f} bits per byte")
 

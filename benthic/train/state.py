@@ -21,7 +21,7 @@ class TrainState:
     def __init__(self, config: RunConfig) -> None:
         self.step = 0
         self.bits_per_byte: float | None = None
-        """Of the last validation."""
+        """Of the last validation; of the averaged weights, where an average is kept."""
         self.sequences_passed_over = 0
         """Sequences that roll-backs left unread: by so many the data is ahead of the course."""
         self.health = Health(config.train.on_spike, config.train.spike_deviations)

@@ -47,13 +47,15 @@ def bits_per_byte(
     """Bits the model needs for a byte of the validation split.
 
     The split is read in sequences of ``sequence_length``, every token predicted once. A part of it, of about
-    ``max_tokens``, is charged for bytes in proportion to its tokens.
+    ``max_tokens``, is charged for bytes in proportion to the tokens predicted.
     """
     batches = validation_batches(
         store, batch_size, sequence_length, mask_documents=mask_documents, max_tokens=max_tokens
     )
     nats, tokens = map(sum, zip(*nats_of_batches(model, batches, compute), strict=True))
-    return nats / math.log(2) / _bytes(store, tokens, whole=max_tokens is None or max_tokens >= store.tokens - 1)
+    # With documents masked, the first token of each is predicted by nothing.
+    predicted = store.tokens - (store.manifest.val.documents if mask_documents else 1)
+    return nats / math.log(2) / (store.manifest.val.bytes * tokens / predicted)
 
 
 @torch.no_grad()
@@ -65,8 +67,3 @@ def nats_of_batches(
     for batch in batches:
         nats: tuple[float, int] = compute_in(compute, total, batch.tokens_BS, batch.document_BS)
         yield nats
-
-
-def _bytes(store: TokenStore, tokens: int, *, whole: bool) -> float:
-    split = store.manifest.val
-    return split.bytes if whole else split.bytes * tokens / split.tokens

@@ -1,8 +1,12 @@
 """What each subcommand is for, done once; and the JSON keys that other programs rely on."""
 
 import json
+import shlex
+import shutil
 
 import pytest
+
+from benthic.config.load import load_run_config
 
 FAST = ("--set", "inference.max_new_tokens=4", "--set", "inference.seed=3", "--set", "inference.temperature=0")
 
@@ -44,6 +48,42 @@ def test_data_then_train_is_a_run(benthic, corpus, tmp_path):
     for command in ("data", "train"):
         output(benthic(command, "tiny", "--out", tmp_path / "out", *settings))
     assert (tmp_path / "out" / "model" / "config.json").is_file()
+
+
+def test_data_from_files_then_train_by_the_command_it_ends_with(benthic, corpus, tmp_path):
+    settings = ("--set", "model.preset=tiny", "--set", "data.validation_fraction=0.2", "--set", "train.steps=1",
+                "--set", "train.batch_size=2", "--set", "train.sequence_length=32")  # fmt: skip
+    out = tmp_path / "out"
+    last = output(benthic("data", corpus, "--out", out, *settings)).splitlines()[-1]
+    told, _, command = last.partition(": ")
+    assert told == "to train on it"
+    assert shlex.split(command) == ["benthic", "train", "quickstart", "--out", str(out), *settings]
+    output(benthic(*shlex.split(command)[1:]))
+    recorded = load_run_config(out / "config.toml").data
+    assert (recorded.sources, recorded.validation_fraction) == ((str(corpus),), 0.2)
+    output(benthic("run", out / "config.toml", "--out", out))
+
+
+def test_the_last_validation_of_a_run_is_what_eval_finds_in_any_precision(benthic, small_run, tmp_path):
+    out = tmp_path / "out"
+    for part in ("data", "tokenizer"):
+        shutil.copytree(small_run / part, out / part)
+    output(benthic("train", "tiny", "--out", out, "--set", "precision.compute=bf16", "--set", "train.ema_decay=0.5"))
+    score = json.loads(output(benthic("eval", out, "--json")))["validation"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "validation_bits_per_byte" in row][-1]
+    assert score["value"] == pytest.approx(last["average_validation_bits_per_byte"], rel=1e-5)
+    assert score["value"] != pytest.approx(last["validation_bits_per_byte"], rel=1e-5)
+
+
+def test_eval_with_its_baseline(benthic, small_run):
+    scores = json.loads(output(benthic("eval", small_run, "--baseline", "--json")))
+    xz, own = scores["xz_baseline"], scores["validation"]
+    assert (xz["metric"], xz["n"], xz["ci95"]) == ("bits_per_byte", 1, None)
+    assert 0 < xz["value"] < 8
+    text = output(benthic("eval", small_run, "--baseline"))
+    for number in (f"{own['value']:.4f}", f"{xz['value']:.4f}", f"{own['value'] / xz['value']:.3f}"):
+        assert number in text
 
 
 def test_eval(benthic, small_run):

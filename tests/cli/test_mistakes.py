@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
+
+from benthic.lock import locked
 
 MINIMAL = '[model]\npreset = "tiny"\n[train]\nsteps = 2\n'
 
@@ -48,7 +52,8 @@ def test_a_recipe_with_a_mistake(benthic, tmp_path, text, said, command):
 
 @pytest.mark.parametrize("arguments", [
     ("plan", "v3-671"), ("plan", "tiny", "--set", "model.n_group=3"), ("run", "quikstart", "--out", "out"),
-    ("bench", "train", "--set", "train.minutes=1"), ("bench", "decode", "--context", "0"),
+    ("bench", "train", "--set", "train.minutes=1"), ("bench", "train", "--set", "precision.compute=auto"),
+    ("bench", "decode", "--context", "0"),
     ("generate", "nowhere", "--prompt", "x", "--set", "train.steps=3"), ("nope",), ("plan",), ("run", "--out"),
     ("plan", "tiny", "--jsn"), ("export", "nowhere", "--format", "gguf2", "--out", "out"),
 ])  # fmt: skip
@@ -94,6 +99,65 @@ def test_out_that_is_a_file(benthic, tmp_path, corpus):
 def test_training_without_data(benthic, tmp_path):
     refused(benthic("train", "tiny", "--out", tmp_path / "out"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_training_never_replaces_an_imported_model(benthic, small_run, corpus, tmp_path):
+    exported, run = tmp_path / "hf", tmp_path / "run"
+    assert benthic("export", small_run, "--out", exported).returncode == 0
+    assert benthic("import", exported, "--out", run).returncode == 0
+    shutil.rmtree(run / "tokenizer")
+    for part in ("data", "tokenizer"):
+        shutil.copytree(small_run / part, run / part)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused(benthic("train", "tiny", "--out", run), run / "model", "already there")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_model_folder_with_something_else_in_it_is_refused_before_training(benthic, small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    (run / "model" / "notes.txt").write_text("mine")
+    refused(benthic("train", run / "config.toml", "--out", run), run / "model")
+    shutil.rmtree(run / "model")
+    (run / "model").write_text("mine")
+    refused(benthic("train", run / "config.toml", "--out", run), run / "model")
+    assert (run / "model").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+def test_a_run_that_another_process_works_on(benthic, small_run, command):
+    with locked(small_run):
+        refused(benthic(command, small_run / "config.toml", "--out", small_run), small_run, "in use by process")
+    assert not (small_run / ".lock").exists()
+
+
+@pytest.mark.parametrize("setting", ["data.seed=7", 'data.sources=["stdlib"]', "data={seed=7}"])
+def test_other_data_than_is_prepared(benthic, small_run, setting):
+    done = benthic("train", "tiny", "--out", small_run, "--set", setting)
+    refused(done, setting.partition("=")[0], "was prepared with")
+
+
+def test_sequences_longer_than_the_model_takes(benthic, tmp_path):
+    done = benthic("run", "tiny", "--out", tmp_path / "out", "--set", "train.sequence_length=300")
+    refused(done, "--set train.sequence_length=300 must be at most model.max_position_embeddings=256")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_weights_that_are_not_numbers(benthic, small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    (weights,) = (run / "model").glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    done = benthic("generate", run, "--prompt", "The sea")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "not finite" in done.stderr
+
+
+def test_a_baseline_of_sources_that_are_gone(benthic, small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    config = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(re.sub(r"sources = \[.*?\]", 'sources = ["gone.txt"]', config, flags=re.DOTALL))
+    refused(benthic("eval", run, "--baseline"), "gone.txt")
 
 
 def test_a_corrupted_checkpoint(benthic, small_run, corpus, tmp_path):

@@ -52,6 +52,14 @@ def test_every_preset_stands_for_a_recipe(name):
     assert load_preset_or_recipe(name).model == PRESETS[name]
 
 
+@pytest.mark.parametrize(("overrides", "length"), [
+    ([], 256), (["model.preset=nano"], 1024), (["model.max_position_embeddings=100"], 100),
+    (["train.sequence_length=77"], 77), (["model.preset=v3-671b"], 4096),
+])  # fmt: skip
+def test_a_presets_sequences_are_as_long_as_the_model_was_pretrained_with(overrides, length):
+    assert load_preset_or_recipe("tiny", overrides).train.sequence_length == length
+
+
 def test_without_a_recipe_it_is_the_quickstart():
     assert load_run_config() == load_run_config("quickstart")
 
@@ -116,6 +124,8 @@ def test_a_preset_set_replaces_all_sizes_of_a_resolved_recipe(recipe):
     ("train.optimizer.name=sgd", ['"sgd"', "'adamw' or 'muon'"]),
     ("train.optimizer.learning_rate=nan", ["learning_rate = NaN", "finite"]),
     ("train.schedule.warmup=0.9", ["warmup=0.9 must not be after decay_start"]),
+    ("train.sequence_length=257", ["train.sequence_length=257", "at most model.max_position_embeddings=256"]),
+    ("model.max_position_embeddings=255", ["train.sequence_length=256", "model.max_position_embeddings=255"]),
     ("train.steps", ["KEY=VALUE"]),
     ("=3", ["KEY=VALUE"]),
 ])  # fmt: skip
@@ -132,6 +142,7 @@ def test_a_wrong_set_is_refused_with_key_value_and_what_is_allowed(recipe, text,
     ("", "model: missing"),
     (MINIMAL + "batch_sise = 3\n", "train.batch_sise = 3: no such setting; did you mean 'batch_size'"),
     (MINIMAL + 'seed = "x"\n', 'train.seed = "x"'),
+    (MINIMAL + "sequence_length = 300\n", "train.sequence_length=300 must be at most"),
 ])  # fmt: skip
 def test_a_wrong_recipe_is_refused_with_its_path(recipe, text, said):
     path = recipe(text)

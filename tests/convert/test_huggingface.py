@@ -1,6 +1,7 @@
 """Directories written and read back: bitwise, sharded, whole or absent."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from benthic.convert import huggingface, shards
 from benthic.convert.huggingface import load_hf, save_hf
 from benthic.convert.names import published_names
 from benthic.data.tokenizer import Tokenizer
-from benthic.errors import InputError
+from benthic.errors import InputError, WorkFailed
 from benthic.model import LanguageModel, build_model
 
 SmallConfig = Callable[..., ModelConfig]
@@ -171,10 +172,48 @@ def test_an_export_that_fails_half_way_leaves_the_earlier_one(
 
     monkeypatch.setattr(shards, "save_file", full_disk)
     config = small_config()
-    with pytest.raises(InputError, match=r"exported: cannot be written: .*No space left"):
+    with pytest.raises(WorkFailed, match=r"exported: cannot be written: .*No space left"):
         save_hf(random_model(config, seed=2), config, None, exported, max_shard_bytes=9_000)
     assert len(written) == 2
     assert {path: path.read_bytes() for path in exported.parent.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_may_not_be_written_is_the_users_mistake(
+    small_config: SmallConfig, random_model: RandomModel, tmp_path: Path
+) -> None:
+    config = small_config()
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="out: cannot be written"):
+        save_hf(random_model(config), config, None, tmp_path / "out")
+
+
+def test_a_file_in_the_way_is_the_users_mistake(
+    small_config: SmallConfig, random_model: RandomModel, tmp_path: Path
+) -> None:
+    config = small_config()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="out: cannot be written"):
+        save_hf(random_model(config), config, None, tmp_path / "file" / "out")
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(
+    small_config: SmallConfig, random_model: RandomModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.train(["some text to learn from"], vocab_size=280)
+    tokenizer.save(tmp_path / "tokenizer")
+    config, source, read = small_config(vocab_size=300), tmp_path / "tokenizer" / "tokenizer.json", Path.read_bytes
+
+    def broken_disk(path: Path) -> bytes:
+        if path == source:
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", broken_disk)
+    monkeypatch.setattr(huggingface, "_tokenizer_ids", lambda folder: {})
+    with pytest.raises(InputError, match=rf"{source}: cannot be read"):
+        save_hf(random_model(config), config, tmp_path / "tokenizer", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tied_embeddings_become_two_equal_weights(exported: Path) -> None:

@@ -1,6 +1,7 @@
 """Importing, exporting and finding models by their path, published FP8 checkpoints among them."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,7 +152,9 @@ def test_the_newest_checkpoint_of_a_run_is_loaded(
     small_config: SmallConfig, random_model: RandomModel, tmp_path: Path
 ) -> None:
     config = small_config()
-    (tmp_path / "config.toml").write_text(dump_toml(RunConfig(model=config, train=TrainConfig(steps=2))))
+    (tmp_path / "config.toml").write_text(
+        dump_toml(RunConfig(model=config, train=TrainConfig(steps=2, sequence_length=64)))
+    )
     for step in (1, 2):
         weights = checkpoint.Checkpoint({"model": random_model(config, seed=step).state_dict()}, {"step": step})
         checkpoint.save(tmp_path / "checkpoints" / "pretrain", step, weights, keep=2)
@@ -162,6 +165,51 @@ def test_the_newest_checkpoint_of_a_run_is_loaded(
     half, _ = load_model(tmp_path, dtype=torch.bfloat16)
     assert half.transformer.layers[1].ffn.router.bias.dtype == torch.float32
     assert half.transformer.head.weight.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_counts_only_while_it_is_newer_than_the_model(
+    small_config: SmallConfig, random_model: RandomModel, tmp_path: Path
+) -> None:
+    config = small_config()
+    run = RunConfig(model=config, train=TrainConfig(steps=2, sequence_length=64))
+    (tmp_path / "config.toml").write_text(dump_toml(run))
+    models = [random_model(config, seed=seed) for seed in (1, 2)]
+    groups = {"model": models[0].state_dict(), "optimizer": {"large": torch.zeros(2)}}
+    saved = checkpoint.save(tmp_path / "checkpoints" / "pretrain", 1, checkpoint.Checkpoint(groups, {"step": 1}), 2)
+    save_hf(models[1], config, None, tmp_path / "model")
+    written = (tmp_path / "model" / "config.json").stat().st_mtime_ns
+    for difference, expected in ((-1, models[1]), (1, models[0])):
+        os.utime(saved / "manifest.json", ns=(written, written + difference * 10**9))
+        found, _ = load_model(tmp_path)
+        assert torch.equal(found.transformer.head.weight, expected.transformer.head.weight)
+
+
+def test_of_a_checkpoint_only_weights_are_read_and_an_average_goes_before_them(
+    small_config: SmallConfig, random_model: RandomModel, tmp_path: Path
+) -> None:
+    config = small_config()
+    run = RunConfig(model=config, train=TrainConfig(steps=2, sequence_length=64))
+    (tmp_path / "config.toml").write_text(dump_toml(run))
+    last, average = (random_model(config, seed=seed) for seed in (1, 2))
+    groups = {
+        "model": last.state_dict(), "average": dict(average.named_parameters()), "optimizer": {"m": torch.zeros(2)}
+    }  # fmt: skip
+    saved = checkpoint.save(tmp_path / "checkpoints" / "pretrain", 1, checkpoint.Checkpoint(groups, {"step": 1}), 2)
+    (saved / "optimizer.safetensors").write_bytes(b"damaged, but of no interest")
+    found, _ = load_model(tmp_path)
+    assert torch.equal(found.transformer.head.weight, average.transformer.head.weight)
+    bias = "transformer.layers.1.ffn.router.bias"  # moved by the balancing, not by the optimizer
+    assert torch.equal(found.state_dict()[bias], last.state_dict()[bias])
+
+
+def test_copies_that_differ_are_found_at_import(with_tokenizer: Path, tmp_path: Path) -> None:
+    (file,) = with_tokenizer.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.3.embed_tokens.weight"][5, 3] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"embed_tokens.weight differs from .*embed_tokens.weight"):
+        import_run(with_tokenizer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("find", [load_model, find_tokenizer])

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 import random
 import tracemalloc
 
@@ -31,6 +32,12 @@ def test_a_text_file_is_a_document(tmp_path):
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
     assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")) == [plain_document("hello")]
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    write(tmp_path / "a.txt", "x")
+    assert read(tmp_path) == [plain_document("x")]
 
 
 def test_a_folder_is_read_in_order_without_hidden_and_other_files(tmp_path):

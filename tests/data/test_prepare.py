@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from benthic.config.schema import DataConfig
 from benthic.data.corpus import read_corpus
 from benthic.data.document import Document
 from benthic.data.manifest import Manifest
@@ -16,6 +17,7 @@ from benthic.data.prepare import prepare
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
+from benthic.lock import locked
 
 
 def contents(folder):
@@ -129,6 +131,20 @@ def test_a_corpus_that_cannot_be_split_leaves_nothing_behind(data_config, tmp_pa
     with pytest.raises(InputError, match="at least 2 are needed"):
         prepare(config, 400, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_where_the_data_would_go_is_left_alone(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number in range(5):
+        (tmp_path / "data" / f"{number}.txt").write_text(f"text {number} " * 20)
+    with pytest.raises(InputError, match="already there"):
+        prepare(DataConfig(sources=(str(tmp_path / "data"),)), 320, tmp_path)
+    assert len(list((tmp_path / "data").iterdir())) == 5
+
+
+def test_a_directory_in_use_is_refused(data_config, tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(InputError, match="out: in use by process"):
+        prepare(data_config, 400, tmp_path / "out")
 
 
 def test_an_interruption_leaves_nothing_behind(data_config, tmp_path):

@@ -159,6 +159,18 @@ def test_a_third_partys_tokenizer_encodes_conversations_with_its_template(third_
     assert tokenizer.encode_documents([document]) == [expected]
 
 
+def test_no_part_of_a_message_becomes_a_control_token(third_party):
+    config = json.loads((third_party / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ messages[0].content[0].text }}|{{ messages[0].name }}|{{ messages | tojson }}"
+    (third_party / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(third_party)
+    control = tokenizer.decode([259])
+    ids = tokenizer.apply_chat([{"role": "user", "name": control, "content": [{"type": "text", "text": control}]}])
+    assert 259 not in ids
+    start = tokenizer.encode(f"{control}|{control}|")
+    assert ids[: len(start)] == start
+
+
 def test_saving_keeps_a_third_partys_ids_and_template(third_party, tmp_path):
     before = Tokenizer.load(third_party)
     before.save(tmp_path / "run" / "tokenizer")

@@ -34,6 +34,11 @@ def test_value_is_the_nats_of_every_token_over_the_bytes(held_out, tiny_run_conf
     assert score.ci95[0] < score.value < score.ci95[1]
 
 
+def test_a_single_piece_has_no_interval(held_out, tiny_run_config):
+    score = bits_per_byte(build_model(tiny_run_config().model), held_out, sequence_length=held_out.tokens)
+    assert (score.n, score.ci95) == (1, None)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_interval_of_a_mean_is_two_standard_errors(seed):
     values = np.random.default_rng(seed).normal(5.0, 2.0, size=400)

@@ -45,11 +45,11 @@ def test_off_a_terminal_only_the_answers_are_written(scripted, tokenizer):
 
 
 def test_control_characters_do_not_reach_the_terminal(scripted, tokenizer):
-    case = scripted(tokenizer.encode("a\x1b[31mb\tc\nd\x07"))
+    case = scripted(tokenizer.encode("a\x1b[31mb\tc\nd\x07\u202e\x9be"))
     case.engine.model.transformer.prompt_length = len(tokenizer.apply_chat([{"role": "user", "content": "x"}]))
     out = io.StringIO()
     converse(Conversation(case.engine), ["x"], out)
-    assert out.getvalue() == "a[31mb\tc\nd\n"
+    assert out.getvalue() == "a[31mb\tc\nde\n"
 
 
 def test_reset_and_system(talk):
@@ -72,6 +72,7 @@ def test_settings_change_what_follows(talk, engine):
         ("/set temperature=9", ["error", "temperature", "9"]),
         ("/set temperature", ["error", "/help"]),
         ("/set colour=red", ["error", "colour"]),
+        ("/set self=1", ["error", "self"]),
         ("/dance", ["error", "/dance", "/help"]),
         ("long " * 300, ["error", "max_position_embeddings"]),
     ],

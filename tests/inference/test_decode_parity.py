@@ -9,6 +9,14 @@ from benthic.model import build_model
 from benthic.model.transformer import attention_context
 
 
+def test_documents_are_not_masked_over_a_cache():
+    config = odd_config(0)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    cache = LatentCache(config.num_hidden_layers, 1, config.latent_dim, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="document_BT"):
+        build_model(config).transformer.hidden(tokens, document_BT=tokens, cache=cache)
+
+
 def odd_config(seed):
     """Sizes that share no factor by design; every third has no query compression, every other one YaRN."""
     rng = random.Random(seed)

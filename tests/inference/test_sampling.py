@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from benthic.errors import WorkFailed
 from benthic.inference.sampling import distribution, draw
 
 
@@ -50,6 +51,19 @@ def test_temperature_zero_is_greedy_and_leaves_the_generator():
 def test_a_tiny_temperature_is_nearly_greedy(temperature):
     found = distribution(torch.tensor([50.0, -80.0, 49.0]), temperature=temperature)
     assert found.tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_not_finite_end_in_one_line(temperature, value):
+    logits = torch.tensor([0.0, value, 1.0])
+    with pytest.raises(WorkFailed, match="not finite"):
+        draw(logits, torch.Generator(), temperature=temperature)
+
+
+def test_a_logit_of_minus_infinity_is_never_drawn():
+    logits, generator = torch.tensor([0.0, -math.inf]), torch.Generator().manual_seed(0)
+    assert {draw(logits, generator, temperature=2.0) for _ in range(50)} == {0}
 
 
 def test_draws_follow_the_distribution():

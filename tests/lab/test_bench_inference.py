@@ -39,7 +39,7 @@ def test_prefill_is_charged_one_row_of_logits(monkeypatch):
     monkeypatch.setattr(bench_inference, "_median_seconds", lambda work: 0.5)
     wide, narrow = (PRESETS["nano"].model_copy(update={"vocab_size": size}) for size in (1000, 400))
     rows = [bench_prefill(config, context=64, batch=2).share_of_limit * 0.5 * 100e9 for config in (wide, narrow)]
-    assert rows[0] - rows[1] == pytest.approx(2 * 2 * 600 * 256)
+    assert rows[0] - rows[1] == pytest.approx(2 * 2 * 600 * wide.hidden_size)
 
 
 @pytest.mark.parametrize("bench", [bench_prefill, bench_decode])

@@ -156,6 +156,20 @@ def test_other_settings_are_refused_with_the_difference(tiny_run_config, make_ru
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
+def test_a_setting_that_the_saving_version_lacked_had_its_default(tiny_run_config, make_run):
+    out = make_run()
+    train(tiny_run_config(steps=2), out)
+    path = committed(out / "checkpoints" / "pretrain")[-1]
+    loaded = load(path)
+    for settings in (loaded.state["run"]["requested"], loaded.state["run"]["resolved"]):
+        del settings["train"]["ema_decay"], settings["train"]["optimizer"]["clip_norm"], settings["data"]["seed"]
+    shutil.rmtree(path)
+    save(path.parent, 2, loaded, keep=1)
+    train(tiny_run_config(steps=2), out)
+    with pytest.raises(InputError, match=r"train.ema_decay: saved 0.0, given 0.5"):
+        train(tiny_run_config(steps=2, ema_decay=0.5), out)
+
+
 @pytest.mark.parametrize("part", ["data", "tokenizer"])
 def test_other_data_or_tokenizer_is_refused(tiny_run_config, make_run, texts, tmp_path, part):
     from benthic.data.prepare import prepare

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from benthic.config.load import load_run_config
+from benthic.config.schema import DataConfig, PrecisionConfig
+from benthic.data.shards import TokenStore
+from benthic.evaluate.bits_per_byte import bits_per_byte
 from benthic.plan.flops import training_flops
 from benthic.train.checkpoint import committed, load
 from benthic.train.ema import WeightAverage
@@ -61,17 +64,39 @@ def test_the_average_follows_its_definition_and_lends_itself_out():
     torch.testing.assert_close(average.tensors["weight"], expected)
 
 
-def test_a_run_with_an_average_saves_and_validates_it(tiny_run_config, make_run):
+def test_a_run_with_an_average_ends_with_it(tiny_run_config, make_run):
     out = make_run()
     result = train(tiny_run_config(ema_decay=0.5), out)
     saved = load(committed(out / "checkpoints" / "pretrain")[-1]).tensors["average"]
-    assert saved.keys() == dict(result.model.named_parameters()).keys()
+    for name, parameter in result.model.named_parameters():
+        assert torch.equal(parameter, saved[name]), name
     last = read_metrics(out / "metrics.jsonl")[-1]
+    assert result.bits_per_byte == last["average_validation_bits_per_byte"]
+    again = train(tiny_run_config(ema_decay=0.5), out)
+    assert again.bits_per_byte == result.bits_per_byte
+    assert torch.equal(again.model.transformer.head.weight, result.model.transformer.head.weight)
     assert last["average_validation_bits_per_byte"] != last["validation_bits_per_byte"]
+
+
+def test_the_last_validation_is_in_fp32_whatever_training_computes_in(tiny_run_config, make_run):
+    config = tiny_run_config(steps=8, validate_every=4)
+    out = make_run()
+    result = train(config.model_copy(update={"precision": PrecisionConfig(compute="bf16")}), out)
+    exact = bits_per_byte(result.model, TokenStore(out / "data", "val"), sequence_length=32)
+    assert result.bits_per_byte == pytest.approx(exact.value, rel=1e-6)
+
+
+def test_settings_of_the_data_are_those_it_was_prepared_with(tiny_run_config, make_run):
+    config = tiny_run_config(steps=1)
+    asked = DataConfig(sources=("elsewhere",), validation_fraction=0.9, seed=8, mask_documents=True)
+    out = make_run()
+    train(config.model_copy(update={"data": asked}), out)
+    recorded = load_run_config(out / "config.toml").data
+    assert recorded == config.data.model_copy(update={"mask_documents": True})
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(tiny_run_config, make_run):
     out = make_run()
-    with pytest.raises(ValueError, match=r"model.vocab_size=100 must be at least"):
+    with pytest.raises(ValueError, match=r"vocab_size=100 must be at least .*: give --set model.vocab_size=320$"):
         train(tiny_run_config(model={"vocab_size": 100}), out)
     assert {path.name for path in out.iterdir()} == {"data", "tokenizer"}

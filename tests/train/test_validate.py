@@ -37,7 +37,18 @@ def test_a_model_that_knows_nothing_pays_log_of_the_vocabulary(tiny_run_config, 
     whole = bits_per_byte(model, store, sequence_length=32, batch_size=8)
     assert whole == pytest.approx(bits_per_token * (split.tokens - 1) / split.bytes, rel=1e-5)
     part = bits_per_byte(model, store, sequence_length=32, batch_size=8, max_tokens=128)
-    assert part == pytest.approx(bits_per_token * split.tokens / split.bytes, rel=1e-5)
+    assert part == pytest.approx(whole, rel=1e-5)
+
+
+def test_with_documents_masked_a_part_is_charged_like_the_whole(tiny_run_config, store):
+    model = build_model(tiny_run_config().model)
+    torch.nn.init.zeros_(model.transformer.head.weight)
+    settings = {"sequence_length": 16, "batch_size": 4, "mask_documents": True}
+    whole = bits_per_byte(model, store, **settings)
+    predicted = store.tokens - store.manifest.val.documents
+    assert whole == pytest.approx(math.log2(320) * predicted / store.manifest.val.bytes, rel=1e-5)
+    # Every token costs the same here, so any part tells what the whole does.
+    assert bits_per_byte(model, store, max_tokens=store.tokens // 3, **settings) == pytest.approx(whole, rel=1e-5)
 
 
 def test_bf16_is_close_and_leaves_weights_and_gradients_alone(tiny_run_config, store):
