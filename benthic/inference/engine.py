@@ -18,6 +18,7 @@ from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.inference.cache import LatentCache
 from benthic.inference.context import Context
+from benthic.inference.huge_pages import use_huge_pages
 from benthic.inference.sampling import draw
 from benthic.inference.stopping import StopScanner
 from benthic.model import LanguageModel
@@ -60,6 +61,7 @@ class Engine:
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, defaults: InferenceConfig | None = None) -> None:
         self.model, self.config, self.tokenizer = model.eval(), model.config, tokenizer
         self.defaults = defaults or InferenceConfig()
+        use_huge_pages(self.model)
 
     def generate(self, prompts: str | Sequence[Prompt], **sampling: Any) -> list[Completion]:
         """Complete each prompt by itself: the outcome depends on nothing but prompt, settings and seed.

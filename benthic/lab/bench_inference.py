@@ -15,6 +15,7 @@ import torch
 from benthic.config.schema import ModelConfig
 from benthic.errors import InputError
 from benthic.inference.cache import LatentCache
+from benthic.inference.huge_pages import use_huge_pages
 from benthic.model import Transformer, build_model
 from benthic.plan.counts import main_model
 from benthic.plan.decode import decode_bytes
@@ -69,6 +70,7 @@ def bench_decode(config: ModelConfig, *, context: int, batch: int = 1, precision
     """Decodes over a cache of ``context`` tokens in each sequence."""
     _check(config, context, batch)
     transformer = build_model(config, dtype=_DTYPES[precision]).transformer
+    use_huge_pages(transformer)
     cache = _empty_cache(transformer, batch)
     for layer in range(config.num_hidden_layers):
         cache.append(layer, torch.randn(batch, context, config.latent_dim, dtype=_DTYPES[precision]))

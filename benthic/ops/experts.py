@@ -138,6 +138,15 @@ def _experts_of_one_token(
     x_D: Tensor, index_K: Tensor, gate_K: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     """A decode step of one sequence: matrix-vector products that read each chosen expert once, and no sorting."""
+    if native.usable(x_D, gate_up_EGD, down_EDF):
+        (_, d, f), k = down_EDF.shape, len(index_K)
+        gate_up_KG, hidden_KF = (x_D.new_empty(k, width, dtype=torch.float32) for width in (2 * f, f))
+        out_D = torch.empty_like(x_D)
+        native.call(
+            "experts_of_one_token", x_D.contiguous(), index_K, gate_K.float(), gate_up_EGD, down_EDF, gate_up_KG,
+            hidden_KF, out_D, d, f, k,
+        )  # fmt: skip
+        return out_D
     experts: list[int] = index_K.tolist()
     gate_up_KG = torch.stack([gate_up_EGD[expert] @ x_D for expert in experts])
     hidden_KF = _swiglu(gate_up_KG).mul_(gate_K.to(x_D.dtype).unsqueeze(1))

@@ -22,8 +22,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Same as :func:`rms_norm_reference`, in one pass over memory where there is a kernel for it."""
-    one_row = x.numel() == len(weight)  # decoding: a kernel's call would cost more than it saves
-    if not one_row and native.usable(x, weight):
+    if native.usable(x, weight):
+        if not torch.is_grad_enabled():
+            return _forward_native(x, weight, eps)[0]
         out: Tensor = _NativeRMSNorm.apply(x, weight, eps)
         return out
     if x.dtype == weight.dtype == torch.float32:
@@ -34,10 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _NativeRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        rows_ND = _as_rows(x)
-        y = x.new_empty(x.shape)
-        rstd_N = x.new_empty(len(rows_ND), dtype=torch.float32)
-        native.call("rms_norm_forward", rows_ND, rows_ND.stride(0), weight, y, rstd_N, *rows_ND.shape, eps)
+        y, rows_ND, rstd_N = _forward_native(x, weight, eps)
         ctx.save_for_backward(rows_ND, weight, rstd_N)
         return y
 
@@ -52,6 +50,15 @@ class _NativeRMSNorm(torch.autograd.Function):
             threads,
         )  # fmt: skip
         return dx, dweight_parts.sum(0).to(weight.dtype), None
+
+
+def _forward_native(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The outcome, and for the backward pass ``x`` as rows and the reciprocal of each row's root mean square."""
+    rows_ND = _as_rows(x)
+    y = x.new_empty(x.shape)
+    rstd_N = x.new_empty(len(rows_ND), dtype=torch.float32)
+    native.call("rms_norm_forward", rows_ND, rows_ND.stride(0), weight, y, rstd_N, *rows_ND.shape, eps)
+    return y, rows_ND, rstd_N
 
 
 def _as_rows(x: Tensor) -> Tensor:

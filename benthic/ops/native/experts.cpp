@@ -104,8 +104,55 @@ void experts_backward(const T* dout, const T* x, const int64_t* token, const int
     }
 }
 
+// Products of `rows` rows, one after another, with x.
+template <typename T>
+void multiply_rows(const T* __restrict weight, const float* __restrict x, int64_t rows, int64_t d, float* out) {
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* row = weight + r * d;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < d; ++i) sum += x[i] * static_cast<float>(row[i]);
+        out[r] = sum;
+    }
+}
+
+// A decode step: one token x (d), its k experts and their weights. All threads read each expert together, so that all
+// of the memory's bandwidth goes to it. gate_up_k (k, 2f) and hidden (k, f) are working space.
+template <typename T>
+void experts_of_one_token(const T* x, const int64_t* expert, const float* gate, const T* gate_up, const T* down,
+                          float* gate_up_k, float* hidden, T* out, int64_t d, int64_t f, int64_t k) {
+    constexpr int64_t rows = 16;
+#pragma omp parallel
+    {
+        float* wide = scratch<float>(0, d);
+        for (int64_t i = 0; i < d; ++i) wide[i] = x[i];
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t j = 0; j < k; ++j)
+            for (int64_t r = 0; r < 2 * f; r += rows)
+                multiply_rows(gate_up + (expert[j] * 2 * f + r) * d, wide, std::min(rows, 2 * f - r), d,
+                              gate_up_k + j * 2 * f + r);
+#pragma omp for schedule(static)
+        for (int64_t j = 0; j < k; ++j) swiglu_row(gate_up_k + j * 2 * f, gate[j], hidden + j * f, f);
+        float* part = scratch<float>(1, rows);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < d; r += rows) {
+            const int64_t count = std::min(rows, d - r);
+            float sum[rows] = {};
+            for (int64_t j = 0; j < k; ++j) {
+                multiply_rows(down + (expert[j] * d + r) * f, hidden + j * f, count, f, part);
+                for (int64_t i = 0; i < count; ++i) sum[i] += part[i];
+            }
+            for (int64_t i = 0; i < count; ++i) out[r + i] = sum[i];
+        }
+    }
+}
+
 }  // namespace
 
+#define ARGS(T) (const T* x, const int64_t* expert, const float* gate, const T* gate_up, const T* down,              \
+                 float* gate_up_k, float* hidden, T* out, int64_t d, int64_t f, int64_t k)
+BENTHIC_EXPORT(experts_of_one_token, ARGS, (x, expert, gate, gate_up, down, gate_up_k, hidden, out, d, f, k))
+#undef ARGS
 #define ARGS(T) (const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset, const float* gate,   \
                  const T* gate_up, const T* down, T* gate_up_s, T* y, T* out, int64_t n, int64_t e, int64_t d,      \
                  int64_t f, int64_t k)

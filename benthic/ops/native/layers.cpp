@@ -9,7 +9,7 @@ namespace {
 // y = w * x * rstd with rstd = 1 / sqrt(mean(x^2) + eps); x has row stride `stride`, y is dense (n, d).
 template <typename T>
 void rms_norm_forward(const T* x, int64_t stride, const T* w, T* y, float* rstd, int64_t n, int64_t d, float eps) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n > 1)
     for (int64_t row = 0; row < n; ++row) {
         const T* xr = x + row * stride;
         T* yr = y + row * d;
@@ -72,7 +72,7 @@ template <typename T>
 void rope_tail(const T* x, int64_t stride, const float* cos, const float* sin, float sign, T* y, int64_t n,
                int64_t time, int64_t heads, int64_t width, int64_t p) {
     const int64_t kept = width - 2 * p;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (n > 64)
     for (int64_t row = 0; row < n; ++row) {
         const T* xr = x + (row / heads) * stride + (row % heads) * width;
         T* yr = y + row * width;
