@@ -14,7 +14,7 @@ PRESETS: dict[str, ModelConfig] = {
         vocab_size=4096, hidden_size=192, num_hidden_layers=4, intermediate_size=576, num_attention_heads=4,
         q_lora_rank=96, kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
         n_routed_experts=16, moe_intermediate_size=96, num_experts_per_tok=4, n_group=4, topk_group=2,
-        routed_scaling_factor=2.5, num_nextn_predict_layers=1, max_position_embeddings=1024, initializer_range=0.02,
+        routed_scaling_factor=2.5, num_nextn_predict_layers=1, max_position_embeddings=512, initializer_range=0.02,
     ),
     "bench-108m": ModelConfig(
         vocab_size=8192, hidden_size=512, num_hidden_layers=8, intermediate_size=1536, num_attention_heads=8,

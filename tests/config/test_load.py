@@ -53,7 +53,7 @@ def test_every_preset_stands_for_a_recipe(name):
 
 
 @pytest.mark.parametrize(("overrides", "length"), [
-    ([], 256), (["model.preset=nano"], 1024), (["model.max_position_embeddings=100"], 100),
+    ([], 256), (["model.preset=nano"], 512), (["model.max_position_embeddings=100"], 100),
     (["train.sequence_length=77"], 77), (["model.preset=v3-671b"], 4096),
 ])  # fmt: skip
 def test_a_presets_sequences_are_as_long_as_the_model_was_pretrained_with(overrides, length):
