@@ -36,7 +36,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/benthic run quickstart --out $(RUN)
 	@echo
 	@echo "Your model is in $(RUN). Talk to it:   $(BIN)/benthic chat $(RUN)"
-	@echo "Let it write:                  $(BIN)/benthic generate $(RUN) --prompt 'Hello, how are you?'"
+	@echo "Let it write:                  $(BIN)/benthic generate $(RUN) --prompt 'I really like'"
 	@echo "Measure it:                    $(BIN)/benthic eval $(RUN)"
 
 check: setup
