@@ -10,6 +10,7 @@ from benthic.convert.config import dtype_name
 from benthic.convert.folder import new_folder
 from benthic.convert.huggingface import check_copies, copy_tokenizer, open_hf, save_hf, write_hf
 from benthic.convert.resolve import find_tokenizer, load_model
+from benthic.errors import InputError
 
 
 class Imported(NamedTuple):
@@ -59,8 +60,17 @@ def export_hf(run: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the model and tokenizer of a run as a Hugging Face directory.
 
     Raises:
-        InputError: there is no model or tokenizer, or ``out`` holds something else than an earlier export.
+        InputError: there is no model or tokenizer, or ``out`` holds something else than an earlier export, or is
+            a run's own model, which may be an import that exists nowhere else.
     """
+    _refuse_a_runs_model(out)
     tokenizer = find_tokenizer(run)
     model, config = load_model(run, dtype)
     save_hf(model, config, tokenizer, out)
+
+
+def _refuse_a_runs_model(out: Path) -> None:
+    for folder in (out.resolve(), *out.resolve().parents):
+        of_run = any((folder.parent / name).exists() for name in ("config.toml", "checkpoints", "tokenizer"))
+        if folder.name == "model" and of_run:
+            raise InputError(f"{out}: is the model of the run {folder.parent}; choose another directory")

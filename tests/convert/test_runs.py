@@ -140,6 +140,16 @@ def test_an_import_does_not_touch_what_is_there(with_tokenizer: Path, tmp_path: 
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("target", ["imported/model", "imported/model/inside"])
+def test_an_export_never_replaces_the_model_of_a_run(target: str, with_tokenizer: Path, tmp_path: Path) -> None:
+    imported = tmp_path / "imported"
+    import_run(with_tokenizer, imported)
+    before = {path: path.read_bytes() for path in imported.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="is the model of the run"):
+        export_hf(with_tokenizer, tmp_path / target)
+    assert {path: path.read_bytes() for path in imported.rglob("*") if path.is_file()} == before
+
+
 def test_a_refused_import_writes_nothing(with_tokenizer: Path, tmp_path: Path) -> None:
     next(with_tokenizer.glob("*.safetensors")).write_bytes(b"broken")
     before = sorted(tmp_path.iterdir())
