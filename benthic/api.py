@@ -16,6 +16,7 @@ from benthic.errors import InputError
 from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import Transformer
+from benthic.plan.memory import refuse_too_large
 from benthic.train import loop
 from benthic.train.checkpoint import committed
 
@@ -47,6 +48,7 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
         InputError: besides, ``out/model`` is there and not of this training, or another process works in ``out``.
     """
     out = Path(out)
+    refuse_too_large(config.model)
     with locked(out):
         _refuse_other_model(out)
         trained = loop.train(config, out)

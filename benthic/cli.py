@@ -34,7 +34,15 @@ app.add_typer(bench, name="bench")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a recipe of Benthic's own.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported or Hugging Face model directory.")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to write.")]
+
+
+def _directory(text: str) -> Path:
+    if not text:
+        raise InputError("--out: must not be empty")
+    return Path(text)
+
+
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to write.", parser=_directory)]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting over the recipe's; repeatable.")
 ]
@@ -74,8 +82,10 @@ def run(out: Out, recipe: Recipe = "quickstart", set_: Set = None) -> None:
     """Every stage, from raw text to a model; run it again to resume."""
     from benthic.config.load import load_run_config
     from benthic.data.prepare import prepare
+    from benthic.plan.memory import refuse_too_large
 
     config = load_run_config(recipe, set_ or ())
+    refuse_too_large(config.model)
     with console.counting() as progress:
         prepare(config.data, config.model.vocab_size, out, progress)
     _train(config, out)
@@ -113,7 +123,8 @@ def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
 
 @app.command("eval", epilog="Example: benthic eval runs/quickstart --json")
 def evaluate(
-    run: Run, baseline: Annotated[bool, typer.Option("--baseline", help="Also what xz -9e makes of it.")] = False,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, with its data.")],
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also what xz -9e makes of it.")] = False,
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Bits per byte of a run's model on the text it has held out, with a 95% confidence interval."""

@@ -68,7 +68,7 @@ class Manifest(Settings):
         content = read_json_object(path)
         checksum = content.pop("checksum", None)
         if checksum != _checksum(content):
-            raise InputError(f"{path}: does not match its checksum; prepare the data again")
+            raise InputError(f"{path}: does not match its checksum; delete {path.parent} and prepare the data again")
         try:
             return cls.model_validate_json(json.dumps(content))
         except ValidationError as error:

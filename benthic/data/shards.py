@@ -92,7 +92,9 @@ class TokenStore:
         described: SplitManifest = getattr(self.manifest, split)
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         if not described.shards:
-            raise InputError(f"{directory}: the manifest lists no {split} shards; prepare the data again")
+            raise InputError(
+                f"{directory}: the manifest lists no {split} shards; delete {directory} and prepare the data again"
+            )
         self._shards = [_map(directory / shard.name, shard, dtype) for shard in described.shards]
         for shard, tokens in zip(described.shards, self._shards, strict=True):
             if tokens.max() >= self.manifest.vocab_size:
@@ -124,7 +126,11 @@ def _map(path: Path, described: DataFile, dtype: np.dtype[np.unsignedinteger]) -
     if Path(described.name).name != described.name:
         raise InputError(f"{path}: a shard must lie beside its manifest")
     if (size := require_plain(path)) != expected or not size:
-        raise InputError(f"{path}: {size} bytes, but the manifest says {expected}; prepare the data again")
+        raise InputError(
+            f"{path}: {size} bytes, but the manifest says {expected}; delete {path.parent} and prepare the data again"
+        )
     if sha256(path) != described.sha256:
-        raise InputError(f"{path}: does not match the hash in the manifest; prepare the data again")
+        raise InputError(
+            f"{path}: does not match the hash in the manifest; delete {path.parent} and prepare the data again"
+        )
     return np.memmap(path, dtype=dtype, mode="r")

@@ -31,6 +31,19 @@ def test_a_path_that_is_not_there(benthic, tmp_path, monkeypatch, command):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_too_large_for_this_machine(benthic, tmp_path):
+    out = tmp_path / "out"
+    refused(benthic("run", "v3-671b", "--out", out), "682.6B parameters", "this machine has")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", [("run", "tiny"), ("data", "tiny"), ("train", "tiny"), ("export", "run")])
+def test_an_empty_directory_name(benthic, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    refused(benthic(*command, "--out", ""), "--out: must not be empty")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", [("eval",), ("chat",), ("generate", "--prompt", "x")])
 def test_a_file_where_a_run_is_wanted(benthic, tmp_path, command):
     path = tmp_path / "file"
