@@ -13,11 +13,11 @@ from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.files import sha256, write_atomically
-from benthic.model import LanguageModel
+from benthic.model import Trainable
 from benthic.ops import native
-from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
+from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.background import BackgroundWriter
 from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import latest, load
@@ -48,7 +48,7 @@ STAGE = "pretrain"
 class Trained(NamedTuple):
     """The outcome of a run."""
 
-    model: LanguageModel
+    model: Trainable
     """With the averaged weights, where an average is kept."""
     config: RunConfig
     """As resolved."""
@@ -56,9 +56,10 @@ class Trained(NamedTuple):
     """Of the whole validation split."""
 
 
-def train(config: RunConfig, out: str | Path) -> Trained:
+def train(config: RunConfig, out: str | Path, architecture: Architecture = DEEPSEEK_V3) -> Trained:
     """Pretrain a model on the data prepared in ``out``, or go on with the training begun there.
 
+    ``architecture`` is the kind of model, for those that ``config.model`` does not describe.
     What ``config.data`` says of how data is prepared gives way to what the data in ``out`` was prepared with.
     Writes ``config.toml``, ``metrics.jsonl``, ``ledger.json`` and ``checkpoints/pretrain/step-N`` into ``out``.
 
@@ -85,12 +86,12 @@ def train(config: RunConfig, out: str | Path) -> Trained:
     newest = latest(out / "checkpoints" / STAGE)
     checkpoint = load(newest) if newest else None
     if checkpoint is None:
-        resolved = resolve(config, batches)
-        run = identity(config, resolved, corpus)
+        resolved = resolve(config, batches, architecture)
+        run = identity(config, resolved, corpus, architecture.settings())
     else:
         run = checkpoint.state.get("run", {})
-        resolved = resume_settings(config, run, corpus, str(newest))
-    trainer = _Trainer(resolved, out, batches, run)
+        resolved = resume_settings(config, run, corpus, str(newest), architecture.settings())
+    trainer = _Trainer(resolved, out, batches, run, architecture)
     if checkpoint is not None:
         trainer.state.restore(checkpoint, str(newest))
     del checkpoint
@@ -114,18 +115,21 @@ def _identify_corpus(config: RunConfig, out: Path, store: TokenStore) -> dict[st
 class _Trainer:
     """The loop's parts held together; ``config`` is resolved."""
 
-    def __init__(self, config: RunConfig, out: Path, batches: Batches, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, config: RunConfig, out: Path, batches: Batches, identity: dict[str, Any], architecture: Architecture
+    ) -> None:
         assert config.train.steps is not None
         assert config.precision.compute != "auto"
         self.config, self.out, self.batches, self.identity = config, out, batches, identity
+        self.architecture = architecture
         self.steps = config.train.steps
         self.compute: Compute = config.precision.compute
         self.micro_batch_size = config.train.micro_batch_size or config.train.batch_size
-        self.state = TrainState(config)
+        self.state = TrainState(config, architecture)
         self.course = Course(
             config.train.schedule, self.steps, config.train.batch_size, config.train.micro_batch_size or 1
         )
-        self.flops_per_token = training_flops(config.model, config.train.sequence_length, mtp=True)
+        self.flops_per_token = architecture.training_flops(config.model, config.train.sequence_length)
         self.peak_flops = 1e9 * measure_gemm_gflops(compute_dtype(self.compute))
         self.held_out = TokenStore(out / "data", "val")
         self.reading: dict[str, Any] = {
@@ -181,7 +185,7 @@ class _Trainer:
 
     def _step(self, metrics: MetricsLog, progress: Progress) -> bool:
         """Take a step; False if it has led back to an earlier one."""
-        start = time.perf_counter()
+        start, start_of_work = time.perf_counter(), time.process_time()
         state, settings = self.state, self.course.at(self.state.step)
         first = settings.first_sequence + state.sequences_passed_over
         report = train_step(
@@ -197,6 +201,7 @@ class _Trainer:
             state.average.update()
         state.step += 1
         row = self._row(report, settings, time.perf_counter() - start)
+        row["processor_seconds"] = time.process_time() - start_of_work
         metrics.write(row)
         self.ledger.update(row["tokens"], row["tokens"] * self.flops_per_token)
         tokens_left = (self.course.sequences * self.config.train.sequence_length) - row["tokens"]
@@ -222,7 +227,7 @@ class _Trainer:
         self.writer.wait()
         target = roll_back_target(self.out / "checkpoints" / STAGE)
         if target is None:
-            self.state = TrainState(self.config)
+            self.state = TrainState(self.config, self.architecture)
         else:
             self.state.restore(load(target), str(target))
         self.state.sequences_passed_over = next_sequence - self.course.sequences_before(self.state.step)
