@@ -184,8 +184,9 @@ def told(values: Sequence[float], digits: int = 4) -> str:
 
 
 def windows(values: Sequence[float], length: int) -> list[float]:
-    """Means of consecutive windows; values fewer than one are one window."""
-    return [statistics.fmean(values[start : start + length]) for start in range(0, len(values), length)]
+    """Means of consecutive windows. What is left over at the end is left out; values fewer than one are one window."""
+    length = min(length, len(values))
+    return [statistics.fmean(values[end - length : end]) for end in range(length, len(values) + 1, length)]
 
 
 def curve(outcomes: Sequence[Outcome]) -> list[Point]:
