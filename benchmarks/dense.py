@@ -9,7 +9,8 @@ steps as fit into the minutes (or as the recipe's --steps take), so that its sch
 the processor time of training steps. Runs are kept in DIR: called again after an interruption, the script goes on where
 it stopped. It writes DIR/dense.json and DIR/dense.svg.
 
---tune is how the baseline's sizes and rates were chosen: each candidate, one seed, for as many minutes.
+--tune, in a directory of its own, trains candidates for the baseline's sizes and rate instead, one seed of each, for as
+many minutes of training each.
 """
 
 import json
