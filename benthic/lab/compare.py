@@ -123,26 +123,25 @@ class Study:
         """
         out = self.directory / f"{variant.name}-{seed}"
         config = self.config(variant, f"train.seed={seed}")
-        asked = {**config.model_dump(mode="json"), "architecture": variant.architecture.settings()}
+        asked = {"config": config.model_dump(mode="json"), "architecture": variant.architecture.settings()}
         end = out / "outcome.json"
         if end.exists():
-            kept = read_json_object(end)
-            if changed := differences(asked, kept.get("asked", {})):
-                raise InputError(f"{out}: has a run with other settings: {'; '.join(changed)}; give another directory")
-            return Outcome(read_metrics(out / "metrics.jsonl"), float(kept["bits_per_byte"]))
+            return _finished(out, asked, read_json_object(end))
         out.mkdir(exist_ok=True)
         for part in ("data", "tokenizer"):
             if not (out / part).exists():
                 (out / part).symlink_to((self.directory / part).resolve())
         trained = train(config, out, variant.architecture)
-        write_atomically(end, json.dumps({"asked": asked, "bits_per_byte": trained.bits_per_byte}))
+        write_atomically(end, json.dumps({**asked, "bits_per_byte": trained.bits_per_byte}))
         shutil.rmtree(out / "checkpoints")
         return Outcome(read_metrics(out / "metrics.jsonl"), trained.bits_per_byte)
 
     def step_seconds(self, variants: Sequence[Variant]) -> dict[str, float]:
         """Median processor time of a step of each, measured in turn so that a disturbance falls on all alike."""
-        settings = [self.config(variant).model_dump(mode="json") for variant in variants]
-        answer: dict[str, float] = self.once("step_seconds", {"of": settings}, lambda: self._time_steps(variants))
+        asked = {
+            variant.name: [*self.settings, *variant.settings, variant.architecture.settings()] for variant in variants
+        }
+        answer: dict[str, float] = self.once("step_seconds", asked, lambda: self._time_steps(variants))
         return answer
 
     def _time_steps(self, variants: Sequence[Variant]) -> dict[str, float]:
@@ -169,6 +168,19 @@ class Study:
         lookahead = 1 + config.model.num_nextn_predict_layers
         store = TokenStore(self.directory / "data", "train")
         return Batches(store, config.train.sequence_length, lookahead, mask_documents=config.data.mask_documents)
+
+
+def _finished(out: Path, asked: dict[str, Any], kept: dict[str, Any]) -> Outcome:
+    """What is left of a run, if it is the one that is asked for."""
+    try:
+        # A setting that came with a later version counts as its default.
+        config = RunConfig.model_validate(kept["config"]).model_dump(mode="json")
+        architecture, bits_per_byte = kept["architecture"], float(kept["bits_per_byte"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{out / 'outcome.json'}: cannot be used; delete {out} to make the run again") from error
+    if changed := differences(asked, {"config": config, "architecture": architecture}):
+        raise InputError(f"{out}: has a run with other settings: {'; '.join(changed)}; give another directory")
+    return Outcome(read_metrics(out / "metrics.jsonl"), bits_per_byte)
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

@@ -83,10 +83,23 @@ def test_an_interrupted_run_goes_on(study, monkeypatch):
 
 def test_runs_of_other_settings_are_not_taken_for_these(study):
     study().run(USUAL, 0)
-    with pytest.raises(InputError, match=r"train\.steps: saved 6, given 7"):
+    with pytest.raises(InputError, match=r"config\.train\.steps: saved 6, given 7"):
         study("train.steps=7").run(USUAL, 0)
     with pytest.raises(InputError, match=r"architecture\.kind: saved None, given dense"):
         study().run(USUAL._replace(architecture=DENSE.architecture), 0)
+
+
+def test_a_setting_of_a_later_version_counts_as_its_default(study):
+    first = study().run(USUAL, 0)
+    end = study().directory / "usual-0" / "outcome.json"
+    kept = json.loads(end.read_text())
+    del kept["config"]["train"]["track"]
+    end.write_text(json.dumps(kept))
+    assert study().run(USUAL, 0) == first
+    for broken in ({**kept, "config": {}}, {**kept, "bits_per_byte": None}, {"config": kept["config"]}):
+        end.write_text(json.dumps(broken))
+        with pytest.raises(InputError, match=r"outcome\.json: cannot be used"):
+            study().run(USUAL, 0)
 
 
 def test_an_answer_is_found_once_and_for_one_question(study):
