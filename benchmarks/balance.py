@@ -1,0 +1,139 @@
+"""Experts balanced by the routers' bias, as published, beside an auxiliary loss: how even the load, at what loss.
+
+    pip install 'benthic[quickstart,plots]'
+    OMP_NUM_THREADS=1 python benchmarks/balance.py DIR [--steps 1000] [--seeds 3] [--losses batch-loss sequence-loss]
+
+Variants of the quickstart's recipe over the same data: `bias` is the recipe as it is; `batch-loss` has no bias but an
+auxiliary loss over each batch, the classical one, and `sequence-loss` one within each sequence. The weight of a loss is
+chosen first, in short runs of another seed (--tune-steps): the one with the fewest bits per byte among those that
+balance as well as the bias does there (5% more load allowed), or else the one that balances best.
+
+Load is the tokens of a layer's busiest expert over the mean of its experts, in each step. Once a tenth of the steps is
+over, the figure is the highest, over layers and windows of 50 steps, of a window's mean. (The load summed over a window
+is never less even than that.) Besides: the mean over steps and layers, and the 99th percentile of single steps.
+
+Runs are kept in DIR: called again, the script goes on where it stopped. It writes DIR/balance.json and DIR/balance.svg.
+--set KEY=VALUE changes any setting of all runs.
+"""
+
+import json
+from pathlib import Path
+from statistics import fmean, quantiles
+from typing import Any
+
+from benthic.files import write_atomically
+from benthic.lab.batch_balance import BatchBalance
+from benthic.lab.compare import Outcome, Study, Variant, new_figure, study_parser, summary, told, windows
+
+ALL = ("train.checkpoint_every=250", "train.keep_checkpoints=1")
+WARM_UP, WINDOW = 0.1, 50
+BAR = 1.5
+WEIGHTS = (1e-3, 3e-3, 1e-2, 3e-2)
+TUNE_SEED = 100
+NO_BIAS = "train.schedule.bias_update_speed=0"
+BIAS = Variant("bias")
+LOSSES = {
+    "batch-loss": Variant("batch-loss", (NO_BIAS,), BatchBalance()),
+    "sequence-loss": Variant("sequence-loss", (NO_BIAS,)),
+}
+
+
+def main() -> None:
+    parser = study_parser(__doc__)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--tune-steps", type=int, default=250)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["batch-loss"])
+    arguments = parser.parse_args()
+    study = Study(arguments.directory, (*ALL, *arguments.settings))
+    variants = [BIAS, *(tuned(study, LOSSES[name], arguments.tune_steps) for name in arguments.losses)]
+    outcomes: dict[str, list[Outcome]] = {variant.name: [] for variant in variants}
+    for seed in range(arguments.seeds):
+        for variant in variants:
+            outcomes[variant.name].append(study.run(lasting(variant, arguments.steps), seed))
+    report(arguments.directory, {variant.name: variant.settings for variant in variants}, outcomes)
+
+
+def lasting(variant: Variant, steps: int) -> Variant:
+    return variant.but(f"train.steps={steps}", f"train.validate_every={steps}")
+
+
+def tuned(study: Study, loss: Variant, steps: int) -> Variant:
+    """The variant with the weight that short runs speak for."""
+
+    def trial(variant: Variant, name: str) -> Outcome:
+        return study.run(lasting(variant.but(name=f"tune-{name}"), steps), TUNE_SEED)
+
+    aim = 1.05 * load(trial(BIAS, BIAS.name))["mean"]
+    trials = {}
+    for weight in WEIGHTS:
+        weighed = loss.but(f"train.schedule.balance_loss_weight={weight}")
+        outcome = trial(weighed, f"{loss.name}-{weight:g}")
+        trials[weighed] = load(outcome)["mean"], outcome.bits_per_byte
+        found, bits = trials[weighed]
+        print(f"{loss.name}, weight {weight:g}: load {found:.3f} (aim {aim:.3f}), {bits:.4f} bits per byte")
+    return chosen(trials, aim)
+
+
+def chosen(trials: dict[Any, tuple[float, float]], aim: float) -> Any:
+    """By (load, bits per byte): of those with at most this load the one with the fewest bits, or the evenest of all."""
+    even = {key: bits for key, (found, bits) in trials.items() if found <= aim}
+    if even:
+        return min(even, key=lambda key: even[key])
+    return min(trials, key=lambda key: trials[key][0])
+
+
+def load(outcome: Outcome) -> dict[str, float]:
+    """Load of the busiest expert over the mean, after warm-up."""
+    loads = outcome.steps("expert_load_max_over_mean")
+    layers = list(zip(*loads[round(WARM_UP * len(loads)) :], strict=True))
+    steps = [step for layer in layers for step in layer]
+    return {
+        "worst_window": max(max(windows(layer, WINDOW)) for layer in layers),
+        "mean": fmean(steps),
+        "percentile_99": quantiles(steps, n=100)[98],
+    }
+
+
+def report(directory: Path, settings: dict[str, tuple[str, ...]], outcomes: dict[str, list[Outcome]]) -> None:
+    loads = {name: [load(run) for run in runs] for name, runs in outcomes.items()}
+    figures = {
+        name: {
+            "settings": settings[name],
+            "bits_per_byte": summary([run.bits_per_byte for run in runs]),
+            **{key: summary([each[key] for each in loads[name]]) for key in loads[name][0]},
+        }
+        for name, runs in outcomes.items()
+    }
+    write_atomically(directory / "balance.json", json.dumps(figures, indent=1))
+    draw(directory / "balance.svg", outcomes)
+    for name, runs in outcomes.items():
+        worst, mean = ([each[key] for each in loads[name]] for key in ("worst_window", "mean"))
+        verdict = "within" if max(worst) <= BAR else "ABOVE"
+        print(
+            f"{name}: load in the worst window {told(worst, 3)} ({verdict} {BAR}), on average {told(mean, 3)}; "
+            f"{told([run.bits_per_byte for run in runs])} bits per byte"
+        )
+
+
+def draw(path: Path, outcomes: dict[str, list[Outcome]]) -> None:
+    """Load over the run, mean over layers and seeds, and its worst layer and seed."""
+    figure = new_figure(1)
+    (axes,) = figure.axes
+    for name, runs in outcomes.items():
+        layers = [
+            windows(layer, WINDOW)
+            for run in runs
+            for layer in zip(*run.steps("expert_load_max_over_mean"), strict=True)
+        ]
+        x = [WINDOW * (index + 0.5) for index in range(len(layers[0]))]
+        (line,) = axes.plot(x, [fmean(column) for column in zip(*layers, strict=True)], label=name)
+        axes.plot(x, [max(column) for column in zip(*layers, strict=True)], color=line.get_color(), linestyle=":")
+    axes.axhline(BAR, color="grey", linewidth=0.8)
+    axes.set(xlabel="step", ylabel="busiest expert over the mean", title="Mean and (dotted) worst of layers and seeds")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

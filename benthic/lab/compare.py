@@ -1,0 +1,261 @@
+"""Trainings side by side: one recipe, one corpus, each run made once and resumed where it stopped, means and spreads.
+
+A study is a directory: ``data/`` and ``tokenizer/`` shared by all runs, a folder for each run, and a JSON file for
+each answer that must not change between two calls (such as how long a step takes). Time is the processor time of
+training steps, all threads together, which other programs at work disturb less than they do the clock; give OpenMP one
+thread, or waiting counts too.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benthic.config.load import load_run_config
+from benthic.config.schema import RunConfig
+from benthic.data.batches import Batches
+from benthic.data.prepare import prepare
+from benthic.data.shards import TokenStore
+from benthic.errors import InputError, MissingExtra
+from benthic.files import read_json_object, write_atomically
+from benthic.train.architecture import DEEPSEEK_V3, Architecture
+from benthic.train.calibrate import Trial, resolve
+from benthic.train.identity import differences
+from benthic.train.loop import train
+from benthic.train.metrics import read_metrics
+
+_ROUNDS = 15
+"""Steps of each variant that are timed, in turn."""
+
+
+def study_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of a script: the directory, ``--seeds``, and ``--set KEY=VALUE`` for all runs."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    return parser
+
+
+class Variant(NamedTuple):
+    """One side of a comparison."""
+
+    name: str
+    settings: tuple[str, ...] = ()
+    """KEY=VALUE, over the study's."""
+    architecture: Architecture = DEEPSEEK_V3
+
+    def but(self, *settings: str, name: str | None = None) -> "Variant":
+        """The same with further settings."""
+        return self._replace(name=name or self.name, settings=(*self.settings, *settings))
+
+
+class Outcome(NamedTuple):
+    """What a finished run left."""
+
+    rows: list[dict[str, Any]]
+    """Of ``metrics.jsonl``."""
+    bits_per_byte: float
+    """Of the whole validation split."""
+
+    def steps(self, key: str) -> list[Any]:
+        """A figure of every step."""
+        return [row[key] for row in self.rows if "loss" in row]
+
+    @property
+    def seconds(self) -> float:
+        """Processor time of all steps."""
+        return float(sum(self.steps("processor_seconds")))
+
+
+class Point(NamedTuple):
+    """A validation of one run, or the mean of those of several at the same step."""
+
+    tokens: float
+    seconds: float
+    """Of processor time that training had taken."""
+    bits_per_byte: float
+    least: float
+    most: float
+    """Of the runs."""
+
+
+class Study:
+    """Runs of a recipe in one directory. ``settings`` are KEY=VALUE over the recipe, for all runs."""
+
+    def __init__(self, directory: Path, settings: Sequence[str] = (), recipe: str = "quickstart") -> None:
+        self.directory, self.recipe, self.settings = directory, recipe, tuple(settings)
+        config = load_run_config(recipe, self.settings)
+        if not (directory / "data" / "manifest.json").exists():
+            prepare(config.data, config.model.vocab_size, directory)
+        if config.precision.compute == "auto":
+            compute = self.once("precision", {"settings": self.settings}, lambda: self._fastest(config))
+            self.settings = (*self.settings, f"precision.compute={compute}")
+
+    def once(self, name: str, asked: dict[str, Any], answer: Callable[[], Any]) -> Any:
+        """The answer in ``name``.json, found and written there if this is the first time.
+
+        Raises:
+            InputError: it was found for something else than is asked now.
+        """
+        path = self.directory / f"{name}.json"
+        asked = json.loads(json.dumps(asked))
+        if not path.exists():
+            write_atomically(path, json.dumps({"asked": asked, "answer": answer()}, indent=1))
+        kept = read_json_object(path)
+        if kept.get("asked") != asked:
+            raise InputError(f"{path}: was found for {kept.get('asked')}, not for {asked}; give another directory")
+        return kept["answer"]
+
+    def config(self, variant: Variant, *settings: str) -> RunConfig:
+        """The recipe with the study's, the variant's and these settings, one over the other."""
+        return load_run_config(self.recipe, (*self.settings, *variant.settings, *settings))
+
+    def run(self, variant: Variant, seed: int) -> Outcome:
+        """Train, or go on, or read what a finished run left. Its checkpoints are removed at the end.
+
+        Raises:
+            InputError: the folder holds a run with other settings.
+        """
+        out = self.directory / f"{variant.name}-{seed}"
+        config = self.config(variant, f"train.seed={seed}")
+        asked = {"config": config.model_dump(mode="json"), "architecture": variant.architecture.settings()}
+        end = out / "outcome.json"
+        if end.exists():
+            return _finished(out, asked, read_json_object(end))
+        out.mkdir(exist_ok=True)
+        for part in ("data", "tokenizer"):
+            if not (out / part).exists():
+                (out / part).symlink_to((self.directory / part).resolve())
+        trained = train(config, out, variant.architecture)
+        write_atomically(end, json.dumps({**asked, "bits_per_byte": trained.bits_per_byte}))
+        shutil.rmtree(out / "checkpoints")
+        return Outcome(read_metrics(out / "metrics.jsonl"), trained.bits_per_byte)
+
+    def step_seconds(self, variants: Sequence[Variant]) -> dict[str, float]:
+        """Median processor time of a step of each, measured in turn so that a disturbance falls on all alike."""
+        asked = {
+            variant.name: [*self.settings, *variant.settings, variant.architecture.settings()] for variant in variants
+        }
+        answer: dict[str, float] = self.once("step_seconds", asked, lambda: self._time_steps(variants))
+        return answer
+
+    def _time_steps(self, variants: Sequence[Variant]) -> dict[str, float]:
+        trials = {variant.name: self._trial(variant) for variant in variants}
+        seconds: dict[str, list[float]] = {name: [] for name in trials}
+        for _ in range(_ROUNDS):
+            for name, trial in trials.items():
+                start = time.process_time()
+                trial.step()
+                seconds[name].append(time.process_time() - start)
+        return {name: statistics.median(values) for name, values in seconds.items()}
+
+    def _trial(self, variant: Variant) -> Trial:
+        config = self.config(variant)
+        assert config.precision.compute != "auto"
+        return Trial(config, self._batches(config), config.precision.compute, variant.architecture)
+
+    def _fastest(self, config: RunConfig) -> str:
+        train_once = config.train.model_copy(update={"steps": 1, "minutes": None})
+        asked = config.model_copy(update={"train": train_once})
+        return resolve(asked, self._batches(asked)).precision.compute
+
+    def _batches(self, config: RunConfig) -> Batches:
+        lookahead = 1 + config.model.num_nextn_predict_layers
+        store = TokenStore(self.directory / "data", "train")
+        return Batches(store, config.train.sequence_length, lookahead, mask_documents=config.data.mask_documents)
+
+
+def _finished(out: Path, asked: dict[str, Any], kept: dict[str, Any]) -> Outcome:
+    """What is left of a run, if it is the one that is asked for."""
+    try:
+        # A setting that came with a later version counts as its default.
+        config = RunConfig.model_validate(kept["config"]).model_dump(mode="json")
+        architecture, bits_per_byte = kept["architecture"], float(kept["bits_per_byte"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{out / 'outcome.json'}: cannot be used; delete {out} to make the run again") from error
+    if changed := differences(asked, {"config": config, "architecture": architecture}):
+        raise InputError(f"{out}: has a run with other settings: {'; '.join(changed)}; give another directory")
+    return Outcome(read_metrics(out / "metrics.jsonl"), bits_per_byte)
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (none of one value) and the values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "deviation": deviation, "values": list(values)}
+
+
+def told(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and deviation in a line for people."""
+    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def windows(values: Sequence[float], length: int) -> list[float]:
+    """Means of consecutive windows. What is left over at the end is left out; values fewer than one are one window."""
+    length = min(length, len(values))
+    return [statistics.fmean(values[end - length : end]) for end in range(length, len(values) + 1, length)]
+
+
+def curve(outcomes: Sequence[Outcome]) -> list[Point]:
+    """Mean validation curve of runs of the same length that differ by their seed."""
+    points = []
+    for validations in zip(*(_validations(outcome) for outcome in outcomes), strict=True):
+        tokens, seconds, bits = (list(column) for column in zip(*validations, strict=True))
+        mean = [statistics.fmean(column) for column in (tokens, seconds, bits)]
+        points.append(Point(mean[0], mean[1], mean[2], min(bits), max(bits)))
+    return points
+
+
+def _validations(outcome: Outcome) -> list[tuple[float, float, float]]:
+    """Tokens, seconds and bits per byte at each validation."""
+    tokens, seconds = 0, 0.0
+    found: list[tuple[float, float, float]] = []
+    for row in outcome.rows:
+        if "loss" in row:
+            tokens, seconds = row["tokens"], seconds + row["processor_seconds"]
+        elif "validation_bits_per_byte" in row:
+            found.append((tokens, seconds, row["validation_bits_per_byte"]))
+    return found
+
+
+def draw_curves(path: Path, curves: Mapping[str, Sequence[Point]], title: str, against: Sequence[str]) -> None:
+    """An SVG with validation curves, means as lines and all seeds' span as bands, against ``seconds`` or ``tokens``.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    figure = new_figure(len(against))
+    figure.suptitle(title)
+    labels = {"seconds": "processor seconds of training", "tokens": "tokens read"}
+    for axes, key in zip(figure.axes, against, strict=True):
+        for name, points in curves.items():
+            x = [getattr(point, key) for point in points]
+            (line,) = axes.plot(x, [point.bits_per_byte for point in points], label=name)
+            span = [point.least for point in points], [point.most for point in points]
+            axes.fill_between(x, *span, alpha=0.2, color=line.get_color())
+        axes.set(xlabel=labels[key], ylabel="validation bits per byte")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def new_figure(panels: int) -> Any:
+    """A matplotlib figure with so many axes side by side.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "plots") from error
+    mpl.rcParams.update({"svg.hashsalt": "benthic", "svg.fonttype": "none"})
+    figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
+    figure.subplots(1, panels)
+    return figure
