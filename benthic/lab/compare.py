@@ -146,13 +146,17 @@ class Study:
 
     def _time_steps(self, variants: Sequence[Variant]) -> dict[str, float]:
         trials = {variant.name: self._trial(variant) for variant in variants}
-        seconds: dict[str, list[float]] = {name: [] for name in trials}
+        parts = [(name, mtp_weight) for name, trial in trials.items() for mtp_weight, _ in trial.parts]
+        seconds: dict[tuple[str, float], list[float]] = {part: [] for part in parts}
         for _ in range(_ROUNDS):
-            for name, trial in trials.items():
+            for name, mtp_weight in parts:
                 start = time.process_time()
-                trial.step()
-                seconds[name].append(time.process_time() - start)
-        return {name: statistics.median(values) for name, values in seconds.items()}
+                trials[name].step(mtp_weight)
+                seconds[name, mtp_weight].append(time.process_time() - start)
+        return {
+            name: sum(share * statistics.median(seconds[name, mtp_weight]) for mtp_weight, share in trial.parts)
+            for name, trial in trials.items()
+        }
 
     def _trial(self, variant: Variant) -> Trial:
         config = self.config(variant)
