@@ -189,8 +189,6 @@ class _Trainer:
     def _end_of_the_stage_before(self) -> tuple[Checkpoint, str]:
         before = self.earlier[-1]
         last = self.run.out / "checkpoints" / before.name / f"step-{before.config.train.steps}"
-        if not last.exists():
-            raise InputError(f"{last}: is not there, and {self.stage} begins with its weights")
         return load(last, groups=("model", "average")), str(last)
 
     def trained(self) -> Trained:
