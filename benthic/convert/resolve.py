@@ -32,7 +32,7 @@ def load_model(
         InputError: nothing of this kind is there, or it is damaged.
     """
     path = _directory(path)
-    stage, newest = current_stage(path) if (path / "checkpoints").is_dir() else (None, None)
+    stage, newest = current_stage(path) if any(path.glob("checkpoints/*/step-*")) else (None, None)
     for folder in (path, path / "model"):
         config = folder / "config.json"
         if config.is_file() and (newest is None or _written(config) >= _written(newest)):
