@@ -61,11 +61,8 @@ def _directory(path: str | Path) -> Path:
 def current_stage(run: Path) -> tuple[Stage, Path | None]:
     """The stage that a run has reached and its newest checkpoint; where there are none, the last stage."""
     whole = stages(load_run_config(run / "config.toml"))
-    for stage in reversed(whole):
-        newest = checkpoint.latest(run / "checkpoints" / stage.name)
-        if newest is not None:
-            return stage, newest
-    return whole[-1], None
+    number, newest = checkpoint.reached(run / "checkpoints", [stage.name for stage in whole])
+    return whole[number if newest else -1], newest
 
 
 def _written(path: Path) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from benthic.config.load import dump_toml
 from benthic.config.schema import RunConfig
-from benthic.config.stages import Stage, stages
+from benthic.config.stages import stages
 from benthic.data.batches import Batches
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
 from benthic.train.background import BackgroundWriter
 from benthic.train.calibrate import resolve
-from benthic.train.checkpoint import Checkpoint, latest, load
+from benthic.train.checkpoint import Checkpoint, load, reached
 from benthic.train.identity import identity, resume_settings
 from benthic.train.incidents import (
     action,
@@ -79,7 +79,7 @@ def train(config: RunConfig, out: str | Path) -> Trained:
     store = TokenStore(out / "data", "train")
     config = config.model_copy(update={"data": store.manifest.prepared(config.data)})
     corpus = _identify_corpus(config, out, store)
-    number, newest = _reached(stages(config), out)
+    number, newest = reached(out / "checkpoints", [stage.name for stage in stages(config)])
     checkpoint = load(newest) if newest else None
     if checkpoint is None:
         resolved = resolve(config, _batches(stages(config)[0].config, store))
@@ -113,15 +113,6 @@ class _Run(NamedTuple):
     identity: dict[str, Any]
     peak_flops: float
     """Operations a second of a matrix product here."""
-
-
-def _reached(run: tuple[Stage, ...], out: Path) -> tuple[int, Path | None]:
-    """The stage to go on with, from 0, and its newest checkpoint: the last one that has any, else the first."""
-    for number in reversed(range(len(run))):
-        newest = latest(out / "checkpoints" / run[number].name)
-        if newest is not None:
-            return number, newest
-    return 0, None
 
 
 def _batches(config: RunConfig, store: TokenStore) -> Batches:
