@@ -16,7 +16,7 @@ from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.inference import engine
 from benthic.lock import locked
-from benthic.model import Transformer
+from benthic.model import LanguageModel, Transformer
 from benthic.plan.memory import refuse_too_large
 from benthic.train import loop
 from benthic.train.checkpoint import committed
@@ -53,6 +53,7 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     with locked(out):
         _refuse_other_model(out)
         trained = loop.train(config, out)
+        assert isinstance(trained.model, LanguageModel)
         save_hf(trained.model, trained.model.config, out / "tokenizer", out / "model")
     return trained
 

@@ -9,11 +9,14 @@ from benthic.config.schema import ModelConfig
 from benthic.model.layers import RMSNorm
 from benthic.model.moe import Routing
 from benthic.model.mtp import MTPModule
+from benthic.model.trainable import Trainable
 from benthic.model.transformer import Transformer, attention_context
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Trainable):
     """A transformer and ``num_nextn_predict_layers`` MTP modules that share its embedding and head."""
+
+    transformer: Transformer
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,16 +32,6 @@ class LanguageModel(nn.Module):
     def training_hidden(
         self, tokens_BS: Tensor, document_BS: Tensor | None = None
     ) -> tuple[list[Tensor], list[Routing]]:
-        """States ready for the head, of the main model and each MTP depth, over the first T = S - depths tokens.
-
-        Args:
-            tokens_BS: T tokens and as many more as there are MTP modules.
-            document_BS: document of each token; attention then stays within documents.
-
-        Returns:
-            depths + 1 tensors (B, T, D): the k-th predicts token i + k + 1 at position i; and one
-            :class:`Routing` per MoE layer, those of MTP modules last.
-        """
         length = tokens_BS.shape[1] - len(self.mtp)
         tokens_BT = tokens_BS[:, :length]
         document_BT = None if document_BS is None else document_BS[:, :length]
@@ -65,7 +58,7 @@ def build_model(
     if dtype is not None:
         cast_parameters(model, dtype)
     if torch.device(device or "cpu").type != "meta":
-        _initialise(model, config.initializer_range, seed)
+        initialise(model, config.initializer_range, seed)
     return model
 
 
@@ -76,7 +69,8 @@ def cast_parameters(model: LanguageModel, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def _initialise(model: LanguageModel, std: float, seed: int) -> None:
+def initialise(model: Trainable, std: float, seed: int) -> None:
+    """Fresh weights: normal with this standard deviation, norms left at 1."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     norms = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
     for parameter in model.parameters():

@@ -9,6 +9,7 @@ from benthic.config.schema import ModelConfig
 from benthic.model.layers import RMSNorm, SwiGLU
 from benthic.model.mla import AttentionContext, Cache, LatentAttention
 from benthic.model.moe import MoE, Routing
+from benthic.model.trainable import Trunk
 from benthic.ops.rope import rope_angles
 
 
@@ -34,7 +35,7 @@ class Block(nn.Module):
         return x_BTD + self.ffn(self.ffn_norm(x_BTD)), None
 
 
-class Transformer(nn.Module):
+class Transformer(Trunk):
     """Token ids (B, T) to logits (B, T, V). Single-device; parallelism and precision are applied from outside."""
 
     def __init__(self, config: ModelConfig) -> None:

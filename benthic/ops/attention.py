@@ -1,7 +1,8 @@
 """Causal attention of MLA's naive form, for training and prefill.
 
 Queries and keys have a part without position and a rotary part; the rotary key is one for all heads. The expanded
-latent of a token holds each head's key without position, then its value.
+latent of a token holds each head's key without position, then its value. The rotary part may be 0 wide: heads whose
+keys are all their own, as in ordinary attention, give these as the part without position.
 
 Shapes: B batch, T time, H heads, N nope width, R rope width, K = N + R, V value width, X = N + V.
 """

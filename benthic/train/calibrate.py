@@ -12,7 +12,8 @@ from benthic.config.schema import RunConfig
 from benthic.config.stages import stages
 from benthic.data.batches import Batches
 from benthic.precision.compute import Compute
-from benthic.train.schedule import Course, StepSettings, steps_per_full_batch
+from benthic.train.architecture import DEEPSEEK_V3, Architecture
+from benthic.train.schedule import Course, steps_per_full_batch
 from benthic.train.state import TrainState
 from benthic.train.step import train_step
 
@@ -25,19 +26,19 @@ _FORWARD_SHARE = 1 / 3
 """Of a training step's operations: what a validation token costs beside a training token."""
 
 
-def resolve(config: RunConfig, batches: Batches) -> RunConfig:
+def resolve(config: RunConfig, batches: Batches, architecture: Architecture = DEEPSEEK_V3) -> RunConfig:
     """The settings with ``precision.compute`` and ``train.steps`` decided and ``train.minutes`` gone.
 
     Both are measured on steps of pretraining, whose sequences ``batches`` are.
     """
     first = stages(config)[0].config
     asked = config.precision.compute
-    compute = _fastest(first, batches) if asked == "auto" else asked
+    compute = _fastest(first, batches, architecture) if asked == "auto" else asked
     precision = config.precision.model_copy(update={"compute": compute})
     train = config.train
     if train.minutes is not None:
         budget = 60 * train.minutes
-        full_step = seconds_per_step(first, batches, compute, budget * _SHARE_OF_RUN)
+        full_step = seconds_per_step(first, batches, compute, budget * _SHARE_OF_RUN, architecture)
         train = train.model_copy(update={"steps": affordable_steps(first, full_step, budget), "minutes": None})
     assert train.steps is not None
     if train.ema_span is not None:
@@ -50,8 +51,8 @@ def ema_decay(span: float, steps: int) -> float:
     return math.exp(-1 / (span * steps))
 
 
-def _fastest(config: RunConfig, batches: Batches) -> Compute:
-    seconds = {mode: seconds_per_step(config, batches, mode) for mode in _MODES}
+def _fastest(config: RunConfig, batches: Batches, architecture: Architecture) -> Compute:
+    seconds = {mode: seconds_per_step(config, batches, mode, architecture=architecture) for mode in _MODES}
     return min(seconds, key=seconds.__getitem__)
 
 
@@ -66,22 +67,41 @@ def affordable_steps(config: RunConfig, seconds: float, budget: float) -> int:
     return max(1, round(full_batches * steps_per_full_batch(train.schedule)))
 
 
-def seconds_per_step(config: RunConfig, batches: Batches, compute: Compute, budget: float = 0.0) -> float:
+def seconds_per_step(
+    config: RunConfig,
+    batches: Batches,
+    compute: Compute,
+    budget: float = 0.0,
+    architecture: Architecture = DEEPSEEK_V3,
+) -> float:
     """Median time of a full-batch step, after warming up, over ``budget`` seconds but a few steps at least."""
-    state = TrainState(config)
-    course = Course(config.train.schedule.model_copy(update={"batch_ramp": 0.0}), 10**6, config.train.batch_size)
-    for step in range(_WARM_UP_STEPS):
-        _step(state, config, batches, course.at(step), compute)
+    trial = Trial(config, batches, compute, architecture)
     seconds: list[float] = []
     while len(seconds) < _FEWEST_STEPS or sum(seconds) < budget:
         start = time.perf_counter()
-        _step(state, config, batches, course.at(_WARM_UP_STEPS + len(seconds)), compute)
+        trial.step()
         seconds.append(time.perf_counter() - start)
     # What else runs on the machine disturbs some steps; a mean would promise too few.
     return statistics.median(seconds)
 
 
-def _step(state: TrainState, config: RunConfig, batches: Batches, settings: StepSettings, compute: Compute) -> None:
-    batch = batches.at(settings.first_sequence, settings.batch_size)
-    micro = config.train.micro_batch_size or config.train.batch_size
-    train_step(state.objective, state.optimizer, batch, settings, micro_batch_size=micro, compute=compute)
+class Trial:
+    """A model to time steps of a full batch on, already warm."""
+
+    def __init__(
+        self, config: RunConfig, batches: Batches, compute: Compute, architecture: Architecture = DEEPSEEK_V3
+    ) -> None:
+        self._config, self._batches, self._compute = config, batches, compute
+        self._state = TrainState(config, architecture)
+        schedule = config.train.schedule.model_copy(update={"batch_ramp": 0.0})
+        self._course = Course(schedule, 10**6, config.train.batch_size)
+        for _ in range(_WARM_UP_STEPS):
+            self.step()
+
+    def step(self) -> None:
+        """Learn from the next batch."""
+        state, settings = self._state, self._course.at(self._state.step)
+        batch = self._batches.at(settings.first_sequence, settings.batch_size)
+        micro = self._config.train.micro_batch_size or self._config.train.batch_size
+        train_step(state.objective, state.optimizer, batch, settings, micro_batch_size=micro, compute=self._compute)
+        state.step += 1

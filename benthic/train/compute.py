@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benthic.model import Transformer
+from benthic.model import Trunk
 from benthic.model.mla import LatentAttention
 from benthic.model.moe import Experts, MoE, Router
 from benthic.precision.compute import Compute, call_in
@@ -54,7 +54,7 @@ def fp8_products(module: nn.Module) -> Iterator[None]:
 def _fp8_forwards(module: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     """New forward methods by the part of the module they are for."""
     parts = list(module.modules())
-    heads = {part.head for part in parts if isinstance(part, Transformer)}
+    heads = {part.head for part in parts if isinstance(part, Trunk)}
     forwards: dict[nn.Module, Callable[..., Tensor]] = {
         part: partial(fp8_linear, weight_FD=part.weight)
         for part in parts

@@ -22,16 +22,23 @@ _SECTIONS = {"model", "data", "train", "precision"}
 _KEYS = ("requested", "resolved", "corpus")
 
 
-def identity(requested: RunConfig, resolved: RunConfig, corpus: dict[str, str]) -> dict[str, Any]:
-    """What a checkpoint keeps: settings as asked for and as resolved by measuring, hashes of data and tokenizer."""
+def identity(
+    requested: RunConfig, resolved: RunConfig, corpus: dict[str, str], architecture: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a checkpoint keeps: settings as asked for and as resolved by measuring, hashes of data and tokenizer, and
+    what tells the kind of model from the usual one.
+    """
     return {
         "requested": requested.model_dump(mode="json", include=_SECTIONS),
         "resolved": resolved.model_dump(mode="json", include=_SECTIONS),
         "corpus": corpus,
+        "architecture": architecture or {},
     }
 
 
-def resume_settings(requested: RunConfig, saved: Any, corpus: dict[str, str], source: str) -> RunConfig:
+def resume_settings(
+    requested: RunConfig, saved: Any, corpus: dict[str, str], source: str, architecture: dict[str, Any] | None = None
+) -> RunConfig:
     """The settings to go on with: those asked for, with what was once measured taken from the checkpoint.
 
     Args:
@@ -39,17 +46,19 @@ def resume_settings(requested: RunConfig, saved: Any, corpus: dict[str, str], so
         saved: what :func:`identity` returned when the run began, as read back.
         corpus: hashes of data and tokenizer now.
         source: what the message names.
+        architecture: what tells the kind of model from the usual one.
 
     Raises:
-        InputError: the settings are neither those once asked for nor those once resolved, or the data or
-            tokenizer is another; the message names each difference.
+        InputError: the settings are neither those once asked for nor those once resolved, or the data, tokenizer
+            or kind of model is another; the message names each difference.
     """
     if not isinstance(saved, dict) or not all(isinstance(saved.get(key), dict) for key in _KEYS):
         raise InputError(f"{source}/state.json: does not say which run it is of")
     given = requested.model_dump(mode="json", include=_SECTIONS)
     began = {key: _of_this_version(saved[key], source) for key in ("resolved", "requested")}
     changed = differences(given, began["resolved"]) and differences(given, began["requested"])
-    changed = [*changed, *differences({"corpus": corpus}, {"corpus": saved["corpus"]})]
+    now = {"corpus": corpus, "architecture": architecture or {}}
+    changed = [*changed, *differences(now, {"architecture": {}, **{key: saved[key] for key in now if key in saved}})]
     if changed:
         raise InputError(
             f"{source} was made with other settings: {'; '.join(changed)}; restore these, or give another --out"

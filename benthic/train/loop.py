@@ -19,11 +19,11 @@ from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.files import sha256, write_atomically
-from benthic.model import LanguageModel
+from benthic.model import Trainable
 from benthic.ops import native
-from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
+from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.background import BackgroundWriter
 from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import Checkpoint, load, reached
@@ -52,7 +52,7 @@ from benthic.train.validate import bits_per_byte
 class Trained(NamedTuple):
     """The outcome of a run."""
 
-    model: LanguageModel
+    model: Trainable
     """With the averaged weights, where an average is kept."""
     config: RunConfig
     """As resolved."""
@@ -60,9 +60,10 @@ class Trained(NamedTuple):
     """Of the whole validation split."""
 
 
-def train(config: RunConfig, out: str | Path) -> Trained:
+def train(config: RunConfig, out: str | Path, architecture: Architecture = DEEPSEEK_V3) -> Trained:
     """Pretrain a model on the data prepared in ``out`` and extend its context, or go on with the training begun there.
 
+    ``architecture`` is the kind of model, for those that ``config.model`` does not describe.
     What ``config.data`` says of how data is prepared gives way to what the data in ``out`` was prepared with.
     Writes ``config.toml``, ``metrics.jsonl``, ``ledger.json`` and ``checkpoints/STAGE/step-N`` into ``out``.
 
@@ -82,14 +83,14 @@ def train(config: RunConfig, out: str | Path) -> Trained:
     number, newest = reached(out / "checkpoints", [stage.name for stage in stages(config)])
     checkpoint = load(newest) if newest else None
     if checkpoint is None:
-        resolved = resolve(config, _batches(stages(config)[0].config, store))
-        run = identity(config, resolved, corpus)
+        resolved = resolve(config, _batches(stages(config)[0].config, store), architecture)
+        run = identity(config, resolved, corpus, architecture.settings())
     else:
         run = checkpoint.state.get("run", {})
-        resolved = resume_settings(config, run, corpus, str(newest))
+        resolved = resume_settings(config, run, corpus, str(newest), architecture.settings())
     assert resolved.precision.compute != "auto"
     peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute))
-    whole = _Run(resolved, out, store, run, peak)
+    whole = _Run(resolved, out, store, run, architecture, peak)
     trainer = _Trainer(whole, number)
     trainer.begin(checkpoint, str(newest))
     del checkpoint
@@ -111,6 +112,7 @@ class _Run(NamedTuple):
     out: Path
     store: TokenStore
     identity: dict[str, Any]
+    architecture: Architecture
     peak_flops: float
     """Operations a second of a matrix product here."""
 
@@ -153,11 +155,11 @@ class _Trainer:
         self.steps = config.train.steps
         self.compute: Compute = config.precision.compute
         self.micro_batch_size = config.train.micro_batch_size or config.train.batch_size
-        self.state = TrainState(config)
+        self.state = TrainState(config, run.architecture)
         self.course = Course(
             config.train.schedule, self.steps, config.train.batch_size, config.train.micro_batch_size or 1
         )
-        self.flops_per_token = training_flops(config.model, config.train.sequence_length, mtp=True)
+        self.flops_per_token = run.architecture.training_flops(config.model, config.train.sequence_length)
         self.held_out = TokenStore(out / "data", "val")
         self.reading: dict[str, Any] = {
             "sequence_length": config.train.sequence_length,
@@ -228,7 +230,7 @@ class _Trainer:
 
     def _step(self, metrics: MetricsLog, progress: Progress) -> bool:
         """Take a step; False if it has led back to an earlier one."""
-        start = time.perf_counter()
+        start, start_of_work = time.perf_counter(), time.process_time()
         state, settings = self.state, self.course.at(self.state.step)
         first = settings.first_sequence + state.sequences_passed_over
         report = train_step(
@@ -244,6 +246,7 @@ class _Trainer:
             state.average.update()
         state.step += 1
         row = self._row(report, settings, time.perf_counter() - start)
+        row["processor_seconds"] = time.process_time() - start_of_work
         metrics.write(row)
         self.ledger.update(row["tokens"], row["tokens"] * self.flops_per_token)
         tokens_left = (self.course.sequences * self.config.train.sequence_length) - row["tokens"]
@@ -269,7 +272,7 @@ class _Trainer:
         self.writer.wait()
         target = roll_back_target(self.checkpoints)
         if target is None:
-            self.state = TrainState(self.config)
+            self.state = TrainState(self.config, self.run.architecture)
             self.begin()
         else:
             self.state.restore(load(target), str(target))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benthic.model import LanguageModel
+from benthic.model import Trainable
 from benthic.model.moe import Router
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy
 
@@ -35,7 +35,7 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """A language model with its losses, as one module, so that precision can be applied to all of it."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: Trainable) -> None:
         super().__init__()
         self.model = model
 

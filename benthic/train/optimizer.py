@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benthic.config.schema import OptimizerConfig
-from benthic.model import LanguageModel
+from benthic.model import Trainable
 from benthic.model.layers import SwiGLU
 from benthic.model.moe import Experts, Router
 from benthic.precision.compute import fast_matmul_dtype
@@ -27,7 +27,7 @@ _MUON_STATE = ("momentum",)
 class ModelOptimizer:
     """AdamW, or Muon beside AdamW, over all parameters of a model; ``moments`` is the dtype of AdamW's."""
 
-    def __init__(self, model: LanguageModel, config: OptimizerConfig, moments: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Trainable, config: OptimizerConfig, moments: torch.dtype = torch.float32) -> None:
         self.config, self.moments = config, moments
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         matrices = _hidden_matrices(model) if config.name == "muon" else {}
@@ -102,7 +102,7 @@ def _adamw(parameters: list[Tensor], config: OptimizerConfig, moments: torch.dty
     return LowPrecisionAdamW(groups, **settings, moments=moments)
 
 
-def _hidden_matrices(model: LanguageModel) -> dict[Tensor, int]:
+def _hidden_matrices(model: Trainable) -> dict[Tensor, int]:
     """Muon's parameters, and how many matrices each holds one above the other: gate and up are two."""
     apart = [model.transformer.embed.weight, model.transformer.head.weight]
     apart += [module.weight for module in model.modules() if isinstance(module, Router)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benthic.data.batches import validation_batches
 from benthic.data.shards import TokenStore
-from benthic.model import LanguageModel
+from benthic.model import Trainable
 from benthic.ops.cross_entropy import IGNORE
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
@@ -34,7 +34,7 @@ class Probe(NamedTuple):
 class _Sums(nn.Module):
     """Over a batch: right predictions (K,), targets (K,), entropies (M,) and positions ()."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: Trainable) -> None:
         super().__init__()
         self.model = model
 
@@ -54,7 +54,7 @@ class _Sums(nn.Module):
 
 @torch.no_grad()
 def probe(
-    model: LanguageModel,
+    model: Trainable,
     store: TokenStore,
     *,
     sequence_length: int,

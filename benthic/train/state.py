@@ -6,7 +6,7 @@ import torch
 
 from benthic.config.schema import RunConfig
 from benthic.errors import InputError
-from benthic.model import build_model
+from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.checkpoint import Checkpoint, copy_into
 from benthic.train.compute import moments_dtype
 from benthic.train.ema import WeightAverage
@@ -18,14 +18,14 @@ from benthic.train.optimizer import ModelOptimizer
 class TrainState:
     """Model, optimizer and average of the weights after ``step`` steps. Training draws no random numbers."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, architecture: Architecture = DEEPSEEK_V3) -> None:
         self.step = 0
         self.bits_per_byte: float | None = None
         """Of the last validation; of the averaged weights, where an average is kept."""
         self.sequences_passed_over = 0
         """Sequences that roll-backs left unread: by so many the data is ahead of the course."""
         self.health = Health(config.train.on_spike, config.train.spike_deviations)
-        self.model = build_model(config.model, seed=config.train.seed)
+        self.model = architecture.build(config.model, seed=config.train.seed)
         self.objective = Objective(self.model)
         compute = config.precision.compute
         moments = moments_dtype("fp32" if compute == "auto" else compute)

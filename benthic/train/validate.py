@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
-from benthic.model import LanguageModel, Transformer
+from benthic.model import Trainable, Trunk
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
@@ -21,7 +21,7 @@ from benthic.train.objective import prediction_targets
 class _TotalNats(nn.Module):
     """Cross-entropy of the next tokens, summed, and how many there were."""
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, transformer: Trunk) -> None:
         super().__init__()
         self.transformer = transformer
 
@@ -35,7 +35,7 @@ class _TotalNats(nn.Module):
 
 
 def bits_per_byte(
-    model: LanguageModel,
+    model: Trainable,
     store: TokenStore,
     *,
     sequence_length: int,
@@ -60,7 +60,7 @@ def bits_per_byte(
 
 @torch.no_grad()
 def nats_of_batches(
-    model: LanguageModel, batches: Iterable[Batch], compute: Compute = "fp32"
+    model: Trainable, batches: Iterable[Batch], compute: Compute = "fp32"
 ) -> Iterator[tuple[float, int]]:
     """Cross-entropy in nats, summed over each batch's tokens, and how many they were."""
     total = _TotalNats(model.transformer)

@@ -26,7 +26,7 @@ KINDS = {
     },
     "documents": {"mask_documents": True},
 }
-MEASURED = ("tokens_per_s", "share_of_gemm_peak", "seconds")
+MEASURED = ("tokens_per_s", "share_of_gemm_peak", "seconds", "processor_seconds")
 
 
 def course(out):

@@ -35,7 +35,7 @@ KINDS = {
     },
     "documents": {"mask_documents": True},
 }  # fmt: skip
-MEASURED = ("tokens_per_s", "share_of_gemm_peak", "seconds")
+MEASURED = ("tokens_per_s", "share_of_gemm_peak", "seconds", "processor_seconds")
 
 
 class Killed(BaseException):

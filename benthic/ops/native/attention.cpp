@@ -47,6 +47,7 @@ struct Range {
 template <typename T>
 void scores(const Shape& s, const T* q, const T* k, const T* k_rope, int64_t rows, int64_t keys, float* out) {
     gemm('N', 'T', rows, keys, s.nope, s.scale, q, s.q_stride(), k, s.kv_stride(), 0.0f, out, keys);
+    if (s.rope == 0) return;
     gemm('N', 'T', rows, keys, s.rope, s.scale, q + s.nope, s.q_stride(), k_rope, s.rope, 1.0f, out, keys);
 }
 
@@ -164,9 +165,10 @@ void backward_head(const Shape& s, const T* dout, const T* q, const T* kv, const
                                  Range(first, query + r, key, keys), lse[query + r], delta[r], s.scale);
             gemm('T', 'N', keys, s.value, rows, 1.0f, p, keys, db, s.out_stride(), 1.0f, dk + s.nope, wide_kv);
             gemm('T', 'N', keys, s.nope, rows, 1.0f, ds, keys, qb, s.q_stride(), 1.0f, dk, wide_kv);
+            gemm('N', 'N', rows, s.nope, keys, 1.0f, ds, keys, k, s.kv_stride(), beta, dq_sum, wide_q);
+            if (s.rope == 0) continue;
             gemm('T', 'N', keys, s.rope, rows, 1.0f, ds, keys, qb + s.nope, s.q_stride(), 1.0f,
                  dk_rope + key * s.rope, s.rope);
-            gemm('N', 'N', rows, s.nope, keys, 1.0f, ds, keys, k, s.kv_stride(), beta, dq_sum, wide_q);
             gemm('N', 'N', rows, s.rope, keys, 1.0f, ds, keys, kr, s.rope, beta, dq_sum + s.nope, wide_q);
         }
         store_rows(dq_sum, dq + query * s.q_stride(), rows, wide_q, s.q_stride());
