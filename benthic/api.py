@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from benthic.config.complain import complaint
 from benthic.config.load import load_run_config
 from benthic.config.schema import InferenceConfig, RunConfig
+from benthic.config.stages import PRETRAIN
 from benthic.convert.huggingface import is_own_export, save_hf
 from benthic.convert.resolve import find_tokenizer, load_model
 from benthic.data.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ def load(
 
 
 def train(config: RunConfig, out: str | Path) -> loop.Trained:
-    """Pretrains on the data prepared in ``out``, or goes on with it, and leaves the model in ``out/model``.
+    """Runs every stage of training on the data prepared in ``out``, or goes on, and leaves the model in ``out/model``.
 
     ``benthic.train`` is this function. What is written besides, and what it raises, is as in
     :func:`benthic.train.loop.train`; ``out/model`` is in Hugging Face layout.
@@ -53,7 +54,7 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
         _refuse_other_model(out)
         trained = loop.train(config, out)
         assert isinstance(trained.model, LanguageModel)
-        save_hf(trained.model, trained.config.model, out / "tokenizer", out / "model")
+        save_hf(trained.model, trained.model.config, out / "tokenizer", out / "model")
     return trained
 
 
@@ -62,7 +63,7 @@ def _refuse_other_model(out: Path) -> None:
     model = out / "model"
     if not model.is_symlink() and not (model.exists() and (model.is_file() or any(model.iterdir()))):
         return
-    if not (is_own_export(model) and committed(out / "checkpoints" / loop.STAGE)):
+    if not (is_own_export(model) and committed(out / "checkpoints" / PRETRAIN)):
         raise InputError(f"{model}: already there, and not of a training in {out}; give another --out")
 
 

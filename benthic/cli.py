@@ -113,7 +113,7 @@ def data(
 
 @app.command(epilog="Example: benthic train quickstart --out runs/quickstart --set train.steps=200")
 def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
-    """Pretrain on data that `benthic data` has prepared in --out; run it again to resume."""
+    """Pretrain, and extend the context, on data that `benthic data` has prepared in --out; run it again to resume."""
     from benthic.config.load import load_run_config
 
     config = load_run_config(recipe, set_ or ())
@@ -128,14 +128,13 @@ def evaluate(
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Bits per byte of a run's model on the text it has held out, with a 95% confidence interval."""
-    from benthic.config.load import load_run_config
-    from benthic.convert.resolve import load_model
+    from benthic.convert.resolve import current_stage, load_model
     from benthic.data.shards import TokenStore
     from benthic.evaluate.bits_per_byte import bits_per_byte, xz_baseline
 
     model, _ = load_model(run)
     held_out = TokenStore(run / "data", "val")
-    config = load_run_config(run / "config.toml")
+    config = current_stage(run)[0].config
     score = bits_per_byte(
         model, held_out, sequence_length=config.train.sequence_length, mask_documents=config.data.mask_documents
     )

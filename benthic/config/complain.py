@@ -77,6 +77,8 @@ def _known_keys(settings: type[Settings], parents: Sequence[str]) -> list[str]:
     """Keys of the section at ``parents``; a model may also be given by its preset."""
     section = settings
     for name in parents:
+        if name.isdecimal():  # an entry of an array of tables
+            continue
         annotation = section.model_fields[name].annotation
         kinds = (annotation, *get_args(annotation))
         section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings))

@@ -161,10 +161,25 @@ def _parse_override(text: str) -> tuple[str, Any]:
 def _assign(tree: Tree, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for depth, name in enumerate(parents):
-        tree = tree.setdefault(name, {})
-        if not isinstance(tree, dict):
+        child = tree.setdefault(name, {})
+        if isinstance(child, list):
+            _assign_within(child, [*parents[depth + 1 :], last], value, key)
+            return
+        if not isinstance(child, dict):
             raise InputError(f"--set {key}: {'.'.join(parents[: depth + 1])} is a single value and has no keys")
+        tree = child
     tree[last] = value
+
+
+def _assign_within(tables: list[Any], rest: list[str], value: Any, key: str) -> None:
+    """Of an array of tables, such as ``train.extend``, the key ``rest`` of one: ``0.steps``."""
+    number, *keys = rest
+    if not (number.isdecimal() and int(number) < len(tables) and keys and isinstance(tables[int(number)], dict)):
+        place = key.removesuffix(f".{'.'.join(rest)}")
+        raise InputError(
+            f"--set {key}: {place} has {len(tables)} entries; give {place}.NUMBER.KEY, from 0, or all of it"
+        )
+    _assign(tables[int(number)], ".".join(keys), value)
 
 
 def _remove(tree: Tree, key: str) -> None:

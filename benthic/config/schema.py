@@ -30,6 +30,11 @@ class YarnConfig(Settings):
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
+    @property
+    def reach(self) -> int:
+        """Tokens that the interpolated positions reach to."""
+        return round(self.factor * self.original_max_position_embeddings)
+
 
 class ModelConfig(Settings):
     """Sizes of a DeepSeek-V3-style transformer (arXiv 2412.19437 sections 2.1, 2.2 and 4.2)."""
@@ -152,8 +157,32 @@ class ScheduleConfig(Settings):
         return self
 
 
+class ExtendConfig(Settings):
+    """A phase of context extension (V3 report section 4.3): training goes on with longer sequences, under YaRN.
+
+    All phases use one YaRN: ``model.rope_scaling`` where it is given, otherwise one that reaches from
+    ``train.sequence_length`` to the longest phase.
+    """
+
+    sequence_length: Positive
+    steps: Positive
+    batch_size: Positive | None = None
+    """Sequences per optimizer step; by default as many as keep the tokens of pretraining's batch, as published."""
+    micro_batch_size: Positive | None = None
+    """Sequences per pass; by default as many as divide the batch and read no more tokens than one of pretraining's."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """AdamW's rate, held throughout; Muon's is in proportion. By default what pretraining ends with, as published."""
+
+    @model_validator(mode="after")
+    def _passes_divide_the_batch(self) -> Self:
+        if self.micro_batch_size is not None and self.batch_size is None:
+            raise ValueError("micro_batch_size needs batch_size beside it")
+        _check_passes(self.batch_size, self.micro_batch_size)
+        return self
+
+
 class TrainConfig(Settings):
-    """Pretraining: length, batch, optimizer and what is kept."""
+    """Pretraining, and the phases of context extension after it: length, batch, optimizer and what is kept."""
 
     steps: Positive | None = None
     minutes: Annotated[float, Field(gt=0)] | None = None
@@ -165,7 +194,9 @@ class TrainConfig(Settings):
     sequence_length: Positive = 256
     seed: Natural = 0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay of an exponential moving average of the weights kept beside them; 0 keeps none."""
+    """Decay, a step, of an exponential moving average of the weights kept beside them; 0 keeps none."""
+    ema_span: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Instead of ``ema_decay``: the fraction of pretraining's steps over which a weight's share falls to 1/e."""
     validate_every: Positive = 200
     """Steps between validations."""
     validation_tokens: Positive = 65536
@@ -183,13 +214,30 @@ class TrainConfig(Settings):
     """Dollars an hour of this machine (of one device, where there are several) costs; the ledger adds them up."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    extend: tuple[ExtendConfig, ...] = ()
+    """Phases of context extension, in order, each a stage of its own after pretraining."""
 
     @model_validator(mode="after")
     def _length_given_once(self) -> Self:
         if (self.steps is None) == (self.minutes is None):
             raise ValueError("give either steps or minutes")
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}")
+        if self.ema_decay and self.ema_span is not None:
+            raise ValueError("give either ema_decay or ema_span")
+        _check_passes(self.batch_size, self.micro_batch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _phases_follow(self) -> Self:
+        before = self.sequence_length
+        for number, phase in enumerate(self.extend):
+            if phase.sequence_length <= before:
+                raise ValueError(
+                    f"extend.{number}.sequence_length={phase.sequence_length} must be greater than {before}, "
+                    "the length before it"
+                )
+            before = phase.sequence_length
+            if phase.learning_rate is None and not self.schedule.tail_factor:
+                raise ValueError(f"extend.{number}.learning_rate must be given, for pretraining ends with a rate of 0")
         return self
 
 
@@ -226,3 +274,27 @@ class RunConfig(Settings):
         if length > limit:
             raise ValueError(f"train.sequence_length={length} must be at most model.max_position_embeddings={limit}")
         return self
+
+    @model_validator(mode="after")
+    def _yarn_reaches_the_phases(self) -> Self:
+        yarn = self.model.rope_scaling
+        if yarn is None or not self.train.extend:
+            return self
+        length, original = self.train.sequence_length, yarn.original_max_position_embeddings
+        if length > original:
+            raise ValueError(
+                f"train.sequence_length={length} must be at most {original}, "
+                "model.rope_scaling.original_max_position_embeddings: pretraining comes before YaRN"
+            )
+        longest = self.train.extend[-1].sequence_length
+        if longest > yarn.reach:
+            raise ValueError(
+                f"train.extend.{len(self.train.extend) - 1}.sequence_length={longest} must be at most {yarn.reach}, "
+                f"model.rope_scaling.factor={yarn.factor:g} times original_max_position_embeddings={original}"
+            )
+        return self
+
+
+def _check_passes(batch: int | None, micro: int | None) -> None:
+    if batch is not None and micro is not None and batch % micro:
+        raise ValueError(f"micro_batch_size={micro} must divide batch_size={batch}")

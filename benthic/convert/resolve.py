@@ -6,6 +6,7 @@ import torch
 
 from benthic.config.load import load_run_config
 from benthic.config.schema import ModelConfig
+from benthic.config.stages import Stage, stages
 from benthic.convert.huggingface import load_hf
 from benthic.errors import InputError
 from benthic.model import LanguageModel, build_model
@@ -31,14 +32,14 @@ def load_model(
         InputError: nothing of this kind is there, or it is damaged.
     """
     path = _directory(path)
-    newest = _newest_checkpoint(path)
+    stage, newest = current_stage(path) if any(path.glob("checkpoints/*/step-*")) else (None, None)
     for folder in (path, path / "model"):
         config = folder / "config.json"
         if config.is_file() and (newest is None or _written(config) >= _written(newest)):
             return load_hf(folder, dtype, device)
-    if newest is None:
+    if stage is None or newest is None:
         raise InputError(f"{path}: holds no config.json, model/ or checkpoints/; {WHAT_IS_ALLOWED}")
-    return _load_checkpoint(path, newest, dtype, device)
+    return _load_checkpoint(stage.config.model, newest, dtype, device)
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -57,10 +58,11 @@ def _directory(path: str | Path) -> Path:
     return path
 
 
-def _newest_checkpoint(run: Path) -> Path | None:
-    """Of all stages; one stage follows another, so the newest is of the last."""
-    newest = [latest for stage in (run / "checkpoints").glob("*") if (latest := checkpoint.latest(stage)) is not None]
-    return max(newest, key=_written, default=None)
+def current_stage(run: Path) -> tuple[Stage, Path | None]:
+    """The stage that a run has reached and its newest checkpoint; where there are none, the last stage."""
+    whole = stages(load_run_config(run / "config.toml"))
+    number, newest = checkpoint.reached(run / "checkpoints", [stage.name for stage in whole])
+    return whole[number if newest else -1], newest
 
 
 def _written(path: Path) -> int:
@@ -70,9 +72,8 @@ def _written(path: Path) -> int:
 
 
 def _load_checkpoint(
-    run: Path, path: Path, dtype: torch.dtype | None, device: torch.device | str | None
+    config: ModelConfig, path: Path, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> tuple[LanguageModel, ModelConfig]:
-    config = load_run_config(run / "config.toml").model
     model = build_model(config, device="meta").to_empty(device=device or "cpu")
     tensors = checkpoint.load(path, groups=("model", "average")).tensors
     checkpoint.copy_into(model.state_dict(), tensors.get("model", {}), str(path / "model.safetensors"))

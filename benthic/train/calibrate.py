@@ -4,11 +4,13 @@ Measured on a model that is thrown away, so that nothing of it is left in the ru
 settings, so a resumed run does not measure again.
 """
 
+import math
 import statistics
 import time
 from dataclasses import replace
 
 from benthic.config.schema import RunConfig, ScheduleConfig
+from benthic.config.stages import stages
 from benthic.data.batches import Batches
 from benthic.precision.compute import Compute
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
@@ -26,16 +28,28 @@ _FORWARD_SHARE = 1 / 3
 
 
 def resolve(config: RunConfig, batches: Batches, architecture: Architecture = DEEPSEEK_V3) -> RunConfig:
-    """The settings with ``precision.compute`` and ``train.steps`` decided and ``train.minutes`` gone."""
+    """The settings with ``precision.compute`` and ``train.steps`` decided and ``train.minutes`` gone.
+
+    Both are measured on steps of pretraining, whose sequences ``batches`` are.
+    """
+    first = stages(config)[0].config
     asked = config.precision.compute
-    compute = _fastest(config, batches, architecture) if asked == "auto" else asked
+    compute = _fastest(first, batches, architecture) if asked == "auto" else asked
     precision = config.precision.model_copy(update={"compute": compute})
     train = config.train
     if train.minutes is not None:
         budget = 60 * train.minutes
-        full_step = seconds_per_step(config, batches, compute, budget * _SHARE_OF_RUN, architecture)
-        train = train.model_copy(update={"steps": affordable_steps(config, full_step, budget), "minutes": None})
+        full_step = seconds_per_step(first, batches, compute, budget * _SHARE_OF_RUN, architecture)
+        train = train.model_copy(update={"steps": affordable_steps(first, full_step, budget), "minutes": None})
+    assert train.steps is not None
+    if train.ema_span is not None:
+        train = train.model_copy(update={"ema_decay": ema_decay(train.ema_span, train.steps), "ema_span": None})
     return config.model_copy(update={"precision": precision, "train": train})
+
+
+def ema_decay(span: float, steps: int) -> float:
+    """Decay of an average whose share of a weight falls to 1/e within this fraction of the steps."""
+    return math.exp(-1 / (span * steps))
 
 
 def _fastest(config: RunConfig, batches: Batches, architecture: Architecture) -> Compute:

@@ -8,7 +8,7 @@ the commit. Nothing is believed when read back, and nothing is ever unpickled.
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +66,18 @@ def committed(root: Path) -> list[Path]:
 def latest(root: Path) -> Path | None:
     """The newest committed checkpoint."""
     return next(reversed(committed(root)), None)
+
+
+def reached(root: Path, stages: Sequence[str]) -> tuple[int, Path | None]:
+    """The last of a run's stages, from 0, that has a checkpoint, and its newest one; the first stage where none has.
+
+    ``root`` has a folder for each stage. Times do not count: a copied run has those of its copying.
+    """
+    for number in reversed(range(len(stages))):
+        newest = latest(root / stages[number])
+        if newest is not None:
+            return number, newest
+    return 0, None
 
 
 def discard(directory: Path) -> None:

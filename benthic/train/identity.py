@@ -93,6 +93,8 @@ def differences(given: dict[str, Any], saved: dict[str, Any]) -> list[str]:
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(number): item for number, item in enumerate(value)}
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
         else:

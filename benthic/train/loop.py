@@ -1,4 +1,9 @@
-"""Pretraining from the first step to the last, whatever interrupts it: the same call again goes on where it stopped."""
+"""Training from the first step to the last, whatever interrupts it: the same call again goes on where it stopped.
+
+A run is a list of stages (``benthic/config/stages.py``), and one loop runs any of them: pretraining, then the phases
+of context extension. A stage begins with what the last checkpoint of the stage before it holds, also in a run that
+was never interrupted.
+"""
 
 import time
 from pathlib import Path
@@ -8,6 +13,7 @@ import torch
 
 from benthic.config.load import dump_toml
 from benthic.config.schema import RunConfig
+from benthic.config.stages import stages
 from benthic.data.batches import Batches
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
@@ -20,7 +26,7 @@ from benthic.precision.compute import Compute, compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.background import BackgroundWriter
 from benthic.train.calibrate import resolve
-from benthic.train.checkpoint import latest, load
+from benthic.train.checkpoint import Checkpoint, load, reached
 from benthic.train.identity import identity, resume_settings
 from benthic.train.incidents import (
     action,
@@ -42,8 +48,6 @@ from benthic.train.step import StepReport, train_step
 from benthic.train.track import open_trackers, require_trackers
 from benthic.train.validate import bits_per_byte
 
-STAGE = "pretrain"
-
 
 class Trained(NamedTuple):
     """The outcome of a run."""
@@ -57,11 +61,11 @@ class Trained(NamedTuple):
 
 
 def train(config: RunConfig, out: str | Path, architecture: Architecture = DEEPSEEK_V3) -> Trained:
-    """Pretrain a model on the data prepared in ``out``, or go on with the training begun there.
+    """Pretrain a model on the data prepared in ``out`` and extend its context, or go on with the training begun there.
 
     ``architecture`` is the kind of model, for those that ``config.model`` does not describe.
     What ``config.data`` says of how data is prepared gives way to what the data in ``out`` was prepared with.
-    Writes ``config.toml``, ``metrics.jsonl``, ``ledger.json`` and ``checkpoints/pretrain/step-N`` into ``out``.
+    Writes ``config.toml``, ``metrics.jsonl``, ``ledger.json`` and ``checkpoints/STAGE/step-N`` into ``out``.
 
     Raises:
         InputError: there is no data, a checkpoint is damaged, or was made with other settings.
@@ -76,27 +80,52 @@ def train(config: RunConfig, out: str | Path, architecture: Architecture = DEEPS
     store = TokenStore(out / "data", "train")
     config = config.model_copy(update={"data": store.manifest.prepared(config.data)})
     corpus = _identify_corpus(config, out, store)
-    batches = Batches(
+    number, newest = reached(out / "checkpoints", [stage.name for stage in stages(config)])
+    checkpoint = load(newest) if newest else None
+    if checkpoint is None:
+        resolved = resolve(config, _batches(stages(config)[0].config, store), architecture)
+        run = identity(config, resolved, corpus, architecture.settings())
+    else:
+        run = checkpoint.state.get("run", {})
+        resolved = resume_settings(config, run, corpus, str(newest), architecture.settings())
+    assert resolved.precision.compute != "auto"
+    peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute))
+    whole = _Run(resolved, out, store, run, architecture, peak)
+    trainer = _Trainer(whole, number)
+    trainer.begin(checkpoint, str(newest))
+    del checkpoint
+    write_atomically(out / "config.toml", dump_toml(resolved))
+    with StopRequest() as stop:
+        trainer.train(stop)
+        for later in range(number + 1, len(stages(resolved))):
+            del trainer  # before the next stage takes as much memory
+            trainer = _Trainer(whole, later)
+            trainer.begin()
+            trainer.train(stop)
+    return trainer.trained()
+
+
+class _Run(NamedTuple):
+    """What all stages of a run share; ``config`` is resolved."""
+
+    config: RunConfig
+    out: Path
+    store: TokenStore
+    identity: dict[str, Any]
+    architecture: Architecture
+    peak_flops: float
+    """Operations a second of a matrix product here."""
+
+
+def _batches(config: RunConfig, store: TokenStore) -> Batches:
+    """A stage's sequences."""
+    return Batches(
         store,
         config.train.sequence_length,
         1 + config.model.num_nextn_predict_layers,
         seed=config.train.seed,
         mask_documents=config.data.mask_documents,
     )
-    newest = latest(out / "checkpoints" / STAGE)
-    checkpoint = load(newest) if newest else None
-    if checkpoint is None:
-        resolved = resolve(config, batches, architecture)
-        run = identity(config, resolved, corpus, architecture.settings())
-    else:
-        run = checkpoint.state.get("run", {})
-        resolved = resume_settings(config, run, corpus, str(newest), architecture.settings())
-    trainer = _Trainer(resolved, out, batches, run, architecture)
-    if checkpoint is not None:
-        trainer.state.restore(checkpoint, str(newest))
-    del checkpoint
-    write_atomically(out / "config.toml", dump_toml(resolved))
-    return trainer.run()
 
 
 def _identify_corpus(config: RunConfig, out: Path, store: TokenStore) -> dict[str, str]:
@@ -113,24 +142,24 @@ def _identify_corpus(config: RunConfig, out: Path, store: TokenStore) -> dict[st
 
 
 class _Trainer:
-    """The loop's parts held together; ``config`` is resolved."""
+    """The loop's parts held together for one stage of a run, counted from 0."""
 
-    def __init__(
-        self, config: RunConfig, out: Path, batches: Batches, identity: dict[str, Any], architecture: Architecture
-    ) -> None:
+    def __init__(self, run: _Run, number: int) -> None:
+        *self.earlier, stage = stages(run.config)[: number + 1]
+        self.run, self.stage, self.config = run, stage.name, stage.config
+        config, out = stage.config, run.out
         assert config.train.steps is not None
         assert config.precision.compute != "auto"
-        self.config, self.out, self.batches, self.identity = config, out, batches, identity
-        self.architecture = architecture
+        self.batches = _batches(config, run.store)
+        self.checkpoints = out / "checkpoints" / stage.name
         self.steps = config.train.steps
         self.compute: Compute = config.precision.compute
         self.micro_batch_size = config.train.micro_batch_size or config.train.batch_size
-        self.state = TrainState(config, architecture)
+        self.state = TrainState(config, run.architecture)
         self.course = Course(
             config.train.schedule, self.steps, config.train.batch_size, config.train.micro_batch_size or 1
         )
-        self.flops_per_token = architecture.training_flops(config.model, config.train.sequence_length)
-        self.peak_flops = 1e9 * measure_gemm_gflops(compute_dtype(self.compute))
+        self.flops_per_token = run.architecture.training_flops(config.model, config.train.sequence_length)
         self.held_out = TokenStore(out / "data", "val")
         self.reading: dict[str, Any] = {
             "sequence_length": config.train.sequence_length,
@@ -139,37 +168,53 @@ class _Trainer:
             "mask_documents": config.data.mask_documents,
         }
         """How held-out text is read."""
-        self.writer = BackgroundWriter(out / "checkpoints" / STAGE)
-        self.ledger = Ledger(out, STAGE, price_per_hour=config.train.price_per_hour)
+        self.writer = BackgroundWriter(self.checkpoints)
+        self.ledger = Ledger(out, stage.name, price_per_hour=config.train.price_per_hour)
 
-    def run(self) -> Trained:
-        """Train to the end, or until asked to stop."""
+    def begin(self, checkpoint: Checkpoint | None = None, source: str = "") -> None:
+        """Take over one of the stage's own checkpoints, or else what the stage before it ended with."""
+        if checkpoint is not None:
+            self.state.restore(checkpoint, source)
+        elif self.earlier:
+            ended, source = self._end_of_the_stage_before()
+            self.state.begin_with(ended, source)
+
+    def _end_of_the_stage_before(self) -> tuple[Checkpoint, str]:
+        before = self.earlier[-1]
+        last = self.run.out / "checkpoints" / before.name / f"step-{before.config.train.steps}"
+        return load(last, groups=("model", "average")), str(last)
+
+    def trained(self) -> Trained:
+        """What the stage has led to."""
+        if self.state.average is not None:
+            self.state.average.move_into_model()
+        assert self.state.bits_per_byte is not None
+        return Trained(self.state.model, self.run.config, self.state.bits_per_byte)
+
+    def train(self, stop: StopRequest) -> None:
+        """Go to the end of the stage, or until asked to stop."""
         with (
             self.ledger,
-            StopRequest() as stop,
             self.writer,
             self._open_metrics() as metrics,
-            open_progress(STAGE, self.steps) as progress,
+            open_progress(self.stage, self.steps) as progress,
         ):
-            sources = ", ".join(self.config.data.sources)
+            sources, length = ", ".join(self.config.data.sources), self.config.train.sequence_length
             progress.note(
-                f"{self.steps} steps over {sources} in {self.compute}, {torch.get_num_threads()} threads, "
-                f"{native.status()}"
+                f"{self.stage}: {self.steps} steps of {length} tokens a sequence over {sources} in {self.compute}, "
+                f"{torch.get_num_threads()} threads, {native.status()}"
             )
             while self.state.step < self.steps:
                 self.writer.check()
                 if self._step(metrics, progress):
                     self._end_step(metrics, progress, stop)
             self.writer.wait()
-        if self.state.average is not None:
-            self.state.average.move_into_model()
-        assert self.state.bits_per_byte is not None
-        return Trained(self.state.model, self.config, self.state.bits_per_byte)
 
     def _open_metrics(self) -> MetricsLog:
-        step, settings = self.state.step, self.config.model_dump(mode="json")
-        trackers = open_trackers(self.config.train.track, self.out, step, settings)
-        return MetricsLog(self.out / "metrics.jsonl", step, trackers)
+        earlier = {stage.name: stage.config.train.steps or 0 for stage in self.earlier}
+        step, settings = self.state.step, self.run.config.model_dump(mode="json")
+        trackers = open_trackers(self.config.train.track, self.run.out, sum(earlier.values()) + step, settings)
+        return MetricsLog(self.run.out / "metrics.jsonl", self.stage, step, earlier=earlier, trackers=trackers)
 
     def _end_step(self, metrics: MetricsLog, progress: Progress, stop: StopRequest) -> None:
         """Validate and save where it is due; stop if asked to."""
@@ -181,7 +226,7 @@ class _Trainer:
             self._save(metrics, on_schedule=due)
         if stop.signal is not None:
             self.writer.wait()
-            raise Interrupted(stop.signal, f"stopped after step {step}, saved in {self.out}")
+            raise Interrupted(stop.signal, f"stopped after step {step} of {self.stage}, saved in {self.run.out}")
 
     def _step(self, metrics: MetricsLog, progress: Progress) -> bool:
         """Take a step; False if it has led back to an earlier one."""
@@ -225,13 +270,14 @@ class _Trainer:
     def _roll_back(self, row: dict[str, Any], next_sequence: int, metrics: MetricsLog) -> None:
         """Become the last checkpoint, or the start, with all sequences before ``next_sequence`` passed over."""
         self.writer.wait()
-        target = roll_back_target(self.out / "checkpoints" / STAGE)
+        target = roll_back_target(self.checkpoints)
         if target is None:
-            self.state = TrainState(self.config, self.architecture)
+            self.state = TrainState(self.config, self.run.architecture)
+            self.begin()
         else:
             self.state.restore(load(target), str(target))
         self.state.sequences_passed_over = next_sequence - self.course.sequences_before(self.state.step)
-        events = roll_back_rows(row, read_metrics(self.out / "metrics.jsonl"), self.state.step)
+        events = roll_back_rows(row, read_metrics(self.run.out / "metrics.jsonl", self.stage), self.state.step)
         metrics.rewind(self.state.step)
         for event in events:
             metrics.write(event)
@@ -250,7 +296,7 @@ class _Trainer:
             "batch_size": settings.batch_size,
             "tokens": self.course.sequences_before(self.state.step) * length,
             "tokens_per_s": tokens / seconds,
-            "share_of_gemm_peak": tokens * self.flops_per_token / seconds / self.peak_flops,
+            "share_of_gemm_peak": tokens * self.flops_per_token / seconds / self.run.peak_flops,
             "expert_load_max_over_mean": (load_ME.amax(1) / load_ME.mean(1)).tolist(),
             "dead_experts": int((load_ME == 0).sum()),
             "seconds": seconds,
@@ -276,4 +322,4 @@ class _Trainer:
         self.ledger.write()
         # A signal's checkpoint takes the place of none: a later roll-back may want the one before.
         keep = self.config.train.keep_checkpoints if on_schedule else None
-        self.writer.save(self.state.step, self.state.to_checkpoint(self.identity, on_schedule=on_schedule), keep)
+        self.writer.save(self.state.step, self.state.to_checkpoint(self.run.identity, on_schedule=on_schedule), keep)

@@ -1,37 +1,50 @@
-"""metrics.jsonl: one JSON object a line for every step, validation and event of a run, in order and without gaps."""
+"""metrics.jsonl: one JSON object a line for every step, validation and event of a run, in order and without gaps.
+
+Every row names its stage, and its step within that stage.
+"""
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from benthic.config.stages import PRETRAIN
 from benthic.files import write_atomically
 from benthic.train.track import Tracker, numbers
 
 
 class MetricsLog:
-    """Appends rows to a file, and sends their numbers on to trackers, which it closes.
+    """Appends a stage's rows to a file, and sends their numbers on to trackers, which it closes.
 
-    Opening it drops the rows after ``step``, which a resumed run will write again.
+    Opening it drops the rows after ``step``, which a resumed run will write again. ``earlier`` are the stages before
+    this one with their steps: trackers, which know no stages, count on from them.
     """
 
-    def __init__(self, path: Path, step: int, trackers: Sequence[Tracker] = ()) -> None:
-        self._path, self._trackers = path, trackers
-        self._file = _open_after(path, step)
+    def __init__(
+        self,
+        path: Path,
+        stage: str,
+        step: int,
+        *,
+        earlier: Mapping[str, int] | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self._path, self._stage, self._earlier, self._trackers = path, stage, earlier or {}, trackers
+        self._file = self._open_after(step)
 
     def rewind(self, step: int) -> None:
         """Drop the rows after ``step``."""
         self._file.close()
-        self._file = _open_after(self._path, step)
+        self._file = self._open_after(step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row, which has a ``step``. NaN and infinity, which JSON lacks, are written as null."""
-        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._file.write(json.dumps({"stage": self._stage, **_finite(row)}, allow_nan=False) + "\n")
         if "event" not in row:
             for tracker in self._trackers:
-                tracker.log(row["step"], numbers(row))
+                tracker.log(sum(self._earlier.values()) + row["step"], numbers(row))
 
     def sync(self) -> None:
         """Push all rows to the disk."""
@@ -45,17 +58,26 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.close()
 
+    def _open_after(self, step: int) -> TextIO:
+        kept = [line for line in _lines(self._path) if self._is_kept(json.loads(line), step)]
+        write_atomically(self._path, "".join(kept))
+        # A line reaches the system as soon as it is whole: a kill loses nothing of it.
+        return self._path.open("a", encoding="utf-8", buffering=1)
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a metrics file."""
-    return [json.loads(line) for line in _lines(path)]
+    def _is_kept(self, row: dict[str, Any], step: int) -> bool:
+        stage = _stage_of(row)
+        return stage in self._earlier or (stage == self._stage and int(row["step"]) <= step)
 
 
-def _open_after(path: Path, step: int) -> TextIO:
-    kept = [line for line in _lines(path) if _step_of(line) <= step]
-    write_atomically(path, "".join(kept))
-    # A line reaches the system as soon as it is whole: a kill loses nothing of it.
-    return path.open("a", encoding="utf-8", buffering=1)
+def read_metrics(path: Path, stage: str | None = None) -> list[dict[str, Any]]:
+    """All whole rows of a metrics file, or those of one stage."""
+    rows = [json.loads(line) for line in _lines(path)]
+    return [row for row in rows if stage is None or _stage_of(row) == stage]
+
+
+def _stage_of(row: dict[str, Any]) -> Any:
+    # Before runs had stages, rows named none.
+    return row.get("stage", PRETRAIN)
 
 
 def _lines(path: Path) -> list[str]:

@@ -47,19 +47,30 @@ class TrainState:
         }
         return Checkpoint(tensors, {**numbers, "run": run})
 
-    @torch.no_grad()
     def restore(self, checkpoint: Checkpoint, source: str) -> None:
         """Become what was saved. Raises InputError, naming ``source``, if it does not fit."""
-        groups = {"model", "optimizer"} | ({"average"} if self.average is not None else set())
+        self._take_weights(checkpoint, source, {"model", "optimizer"})
+        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], f"{source}/optimizer.safetensors")
+        self._restore_numbers(checkpoint.state, f"{source}/state.json")
+
+    def begin_with(self, checkpoint: Checkpoint, source: str) -> None:
+        """Begin a stage with the weights, routers' bias and average that the stage before ended with.
+
+        Nothing else passes over: a stage has moments, and a notion of what a spike is, of its own. Raises InputError,
+        naming ``source``, if it does not fit.
+        """
+        self._take_weights(checkpoint, source, {"model"})
+
+    @torch.no_grad()
+    def _take_weights(self, checkpoint: Checkpoint, source: str, groups: set[str]) -> None:
+        groups = groups | ({"average"} if self.average is not None else set())
         if checkpoint.tensors.keys() != groups:
             raise InputError(
                 f"{source}: holds {', '.join(sorted(checkpoint.tensors))}; this run needs {', '.join(sorted(groups))}"
             )
         copy_into(self.model.state_dict(), checkpoint.tensors["model"], f"{source}/model.safetensors")
-        self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], f"{source}/optimizer.safetensors")
         if self.average is not None:
             copy_into(self.average.tensors, checkpoint.tensors["average"], f"{source}/average.safetensors")
-        self._restore_numbers(checkpoint.state, f"{source}/state.json")
 
     def _restore_numbers(self, saved: dict[str, Any], source: str) -> None:
         for key, allowed in (("bits_per_byte", float | None), ("sequences_passed_over", int)):

@@ -6,6 +6,7 @@ import pytest
 
 from benthic.config.load import load_run_config
 from benthic.config.schema import ScheduleConfig
+from benthic.config.stages import stages
 from benthic.train.schedule import Course, batch_share, steps_per_full_batch
 
 TOKENS, LENGTH, BATCH, PEAK = 14.8e12, 4096, 15360, 2.2e-4
@@ -97,3 +98,52 @@ def test_batch_share_starts_and_ends_where_it_says():
 
 def test_a_run_without_warm_up_starts_at_its_peak():
     assert Course(ScheduleConfig(warmup=0), 10, 4).at(0).learning_rate_factor == 1.0
+
+
+def test_what_the_published_recipe_holds_throughout(course):
+    optimizer = load_run_config("v3-671b").train.optimizer
+    assert (optimizer.name, optimizer.betas, optimizer.weight_decay, optimizer.clip_norm) == (
+        "adamw", (0.9, 0.95), 0.1, 1.0,
+    )  # fmt: skip
+    assert {course.at(step).balance_weight for step in (0, 1000, 100_000, course.steps - 1)} == {1e-4}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "before", "after"),
+    [
+        (14.3e12, (0.1, 0.001), (0.1, 0.0)),
+        (14.633e12, (0.1, 0.0), (7.3 / 220, 0.0)),
+    ],
+)
+def test_each_tail_begins_with_the_step_that_its_tokens_begin(course, tokens, before, after):
+    first = next(
+        step for step in range(course.steps) if course.sequences_before(step) / course.sequences >= tokens / TOKENS
+    )
+    for step, expected in ((first - 1, before), (first, after)):
+        settings = course.at(step)
+        assert (settings.learning_rate_factor, settings.bias_speed) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_published_run_goes_on_with_longer_sequences(course):
+    _, *phases = stages(load_run_config("v3-671b"))
+    ends = rate(course, TOKENS)
+    for stage, (length, sequences) in zip(phases, ((32 * 1024, 1920), (128 * 1024, 480)), strict=True):
+        train = stage.config.train
+        phase = Course(train.schedule, train.steps, train.batch_size)
+        assert (phase.steps, train.sequence_length) == (1000, length)
+        assert {phase.at(step).batch_size for step in range(1000)} == {sequences}
+        rates = {train.optimizer.learning_rate * phase.at(step).learning_rate_factor for step in range(1000)}
+        assert rates == {7.3e-6}
+        assert ends == pytest.approx(7.3e-6, rel=1e-12)
+
+
+@pytest.mark.parametrize("steps", [400, 7000])
+def test_one_recipe_serves_a_small_run_and_the_published_one(course, steps):
+    """Three million tokens: 400 steps of batches that grow from 12 to 60 sequences of 128."""
+    small = Course(course.schedule, steps, 60)
+    assert small.sequences == pytest.approx(steps * 60 / steps_per_full_batch(course.schedule), rel=0.01)
+    for percent in range(4, 100):
+        ours, theirs = (run.at(run.step_at(percent / 100)) for run in (small, course))
+        assert ours.learning_rate_factor == pytest.approx(theirs.learning_rate_factor, abs=1e-3 + 5 / steps)
+        assert (ours.mtp_weight, ours.bias_speed) == (theirs.mtp_weight, theirs.bias_speed)
+        assert ours.batch_size / 60 == pytest.approx(theirs.batch_size / BATCH, abs=0.03)

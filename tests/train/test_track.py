@@ -46,7 +46,7 @@ def test_a_resumed_run_goes_on_under_its_name(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=fake.init))
     for step in (0, 1):
         trackers = open_trackers([name], tmp_path, step, SETTINGS)
-        with MetricsLog(tmp_path / "metrics.jsonl", step, trackers) as log:
+        with MetricsLog(tmp_path / "metrics.jsonl", "pretrain", step, trackers=trackers) as log:
             log.write({"step": step + 1, "loss": 1.0 + step})
             log.write({"step": step + 1, "event": "update skipped", "losses": [1.0, 2.0]})
     first, second = fake.inits
