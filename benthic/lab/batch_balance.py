@@ -40,9 +40,9 @@ class BatchBalance:
         initialise(model, config.initializer_range, seed)
         return model
 
-    def training_flops(self, config: ModelConfig, length: int) -> float:
+    def training_flops(self, config: ModelConfig, length: int, *, mtp: bool) -> float:
         """Those of the model."""
-        return training_flops(config, length, mtp=True)
+        return training_flops(config, length, mtp=mtp)
 
     def settings(self) -> dict[str, Any]:
         """The kind."""

@@ -142,7 +142,7 @@ class Dense:
         initialise(model, config.initializer_range, seed)
         return model
 
-    def training_flops(self, config: ModelConfig, length: int) -> float:
+    def training_flops(self, config: ModelConfig, length: int, *, mtp: bool = False) -> float:
         """Operations for one token, counted as in :mod:`benthic.plan.flops`."""
         sizes = self.sizes
         layer = sizes.hidden_size * (4 * sizes.attention_width + 3 * sizes.intermediate_size)

@@ -13,8 +13,8 @@ class Architecture(Protocol):
     def build(self, config: ModelConfig, *, seed: int) -> Trainable:
         """A model with fresh weights."""
 
-    def training_flops(self, config: ModelConfig, length: int) -> float:
-        """Operations of forward and backward pass for one token of a sequence of this length."""
+    def training_flops(self, config: ModelConfig, length: int, *, mtp: bool) -> float:
+        """Operations of forward and backward pass for one token of a sequence of this length, MTP included or not."""
 
     def settings(self) -> dict[str, Any]:
         """What tells it from other kinds and sizes, as JSON has it; a run resumes only with the same."""
@@ -27,9 +27,9 @@ class DeepSeekV3:
         """Transformer and MTP modules of these sizes."""
         return build_model(config, seed=seed)
 
-    def training_flops(self, config: ModelConfig, length: int) -> float:
-        """As :mod:`benthic.plan.flops` counts them, with MTP and causal attention."""
-        return training_flops(config, length, mtp=True)
+    def training_flops(self, config: ModelConfig, length: int, *, mtp: bool) -> float:
+        """As :mod:`benthic.plan.flops` counts them, with causal attention."""
+        return training_flops(config, length, mtp=mtp)
 
     def settings(self) -> dict[str, Any]:
         """None besides ``[model]``."""

@@ -159,7 +159,11 @@ class _Trainer:
         self.course = Course(
             config.train.schedule, self.steps, config.train.batch_size, config.train.micro_batch_size or 1
         )
-        self.flops_per_token = run.architecture.training_flops(config.model, config.train.sequence_length)
+        without_mtp, with_mtp = (
+            run.architecture.training_flops(config.model, config.train.sequence_length, mtp=mtp)
+            for mtp in (False, True)
+        )
+        self.flops_per_token, self.flops_per_token_of_mtp = without_mtp, with_mtp - without_mtp
         self.held_out = TokenStore(out / "data", "val")
         self.reading: dict[str, Any] = {
             "sequence_length": config.train.sequence_length,
@@ -248,7 +252,7 @@ class _Trainer:
         row = self._row(report, settings, time.perf_counter() - start)
         row["processor_seconds"] = time.process_time() - start_of_work
         metrics.write(row)
-        self.ledger.update(row["tokens"], row["tokens"] * self.flops_per_token)
+        self.ledger.update(row["tokens"], self._flops_before(state.step))
         tokens_left = (self.course.sequences * self.config.train.sequence_length) - row["tokens"]
         progress.update(state.step, describe(row, state.bits_per_byte, tokens_left))
         if report.incident is None:
@@ -282,9 +286,18 @@ class _Trainer:
         for event in events:
             metrics.write(event)
 
+    def _flops_before(self, step: int) -> float:
+        """Operations of the stage's first ``step`` steps."""
+        tokens, with_mtp = (
+            count(step) * self.config.train.sequence_length
+            for count in (self.course.sequences_before, self.course.sequences_with_mtp)
+        )
+        return tokens * self.flops_per_token + with_mtp * self.flops_per_token_of_mtp
+
     def _row(self, report: StepReport, settings: StepSettings, seconds: float) -> dict[str, Any]:
         length = self.config.train.sequence_length
         tokens = settings.batch_size * length
+        flops = self._flops_before(self.state.step) - self._flops_before(self.state.step - 1)
         load_ME = report.load_ME.float()
         return {
             "step": self.state.step,
@@ -296,7 +309,7 @@ class _Trainer:
             "batch_size": settings.batch_size,
             "tokens": self.course.sequences_before(self.state.step) * length,
             "tokens_per_s": tokens / seconds,
-            "share_of_gemm_peak": tokens * self.flops_per_token / seconds / self.run.peak_flops,
+            "share_of_gemm_peak": flops / seconds / self.run.peak_flops,
             "expert_load_max_over_mean": (load_ME.amax(1) / load_ME.mean(1)).tolist(),
             "dead_experts": int((load_ME == 0).sum()),
             "seconds": seconds,

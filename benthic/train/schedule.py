@@ -5,7 +5,7 @@ and a resumed run needs nothing but its step. Published values: DeepSeek-V3 repo
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 from benthic.config.schema import ScheduleConfig
@@ -44,6 +44,13 @@ class Course:
     def sequences_before(self, step: int) -> int:
         """Sequences read by the first ``step`` steps."""
         return self._starts[step]
+
+    def sequences_with_mtp(self, step: int) -> int:
+        """Of those, how many the MTP modules read too: they do not run where their loss weighs nothing."""
+        late = bisect_left(self._starts, self.schedule.mtp_late_start, key=lambda start: start / self.sequences)
+        early = self._starts[min(step, late)]
+        counted = early if self.schedule.mtp_loss_weight else 0
+        return counted + (self._starts[step] - early if self.schedule.mtp_late_loss_weight else 0)
 
     def step_at(self, fraction: float) -> int:
         """The step, counted from 0, that reads the sequence at this fraction of the run."""

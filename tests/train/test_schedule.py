@@ -147,3 +147,17 @@ def test_one_recipe_serves_a_small_run_and_the_published_one(course, steps):
         assert ours.learning_rate_factor == pytest.approx(theirs.learning_rate_factor, abs=1e-3 + 5 / steps)
         assert (ours.mtp_weight, ours.bias_speed) == (theirs.mtp_weight, theirs.bias_speed)
         assert ours.batch_size / 60 == pytest.approx(theirs.batch_size / BATCH, abs=0.03)
+
+
+@pytest.mark.parametrize(("early", "late"), [(0.0, 0.3), (0.3, 0.0), (0.3, 0.1), (0.0, 0.0)])
+@pytest.mark.parametrize("late_start", [0.0, 0.3, 0.55, 1.0])
+def test_sequences_with_mtp_are_those_of_steps_where_it_counts(early, late, late_start):
+    schedule = ScheduleConfig(
+        mtp_loss_weight=early, mtp_late_loss_weight=late, mtp_late_start=late_start, batch_ramp=0.4
+    )
+    course = Course(schedule, 37, 8)
+    counted = 0
+    for step in range(37):
+        assert course.sequences_with_mtp(step) == counted
+        counted += course.at(step).batch_size if course.at(step).mtp_weight else 0
+    assert course.sequences_with_mtp(37) == counted
