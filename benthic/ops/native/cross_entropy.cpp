@@ -25,9 +25,7 @@ void cross_entropy_rows(T* logits, const int64_t* target, double* nats, int64_t 
             continue;
         }
         float* e = product(x, 0, v);
-        float top = x[0];
-#pragma omp simd reduction(max : top)
-        for (int64_t i = 0; i < v; ++i) top = std::max(top, static_cast<float>(x[i]));
+        const float top = maximum(x, v, -INFINITY);
         const float wanted = x[target[row]];
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
