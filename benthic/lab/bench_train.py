@@ -17,7 +17,7 @@ from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
 from benthic.train.compute import moments_dtype
-from benthic.train.memory import keep_freed_memory
+from benthic.train.memory import settle_memory
 from benthic.train.objective import Objective
 from benthic.train.optimizer import ModelOptimizer
 from benthic.train.schedule import Course
@@ -49,7 +49,7 @@ def bench_train(config: RunConfig) -> TrainSpeed:
     compute = config.precision.compute
     if compute == "auto":
         raise InputError("precision.compute=auto: a benchmark measures one precision; give fp32 or bf16")
-    keep_freed_memory()
+    settle_memory()
     seconds = _step_seconds(config, config.train.steps, compute)
     train = config.train
     tokens_per_s = train.batch_size * train.sequence_length / statistics.median(seconds)
