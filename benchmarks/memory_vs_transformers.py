@@ -3,7 +3,7 @@
     pip install 'benthic[peers]'
     python benchmarks/memory_vs_transformers.py [RECIPE] [KEY=VALUE ...]
 
-Each trains for three steps in a process of its own, by default the recipe ``bench``: bench-108m, 8 sequences of 512 in
+Each takes two steps in a process of its own, by default the recipe ``bench``: bench-108m, 8 sequences of 512 in
 fp32 with AdamW. Peak memory is the most that the system ever held resident for the process, interpreter and libraries
 included; beside it, how much of that came on top of what was resident before the model was built.
 """
@@ -20,7 +20,7 @@ from benthic.config.load import load_run_config
 from benthic.config.schema import RunConfig
 from benthic.train.memory import settle_memory
 
-STEPS = 3
+STEPS = 2
 VARIANTS = {
     "transformers": [],
     "benthic": [],
