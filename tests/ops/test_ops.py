@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benthic.ops.attention import causal_attention, causal_attention_reference
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
@@ -164,6 +166,32 @@ def test_linear_cross_entropy(rows: int, vocabulary: int, width: int) -> None:
             linear_cross_entropy_reference(x, weight, target), linear_cross_entropy(x, weight, target)
         )
     assert linear_cross_entropy(torch.randn(rows, width), torch.randn(vocabulary, width), target * 0 + IGNORE) == 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor had that any operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_of_many_positions_never_has_all_their_logits(dtype: torch.dtype) -> None:
+    rows, vocabulary, width = 1800, 300, 8
+    x, weight = torch.randn(rows, width, dtype=dtype), torch.randn(vocabulary, width, dtype=dtype)
+    target = torch.randint(vocabulary, (rows,))
+    with LargestTensor() as seen:
+        linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), target).backward()
+    assert vocabulary < seen.numbers <= 512 * vocabulary
+    exact = [value.detach().double().requires_grad_() for value in (x, weight)]
+    torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, target).backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for got, want in zip((x.grad, weight.grad), (exact[0].grad, exact[1].grad), strict=True):
+        assert (got.double() - want).abs().max() < tolerance * want.abs().max()
 
 
 @pytest.mark.parametrize("seed", range(3))
