@@ -25,8 +25,8 @@ from benthic.train.schedule import Course
 from benthic.train.state import TrainState
 from benthic.train.step import train_step
 
-WINDOW_STEPS = 16
-PAIRS = 8
+WINDOW_STEPS = 12
+PAIRS = 6
 CADENCES = (500, 100)
 
 

@@ -14,6 +14,7 @@ from benthic.ops.experts import routed_experts, routed_experts_reference
 from benthic.ops.norm import rms_norm, rms_norm_reference
 from benthic.ops.rope import apply_rope, rotate_tail
 from benthic.ops.swiglu import swiglu, swiglu_reference
+from benthic.ops.total_norm import total_norm
 
 Op = Callable[..., Tensor]
 
@@ -166,6 +167,19 @@ def test_linear_cross_entropy(rows: int, vocabulary: int, width: int) -> None:
             linear_cross_entropy_reference(x, weight, target), linear_cross_entropy(x, weight, target)
         )
     assert linear_cross_entropy(torch.randn(rows, width), torch.randn(vocabulary, width), target * 0 + IGNORE) == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_total_norm(scale: float) -> None:
+    for sizes in ([(1,)], [(3, 5), (4096,), (4097,), (0,), (70, 90)], [(100_001,)]):
+        tensors = [torch.randn(size) * scale for size in sizes]
+        exact = torch.cat([tensor.double().flatten() for tensor in tensors]).norm()
+        assert abs(total_norm(tensors) - exact) < 1e-6 * exact
+        assert abs(total_norm([*tensors, torch.ones(4, 2).T * scale]) - (exact**2 + 8 * scale**2).sqrt()) < 1e-6 * (
+            exact + 3 * scale
+        )
+    assert total_norm([torch.ones(5), torch.tensor([1.0, float("nan")])]).isnan()
+    assert total_norm([torch.ones(5), torch.tensor([1.0, float("inf")])]).isinf()
 
 
 class LargestTensor(TorchDispatchMode):
