@@ -24,6 +24,7 @@ from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.train.objective import Objective
 from benthic.train.optimizer import ModelOptimizer
+from benthic.train.recompute import recompute_activations
 from benthic.train.schedule import Course
 from benthic.train.step import train_step
 
@@ -33,7 +34,10 @@ Step = Callable[[torch.Tensor], None]
 
 def ours(config: RunConfig) -> Step:
     """Benthic's training step."""
-    objective = Objective(build_model(config.model))
+    model = build_model(config.model)
+    if config.train.recompute:
+        recompute_activations(model)
+    objective = Objective(model)
     optimizer = ModelOptimizer(objective.model, config.train.optimizer)
     settings = Course(config.train.schedule, 100, config.train.batch_size).at(50)
 

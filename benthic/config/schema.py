@@ -192,6 +192,9 @@ class TrainConfig(Settings):
     micro_batch_size: Positive | None = None
     """Sequences per forward and backward pass; by default the whole batch."""
     sequence_length: Positive = 256
+    recompute: bool = False
+    """Compute outputs of norms, MLA's up-projections and SwiGLU again in the backward pass instead of keeping them
+    (V3 report section 3.2.3): less memory, a little more time, the same numbers."""
     seed: Natural = 0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay, a step, of an exponential moving average of the weights kept beside them; 0 keeps none."""

@@ -17,9 +17,10 @@ from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
 from benthic.train.compute import moments_dtype
-from benthic.train.memory import keep_freed_memory
+from benthic.train.memory import settle_memory
 from benthic.train.objective import Objective
 from benthic.train.optimizer import ModelOptimizer
+from benthic.train.recompute import recompute_activations
 from benthic.train.schedule import Course
 from benthic.train.step import train_step
 
@@ -49,7 +50,7 @@ def bench_train(config: RunConfig) -> TrainSpeed:
     compute = config.precision.compute
     if compute == "auto":
         raise InputError("precision.compute=auto: a benchmark measures one precision; give fp32 or bf16")
-    keep_freed_memory()
+    settle_memory()
     seconds = _step_seconds(config, config.train.steps, compute)
     train = config.train
     tokens_per_s = train.batch_size * train.sequence_length / statistics.median(seconds)
@@ -66,7 +67,10 @@ def bench_train(config: RunConfig) -> TrainSpeed:
 def _step_seconds(config: RunConfig, timed: int, compute: Compute) -> list[float]:
     train = config.train
     steps = WARMUP_STEPS + timed
-    objective = Objective(build_model(config.model, seed=train.seed))
+    model = build_model(config.model, seed=train.seed)
+    if train.recompute:
+        recompute_activations(model)
+    objective = Objective(model)
     optimizer = ModelOptimizer(objective.model, train.optimizer, moments_dtype(compute))
     course = Course(train.schedule, steps, train.batch_size)
     generator = torch.Generator().manual_seed(train.seed)

@@ -43,14 +43,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         precise = torch.promote_types(x_ND.dtype, torch.float32)
         dweight_VD = torch.zeros_like(weight_VD, dtype=precise) if needs_weight else None
         total = torch.zeros((), dtype=precise, device=x_ND.device)
+        buffer_CV = x_ND.new_empty(min(_CHUNK, len(x_ND)), len(weight_VD))
         for start in range(0, len(x_ND), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            nats, dlogits_CV = _chunk_loss(x_ND[rows] @ weight_VD.T, target_N[rows], max(counted, 1))
+            logits_CV = torch.mm(x_ND[rows], weight_VD.T, out=buffer_CV[: len(x_ND) - start])
+            nats, dlogits_CV = _chunk_loss(logits_CV, target_N[rows], max(counted, 1))
             total += nats
             if dx_ND is not None:
                 torch.mm(dlogits_CV, weight_VD, out=dx_ND[rows])
             if dweight_VD is not None:
-                _accumulate_product(dweight_VD, dlogits_CV.T, x_ND[rows])
+                _add_product(dweight_VD, dlogits_CV, x_ND[rows])
         ctx.save_for_backward(dx_ND, dweight_VD)
         return total / max(counted, 1)
 
@@ -62,12 +64,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if d is None else d * scale.to(d.dtype) for d in (dx_ND, dweight_VD)), None
 
 
-def _accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b``, where ``total`` may be more precise than the factors."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
+def _add_product(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
+    """``total += dlogits.T @ x``, where ``total`` may be more precise than the factors."""
+    if total_VD.dtype == x_CD.dtype:
+        total_VD.addmm_(dlogits_CV.T, x_CD)
+    elif native.usable(dlogits_CV, x_CD):
+        native.call("add_product", dlogits_CV, x_CD.contiguous(), total_VD, *total_VD.shape, len(x_CD))
     else:
-        total.add_(a @ b)
+        total_VD.add_(dlogits_CV.T @ x_CD)
 
 
 def _chunk_loss(logits_CV: Tensor, target_C: Tensor, counted: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from benthic.errors import InputError
 
 MAY_CHANGE = {
     "train.checkpoint_every",
+    "train.recompute",
     "train.keep_checkpoints",
     "train.validate_every",
     "train.validation_tokens",

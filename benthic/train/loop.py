@@ -37,7 +37,7 @@ from benthic.train.incidents import (
     roll_back_target,
 )
 from benthic.train.ledger import Ledger
-from benthic.train.memory import keep_freed_memory
+from benthic.train.memory import settle_memory
 from benthic.train.metrics import MetricsLog, read_metrics
 from benthic.train.probe import probe
 from benthic.train.progress import Progress, describe, open_progress
@@ -75,7 +75,7 @@ def train(config: RunConfig, out: str | Path, architecture: Architecture = DEEPS
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
     require_trackers(config.train.track)
-    keep_freed_memory()
+    settle_memory()
     out = Path(out)
     store = TokenStore(out / "data", "train")
     config = config.model_copy(update={"data": store.manifest.prepared(config.data)})

@@ -15,6 +15,7 @@ from benthic.config.schema import OptimizerConfig
 from benthic.model import Trainable
 from benthic.model.layers import SwiGLU
 from benthic.model.moe import Experts, Router
+from benthic.ops.total_norm import total_norm
 from benthic.precision.compute import fast_matmul_dtype
 from benthic.train.adamw import LowPrecisionAdamW
 from benthic.train.checkpoint import copy_into
@@ -53,7 +54,7 @@ class ModelOptimizer:
 
     def grad_norm(self) -> Tensor:
         """L2 norm of all gradients together, a scalar."""
-        return torch.nn.utils.get_total_norm(list(self._grads()))
+        return total_norm(list(self._grads()))
 
     def step(self, learning_rate_factor: float, grad_norm: float) -> None:
         """Clip the gradients, whose norm is given, and update at this share of the peak rates."""

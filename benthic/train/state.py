@@ -13,6 +13,7 @@ from benthic.train.ema import WeightAverage
 from benthic.train.health import Health
 from benthic.train.objective import Objective
 from benthic.train.optimizer import ModelOptimizer
+from benthic.train.recompute import recompute_activations
 
 
 class TrainState:
@@ -26,6 +27,8 @@ class TrainState:
         """Sequences that roll-backs left unread: by so many the data is ahead of the course."""
         self.health = Health(config.train.on_spike, config.train.spike_deviations)
         self.model = architecture.build(config.model, seed=config.train.seed)
+        if config.train.recompute:
+            recompute_activations(self.model)
         self.objective = Objective(self.model)
         compute = config.precision.compute
         moments = moments_dtype("fp32" if compute == "auto" else compute)

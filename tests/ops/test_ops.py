@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benthic.ops.attention import causal_attention, causal_attention_reference
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
@@ -12,6 +14,7 @@ from benthic.ops.experts import routed_experts, routed_experts_reference
 from benthic.ops.norm import rms_norm, rms_norm_reference
 from benthic.ops.rope import apply_rope, rotate_tail
 from benthic.ops.swiglu import swiglu, swiglu_reference
+from benthic.ops.total_norm import total_norm
 
 Op = Callable[..., Tensor]
 
@@ -174,6 +177,45 @@ def test_linear_cross_entropy(rows: int, vocabulary: int, width: int) -> None:
             linear_cross_entropy_reference(x, weight, target), linear_cross_entropy(x, weight, target)
         )
     assert linear_cross_entropy(torch.randn(rows, width), torch.randn(vocabulary, width), target * 0 + IGNORE) == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])
+def test_total_norm(scale: float) -> None:
+    for sizes in ([(1,)], [(3, 5), (4096,), (4097,), (0,), (70, 90)], [(100_001,)]):
+        tensors = [torch.randn(size) * scale for size in sizes]
+        exact = torch.cat([tensor.double().flatten() for tensor in tensors]).norm()
+        assert abs(total_norm(tensors) - exact) < 1e-6 * exact
+        assert abs(total_norm([*tensors, torch.ones(4, 2).T * scale]) - (exact**2 + 8 * scale**2).sqrt()) < 1e-6 * (
+            exact + 3 * scale
+        )
+    assert total_norm([torch.ones(5), torch.tensor([1.0, float("nan")])]).isnan()
+    assert total_norm([torch.ones(5), torch.tensor([1.0, float("inf")])]).isinf()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor had that any operation returned."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_of_many_positions_never_has_all_their_logits(dtype: torch.dtype) -> None:
+    rows, vocabulary, width = 1800, 300, 8
+    x, weight = torch.randn(rows, width, dtype=dtype), torch.randn(vocabulary, width, dtype=dtype)
+    target = torch.randint(vocabulary, (rows,))
+    with LargestTensor() as seen:
+        linear_cross_entropy(x.requires_grad_(), weight.requires_grad_(), target).backward()
+    assert vocabulary < seen.numbers <= 512 * vocabulary
+    exact = [value.detach().double().requires_grad_() for value in (x, weight)]
+    torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, target).backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for got, want in zip((x.grad, weight.grad), (exact[0].grad, exact[1].grad), strict=True):
+        assert (got.double() - want).abs().max() < tolerance * want.abs().max()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,5 +1,7 @@
 """Checkpoints written in the background: of the state at the step boundary, in order, with failures told."""
 
+import os
+import sys
 import threading
 import time
 
@@ -42,6 +44,20 @@ def test_what_is_written_is_the_state_when_save_was_called(tmp_path, monkeypatch
         assert not committed(tmp_path)
         gate.open.set()
     assert torch.equal(load(tmp_path / "step-1").tensors["model"]["w"], torch.ones(3, 4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_the_writing_thread_gives_way_to_training(tmp_path, monkeypatch):
+    def priority():
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before, writing = priority(), []
+    monkeypatch.setattr(background, "save", lambda *_: writing.append(priority()))
+    with BackgroundWriter(tmp_path) as writer:
+        writer.save(1, weights(1), keep=1)
+        writer.wait()
+    assert writing == [19]
+    assert priority() == before
 
 
 def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ using namespace benthic;
 
 namespace {
 
-constexpr int64_t kQueries = 64, kKeys = 512;
+constexpr int64_t kQueries = 64, kKeys = 512, kLanes = 16;
 
 struct Shape {
     int64_t time, heads, nope, rope, value;
@@ -41,6 +41,17 @@ struct Range {
         low = first ? std::min(std::max<int64_t>(first[t] - key, 0), keys) : 0;
         high = std::max(std::min(t + 1 - key, keys), low);
     }
+    bool empty() const { return low == high; }
+    // Grown to whole vectors, as far as the block goes; x gets `value` where the range has grown. Loops over it then
+    // have no remainder to compute number by number.
+    Range widened(float* x, int64_t keys, float value) const {
+        Range wide = *this;
+        wide.low = low / kLanes * kLanes;
+        wide.high = std::min((high + kLanes - 1) / kLanes * kLanes, keys);
+        std::fill(x + wide.low, x + low, value);
+        std::fill(x + high, x + wide.high, value);
+        return wide;
+    }
 };
 
 // Scaled scores (rows, keys) of a block of queries with a block of keys.
@@ -61,11 +72,14 @@ void clear_outside(T* x, int64_t keys, Range range) {
 // One block of keys into the running softmax of one row: p becomes exp(x - top) inside the range and 0 outside.
 // Returns the factor by which what was summed before is to be multiplied.
 template <typename T>
-float online_softmax(const float* x, T* p, int64_t keys, Range range, float& top, float& sum) {
-    float peak = top;
-#pragma omp simd reduction(max : peak)
-    for (int64_t i = range.low; i < range.high; ++i) peak = std::max(peak, x[i]);
-    const float rescale = peak == -INFINITY ? 1.0f : fast_exp(top - peak);
+float online_softmax(float* x, T* p, int64_t keys, Range range, float& top, float& sum) {
+    if (range.empty()) {
+        clear_outside(p, keys, range);
+        return 1.0f;
+    }
+    range = range.widened(x, keys, -INFINITY);
+    const float peak = maximum(x + range.low, range.high - range.low, top);
+    const float rescale = fast_exp(top - peak);
     float added = 0.0f;
 #pragma omp simd reduction(+ : added)
     for (int64_t i = range.low; i < range.high; ++i) {
@@ -111,8 +125,10 @@ void forward_block(const Shape& s, const T* q, const T* kv, const T* k_rope, con
 // From scores x and the gradient of the probabilities dx of one row: the probabilities p and the gradient of the
 // unscaled scores ds.
 template <typename T>
-void softmax_backward(const float* x, const float* dx, T* p, T* ds, int64_t keys, Range range, float lse, float delta,
+void softmax_backward(float* x, float* dx, T* p, T* ds, int64_t keys, Range range, float lse, float delta,
                       float scale) {
+    range.widened(dx, keys, 0.0f);
+    range = range.widened(x, keys, -INFINITY);
 #pragma omp simd
     for (int64_t i = range.low; i < range.high; ++i) {
         const float e = fast_exp(x[i] - lse);

@@ -80,6 +80,31 @@ inline float fast_exp(float x) {
     return x == x ? value : x;
 }
 
+// The largest of n numbers and `least`; NaN counts for nothing. Compilers do not vectorise a plain loop for a maximum
+// where NaN keeps its meaning, so lanes are written out.
+template <int64_t lanes, typename T>
+int64_t maximum_by_lane(const T* x, int64_t at, int64_t n, float* top) {
+    for (; at + lanes <= n; at += lanes)
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) {
+            const float v = x[at + i];
+            top[i] = v > top[i] ? v : top[i];
+        }
+    return at;
+}
+template <typename T>
+float maximum(const T* x, int64_t n, float least) {
+    float top[64];
+    for (float& lane : top) lane = least;
+    int64_t at = maximum_by_lane<64>(x, 0, n, top);
+    at = maximum_by_lane<16>(x, at, n, top);
+    for (; at < n; ++at) top[0] = std::max(top[0], static_cast<float>(x[at]));
+    maximum_by_lane<32>(top + 32, 0, 32, top);
+    maximum_by_lane<16>(top + 16, 0, 16, top);
+    for (int64_t i = 1; i < 16; ++i) top[0] = std::max(top[0], top[i]);
+    return top[0];
+}
+
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
 // Working memory of one thread, kept between calls and grown when needed; a slot for each buffer in use at once.

@@ -25,9 +25,7 @@ void cross_entropy_rows(T* logits, const int64_t* target, double* nats, int64_t 
             continue;
         }
         float* e = product(x, 0, v);
-        float top = x[0];
-#pragma omp simd reduction(max : top)
-        for (int64_t i = 0; i < v; ++i) top = std::max(top, static_cast<float>(x[i]));
+        const float top = maximum(x, v, -INFINITY);
         const float wanted = x[target[row]];
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
@@ -44,8 +42,17 @@ void cross_entropy_rows(T* logits, const int64_t* target, double* nats, int64_t 
     }
 }
 
+// total (v, d), always fp32, += transposed a (c, v) times b (c, d).
+template <typename T>
+void add_product(const T* a, const T* b, float* total, int64_t v, int64_t d, int64_t c) {
+    gemm('T', 'N', v, d, c, 1.0f, a, v, b, d, 1.0f, total, d);
+}
+
 }  // namespace
 
 #define ARGS(T) (T* logits, const int64_t* target, double* nats, int64_t n, int64_t v, int64_t ignore, float scale)
 BENTHIC_EXPORT(cross_entropy_rows, ARGS, (logits, target, nats, n, v, ignore, scale))
+#undef ARGS
+#define ARGS(T) (const T* a, const T* b, float* total, int64_t v, int64_t d, int64_t c)
+BENTHIC_EXPORT(add_product, ARGS, (a, b, total, v, d, c))
 #undef ARGS
