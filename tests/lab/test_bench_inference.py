@@ -4,10 +4,11 @@ from benthic.config.presets import PRESETS
 from benthic.errors import InputError
 from benthic.lab import bench_inference
 from benthic.lab.bench_inference import bench_decode, bench_prefill
+from benthic.ops import native
 from benthic.plan.decode import decode_bytes
 
 KEYS = {"tokens_per_s", "context", "batch", "precision", "memory_gb_per_s", "gemm_gflops", "share_of_limit",
-        "accepted_per_step"}  # fmt: skip
+        "accepted_per_step", "kernels"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,25 @@ def test_prefill_is_charged_one_row_of_logits(monkeypatch):
 
 @pytest.mark.parametrize("bench", [bench_prefill, bench_decode])
 @pytest.mark.parametrize(
-    ("context", "batch", "words"), [(0, 1, "context=0"), (256, 1, "context=256"), (5, 0, "batch=0")]
+    ("context", "batch", "words"), [(-1, 1, "context=-1"), (256, 1, "context=256"), (5, 0, "batch=0")]
 )
 def test_wrong_sizes_are_refused(bench, context, batch, words):
     with pytest.raises(InputError, match=words):
         bench(PRESETS["tiny"], context=context, batch=batch)
+
+
+def test_only_a_prompt_needs_tokens():
+    assert bench_decode(PRESETS["tiny"], context=0).context == 0
+    with pytest.raises(InputError, match="context=0: must be from 1"):
+        bench_prefill(PRESETS["tiny"], context=0)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_decoding_falls_back_on_pytorch_and_says_so(there, monkeypatch):
+    if not there:
+        monkeypatch.setattr(bench_inference, "native_decoder", lambda model: None)
+        monkeypatch.setattr(bench_inference.native, "decode_library", lambda: (None, "PyTorch decoding (a reason)"))
+    elif native.decode_library()[0] is None:
+        pytest.skip("no native decoding here")
+    kernels = bench_decode(PRESETS["tiny"], context=70, batch=2).kernels
+    assert kernels.startswith("native decoding") if there else kernels == "PyTorch decoding (a reason)"
