@@ -15,27 +15,29 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benthic.config.schema import ModelConfig
 from benthic.errors import WorkFailed
-from benthic.inference.huge_pages import use_huge_pages
+from benthic.inference.huge_pages import put_on_huge_pages
 from benthic.inference.native_layout import Layer, Matrix, Model, Request, check_layout
+from benthic.inference.weights import block_matrices, blocks_of, head_precision, mtp_modules
 from benthic.model import LanguageModel
-from benthic.model.layers import SwiGLU
-from benthic.model.mla import LatentAttention
+from benthic.model.layers import RMSNorm
 from benthic.model.moe import MoE
-from benthic.model.mtp import MTPModule
 from benthic.model.transformer import Block
 from benthic.ops import native
 from benthic.ops.rope import rope_angles
+from benthic.precision.blocks import quantise_blocks
+from benthic.precision.panels import pack_panels
+from benthic.precision.quantise import Precision, bits_of, quantise_groups
 
 PAGE = 64
 """Tokens a page of the cache."""
 _FIRST_ANGLES = 4096
+_KINDS = {torch.float32: Matrix.FP32, torch.bfloat16: Matrix.BF16}
 
 
 class Pages(Protocol):
@@ -49,10 +51,12 @@ class CannotDecodeNatively(WorkFailed):
     """There is no native decoding here, or not of this model; the message says why."""
 
 
-def native_decoder(model: LanguageModel, *, threads: int | None = None) -> "NativeDecoder | None":
+def native_decoder(
+    model: LanguageModel, *, precision: Precision | None = None, threads: int | None = None
+) -> "NativeDecoder | None":
     """A :class:`NativeDecoder`, or None where there cannot be one."""
     try:
-        return NativeDecoder(model, threads=threads)
+        return NativeDecoder(model, precision=precision, threads=threads)
     except CannotDecodeNatively:
         return None
 
@@ -63,18 +67,24 @@ class NativeDecoder:
     Args:
         model: on the CPU, fp32 or bf16. Its weights are used where they are; the key and value projections of
             attention, less than a tenth of them, are kept once more, as the absorbed form wants them.
+        precision: that the weights are kept in, beside the model's own; by default the one they have. The model stays
+            as it is: :func:`benthic.inference.weights.round_weights`, called afterwards, lets prefill compute with
+            the same numbers. In ``int8`` and ``int4`` activations are rounded to 8 bits besides, in groups of 32.
         threads: at work in a step; by default as many as PyTorch uses.
 
     Raises:
-        CannotDecodeNatively: see :func:`native_decoder`.
+        CannotDecodeNatively: there is no compiler, or the model is elsewhere or in another dtype.
+        WorkFailed: in ``fp8``, a weight is not finite.
     """
 
-    def __init__(self, model: LanguageModel, *, threads: int | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, *, precision: Precision | None = None, threads: int | None = None
+    ) -> None:
         library, self.name = native.decode_library()
         if library is None:
             raise CannotDecodeNatively(self.name)
         check_layout(library)
-        self._weights = _Weights(model)
+        self._weights = _Weights(model, precision)
         self._library, self._config = library, model.config
         self._lock = threading.Lock()
         library.decode_new.restype = ctypes.c_void_p
@@ -159,29 +169,28 @@ class NativeDecoder:
 class _Weights:
     """A model's weights as the library reads them, and whatever has to stay alive for it."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        transformer = model.transformer
-        parameters = list(model.parameters())
-        if any(p.device.type != "cpu" or p.dtype not in (torch.float32, torch.bfloat16) for p in parameters):
+    def __init__(self, model: LanguageModel, precision: Precision | None) -> None:
+        if any(p.device.type != "cpu" or p.dtype not in _KINDS for p in model.parameters()):
             raise CannotDecodeNatively("PyTorch decoding (the model is not on the CPU in fp32 or bf16)")
+        self._precision: Precision | None = precision
         self._kept: list[Tensor] = []
-        self._embed = transformer.embed
-        self._mtp = [module for module in model.mtp if isinstance(module, MTPModule)]
-        self.norms = [norm.weight.detach().float() for norm in (transformer.norm, *(mtp.norm for mtp in self._mtp))]
-        blocks = [block for block in transformer.layers if isinstance(block, Block)]
-        blocks += [mtp.block for mtp in self._mtp]
+        self._embed, self._mtp = model.transformer.embed, mtp_modules(model)
+        norms = [model.transformer.norm, *(mtp.norm for mtp in self._mtp)]
+        self.norms = [norm.weight.detach().float() for norm in norms]
+        blocks = blocks_of(model)
         self._layers = (Layer * len(blocks))(*(self._layer(block) for block in blocks))
-        config = model.config
+        config, head = model.config, model.transformer.head.weight.detach().unsqueeze(0)
         self.model = Model(
-            layers=ctypes.cast(self._layers, ctypes.c_void_p), embed=self._matrix(transformer.embed.weight),
-            head=self._matrix(transformer.head.weight), width=config.hidden_size, heads=config.num_attention_heads,
-            q_rank=config.q_lora_rank or 0, c=config.kv_lora_rank, nope=config.qk_nope_head_dim,
-            rope=config.qk_rope_head_dim, value=config.v_head_dim, groups=config.n_group,
-            top_groups=config.topk_group, top_k=config.num_experts_per_tok, normalise=config.norm_topk_prob,
-            eps=config.rms_norm_eps, latent_eps=blocks[0].attention.kv_norm.eps,
+            layers=ctypes.cast(self._layers, ctypes.c_void_p), embed=self._as_it_is(self._embed.weight.detach()),
+            head=self._matrix(head, precision and head_precision(precision)), width=config.hidden_size,
+            heads=config.num_attention_heads, q_rank=config.q_lora_rank or 0, c=config.kv_lora_rank,
+            nope=config.qk_nope_head_dim, rope=config.qk_rope_head_dim, value=config.v_head_dim,
+            groups=config.n_group, top_groups=config.topk_group, top_k=config.num_experts_per_tok,
+            normalise=config.norm_topk_prob, eps=config.rms_norm_eps, latent_eps=blocks[0].attention.kv_norm.eps,
             softmax_scale=blocks[0].attention.scale, gate_scale=config.routed_scaling_factor,
         )  # fmt: skip
-        use_huge_pages(model)
+        for tensor in self._kept:
+            put_on_huge_pages(tensor)
 
     def join(self, module: int, hidden_D: Tensor, token: Tensor) -> Tensor:
         """What enters an MTP module's block (D,): by itself, for products of several rows sum in other orders."""
@@ -192,39 +201,50 @@ class _Weights:
 
     def _layer(self, block: Block) -> Layer:
         layer = Layer(attention_norm=self._norm(block.attention_norm), ffn_norm=self._norm(block.ffn_norm))
-        self._add_attention(layer, block.attention)
-        dense = block.ffn if isinstance(block.ffn, SwiGLU) else block.ffn.shared
-        if dense is not None:
-            layer.gate_up = self._matrix(dense.gate_up.weight.unflatten(0, (2, -1)))
-            layer.down = self._matrix(dense.down.weight)
+        layer.kv_norm = self._norm(block.attention.kv_norm)
+        if block.attention.config.q_lora_rank is not None:
+            layer.q_norm = self._norm(block.attention.q_norm)
+        for name, weight_SMK in block_matrices(block).items():
+            setattr(layer, name, self._matrix(weight_SMK, self._precision))
         if isinstance(block.ffn, MoE):
-            layer.router = self._matrix(block.ffn.router.weight.float())
+            layer.router = self._as_it_is(block.ffn.router.weight.detach().float())
             layer.router_bias = self._keep(block.ffn.router.bias)
-            layer.expert_gate_up = self._matrix(block.ffn.experts.gate_up.unflatten(1, (2, -1)).flatten(0, 1))
-            layer.expert_down = self._matrix(block.ffn.experts.down)
         return layer
 
-    def _add_attention(self, layer: Layer, attention: LatentAttention) -> None:
-        config: ModelConfig = attention.config
-        if config.q_lora_rank is None:
-            layer.q_b = self._matrix(attention.q.weight)
-        else:
-            layer.q_a, layer.q_b = self._matrix(attention.q_a.weight), self._matrix(attention.q_b.weight)
-            layer.q_norm = self._norm(attention.q_norm)
-        layer.kv_a, layer.kv_norm = self._matrix(attention.kv_a.weight), self._norm(attention.kv_norm)
-        kv_b_HXC = attention.kv_b.weight.unflatten(0, (config.num_attention_heads, -1))
-        key_HNC, value_HVC = kv_b_HXC.split((config.qk_nope_head_dim, config.v_head_dim), 1)
-        layer.key, layer.value = self._matrix(key_HNC.transpose(1, 2)), self._matrix(value_HVC)
-        layer.o = self._matrix(attention.o.weight)
+    def _matrix(self, weight_SMK: Tensor, precision: Precision | None) -> Matrix:
+        match precision:
+            case "fp8":
+                return self._blocks(weight_SMK)
+            case "int8" | "int4":
+                return self._panels(weight_SMK, precision)
+            case _:
+                dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: weight_SMK.dtype}[precision]
+                return self._as_it_is(weight_SMK.to(dtype))
 
-    def _matrix(self, weight_SMK: Tensor) -> Matrix:
+    def _as_it_is(self, weight_SMK: Tensor) -> Matrix:
         """A weight (M, K) or a stack of them (S, M, K), where it is if it is contiguous."""
-        kind = {torch.float32: Matrix.FP32, torch.bfloat16: Matrix.BF16}[weight_SMK.dtype]
         rows, columns = weight_SMK.shape[-2:]
-        return Matrix(data=self._keep(weight_SMK.detach().contiguous()), kind=kind, rows=rows, columns=columns)
+        data = self._keep(weight_SMK.contiguous())
+        return Matrix(data=data, kind=_KINDS[weight_SMK.dtype], rows=rows, columns=columns)
 
-    def _norm(self, norm: nn.Module) -> int:
-        assert isinstance(norm.weight, Tensor)
+    def _blocks(self, weight_SMK: Tensor) -> Matrix:
+        # A matrix at a time: quantising all of a stack at once would take several times its memory.
+        numbers, scales = zip(*(quantise_blocks(weight_MK) for weight_MK in weight_SMK), strict=True)
+        numbers_SMK, scale_SPQ = torch.stack(numbers), torch.stack(scales)
+        if not scale_SPQ.isfinite().all():
+            raise WorkFailed("fp8: a weight is not finite")
+        return Matrix(
+            data=self._keep(numbers_SMK), scales=self._keep(scale_SPQ), kind=Matrix.FP8, rows=weight_SMK.shape[1],
+            columns=weight_SMK.shape[2],
+        )  # fmt: skip
+
+    def _panels(self, weight_SMK: Tensor, precision: Literal["int8", "int4"]) -> Matrix:
+        bits = bits_of(precision)
+        panels = [pack_panels(*(x[None] for x in quantise_groups(weight_MK, bits)), bits) for weight_MK in weight_SMK]
+        kind = Matrix.INT8 if bits == 8 else Matrix.INT4
+        return Matrix(data=self._keep(torch.cat(panels)), kind=kind, rows=weight_SMK.shape[1], columns=weight_SMK.shape[2])
+
+    def _norm(self, norm: RMSNorm) -> int:
         return self._keep(norm.weight.detach().float().contiguous())
 
     def _keep(self, tensor: Tensor) -> int:
