@@ -129,7 +129,7 @@ def _compile(compiler: list[str], library: _Library, target: Path) -> None:
                 *library.links,
             ]  # fmt: skip
             result = subprocess.run(  # noqa: S603 - the user's own compiler
-                command, capture_output=True, text=True, timeout=120, check=False
+                command, capture_output=True, text=True, timeout=600, check=False
             )
             if result.returncode:
                 complaint = next(

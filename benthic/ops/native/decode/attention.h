@@ -11,9 +11,17 @@
 
 namespace benthic {
 
-constexpr int64_t kPage = 64;   // tokens
-constexpr int64_t kHeads = 8;   // worked on together
-constexpr int64_t kParts = 16;  // at most
+constexpr int64_t kPage = 64;  // tokens
+constexpr int64_t kHeads = 8;  // worked on together
+
+// Cache lines that will be read next, asked for one by one in between the arithmetic, which so hides the waiting.
+struct Ahead {
+    const char *at, *end;
+    void ask() {
+        if (at < end) prefetch(at);
+        at += 64;
+    }
+};
 
 // Cached latents of one layer, in pages of 64 rows of l numbers, fp32 or bf16.
 struct Pages {
@@ -24,6 +32,22 @@ struct Pages {
     int64_t row_bytes() const { return l * (wide ? 4 : 2); }
     char* row(const int32_t* table, int64_t position) const {
         return data + (table[position / kPage] * kPage + position % kPage) * row_bytes();
+    }
+    // Rows of one page in fp32: where they are, or in `room`.
+    const float* wide_rows(const int32_t* table, int64_t position, int64_t count, float* room) const {
+        const char* rows = row(table, position);
+        if (wide) return reinterpret_cast<const float*>(rows);
+        const auto* narrow = reinterpret_cast<const uint16_t*>(rows);
+        int64_t i = 0;
+        for (; i + kLanes <= count * l; i += kLanes) store(room + i, load_bf16(narrow + i));
+        for (; i < count * l; ++i) room[i] = from_bf16(narrow[i]);
+        return room;
+    }
+    // The page that a position lies in, from there to its end or the sequence's.
+    Ahead rest_of_page(const int32_t* table, int64_t position, int64_t length) const {
+        if (position >= length) return {nullptr, nullptr};
+        const char* begin = row(table, position);
+        return {begin, begin + (std::min(length, position / kPage * kPage + kPage) - position) * row_bytes()};
     }
 };
 
@@ -37,15 +61,15 @@ struct AttentionShape {
     int64_t group_size() const { return kHeads * c_stride() + 2 * kLanes; }
     int64_t part_size() const { return groups() * group_size(); }
 
-    // Rows of a part: whole blocks of 32, so that a part never leaves a page in the middle of one.
-    static int64_t part_rows(int64_t length) {
-        return std::max<int64_t>(kPage / 2, round_up((length + kParts - 1) / kParts, kPage / 2));
-    }
+    // Rows of a part: an eighth of the sequence in whole blocks of 32, at most 512. Fewer parts would leave threads
+    // without work, more of them cost time to join.
+    static int64_t part_rows(int64_t length) { return std::min<int64_t>(8 * kPage, round_up((length + 7) / 8, kPage / 2)); }
     static int64_t parts(int64_t length) { return (length + part_rows(length) - 1) / part_rows(length); }
 };
 
 // Scores of up to 64 rows: s[r * 8 + h] = q[h] . rows[r], q (8, l_stride) with zeros after its end.
-inline void score_rows(const AttentionShape& shape, const float* q, const float* rows, int64_t count, float* s) {
+inline void score_rows(const AttentionShape& shape, const float* q, const float* rows, int64_t count, float* s,
+                       Ahead& ahead) {
     const int64_t stride = shape.l_stride(), whole = shape.l / kLanes * kLanes;
     for (int64_t r = 0; r < count; r += 2) {
         const float *first = rows + r * shape.l, *second = r + 1 < count ? first + shape.l : first;
@@ -58,17 +82,20 @@ inline void score_rows(const AttentionShape& shape, const float* q, const float*
                 acc[kHeads + h] = fma(in, y, acc[kHeads + h]);
             }
         };
-        for (int64_t k = 0; k < whole; k += kLanes) add(k, load(first + k), load(second + k));
+        for (int64_t k = 0; k < whole; k += kLanes) {
+            ahead.ask();
+            add(k, load(first + k), load(second + k));
+        }
         if (whole < shape.l)
             add(whole, load_n(first + whole, shape.l - whole), load_n(second + whole, shape.l - whole));
         store(s + r * kHeads, sums(acc));
     }
 }
 
-// sums (8, c_stride) = factor * sums + weights of the rows times the rows; asks for the cache lines of `ahead` as it goes.
+// sums (8, c_stride) = factor * sums + weights of the rows times the rows.
 template <int Vectors>
 inline void weigh_columns(const AttentionShape& shape, const float* p, const float* rows, int64_t count, int64_t c,
-                          const float* factor, float* sums, const char*& ahead, const char* ahead_end) {
+                          const float* factor, float* sums, Ahead& ahead) {
     F16 acc[kHeads][Vectors];
     const auto get = [&](const float* from, int64_t v) {
         const int64_t at = c + v * kLanes;
@@ -80,7 +107,8 @@ inline void weigh_columns(const AttentionShape& shape, const float* p, const flo
     for (int64_t r = 0; r < count; ++r) {
         F16 row[Vectors];
         for (int64_t v = 0; v < Vectors; ++v) row[v] = get(rows + r * shape.l, v);
-        for (int i = 0; i < 3 && ahead < ahead_end; ++i, ahead += 64) prefetch(ahead);
+        ahead.ask();
+        ahead.ask();
         for (int64_t h = 0; h < kHeads; ++h) {
             const F16 weight = splat(p[r * kHeads + h]);
             for (int64_t v = 0; v < Vectors; ++v) acc[h][v] = fma(weight, row[v], acc[h][v]);
@@ -110,10 +138,10 @@ inline void soften(float* s, int64_t count, float* peak, float* total, float* fa
     store(factor, shrink);
 }
 
-// Attention of all heads to rows [from, to) of a sequence, into `out` (part_size). q (groups * 8, l_stride) is scaled,
-// zeros after its end; `wide` has room for 64 rows in fp32.
+// Attention of all heads to rows [from, to) of a sequence of `length`, into `out` (part_size). q (groups * 8, l_stride) is
+// scaled, zeros after its end; `wide` has room for 64 rows in fp32.
 inline void attend_part(const AttentionShape& shape, const Pages& pages, const int32_t* table, int64_t from, int64_t to,
-                        const float* q, float* wide, float* out, const char* next) {
+                        int64_t length, const float* q, float* wide, float* out) {
     for (int64_t g = 0; g < shape.groups(); ++g) {
         float *sums = out + g * shape.group_size(), *peak = sums + kHeads * shape.c_stride();
         std::fill(sums, peak, 0.0f);
@@ -123,26 +151,17 @@ inline void attend_part(const AttentionShape& shape, const Pages& pages, const i
     float s[kPage * kHeads], factor[kLanes];
     for (int64_t at = from; at < to;) {
         const int64_t count = std::min(to, at / kPage * kPage + kPage) - at;
-        const char* data = pages.row(table, at);
-        const auto* rows = reinterpret_cast<const float*>(data);
-        if (!pages.wide) {
-            const auto* narrow = reinterpret_cast<const uint16_t*>(data);
-            int64_t i = 0;
-            for (; i + kLanes <= count * shape.l; i += kLanes) store(wide + i, load_bf16(narrow + i));
-            for (; i < count * shape.l; ++i) wide[i] = from_bf16(narrow[i]);
-            rows = wide;
-        }
+        const float* rows = pages.wide_rows(table, at, count, wide);
         at += count;
-        const char* ahead = at < to ? pages.row(table, at) : next;
-        const char* ahead_end = ahead ? ahead + std::min(kPage, at < to ? to - at : kPage / 2) * pages.row_bytes() : ahead;
+        Ahead ahead = pages.rest_of_page(table, at, length);
         for (int64_t g = 0; g < shape.groups(); ++g) {
             float *sums = out + g * shape.group_size(), *peak = sums + kHeads * shape.c_stride();
-            score_rows(shape, q + g * kHeads * shape.l_stride(), rows, count, s);
+            score_rows(shape, q + g * kHeads * shape.l_stride(), rows, count, s, ahead);
             soften(s, count, peak, peak + kLanes, factor);
             int64_t c = 0;
             for (; c + 2 * kLanes <= shape.c_stride(); c += 2 * kLanes)
-                weigh_columns<2>(shape, s, rows, count, c, factor, sums, ahead, ahead_end);
-            if (c < shape.c_stride()) weigh_columns<1>(shape, s, rows, count, c, factor, sums, ahead, ahead_end);
+                weigh_columns<2>(shape, s, rows, count, c, factor, sums, ahead);
+            if (c < shape.c_stride()) weigh_columns<1>(shape, s, rows, count, c, factor, sums, ahead);
         }
     }
 }
@@ -151,7 +170,8 @@ inline void attend_part(const AttentionShape& shape, const Pages& pages, const i
 inline void join_parts(const AttentionShape& shape, const float* parts, int64_t count, int64_t head, float* out) {
     const float* group = parts + head / kHeads * shape.group_size();
     const int64_t lane = head % kHeads, peaks = kHeads * shape.c_stride() + lane, totals = peaks + kLanes;
-    float top = -INFINITY, weight[kParts], total = 0.0f;
+    std::vector<float> weight(count);
+    float top = -INFINITY, total = 0.0f;
     for (int64_t p = 0; p < count; ++p) {
         const float peak = group[p * shape.part_size() + peaks];
         top = peak > top || peak != peak ? peak : top;

@@ -68,14 +68,16 @@ inline void rows_times_vectors(const typename Format::Number* w, const float* sc
         for (int b = 0; b < B; ++b) out[b][row + r] = sum(total[r][b]);
 }
 
-// R rows times any number of vectors, four at a time while the rows are in the cache.
+// R rows times any number of vectors, four at a time while the rows are in the cache; where R is 8, there are fewer.
 template <class Format, int R>
 void rows_times_all(const typename Format::Number* w, const float* scales, int64_t columns, const Vectors& x,
                     const int32_t* which, int64_t count, const char* ahead, float* const* out, int64_t row) {
     int64_t j = 0;
-    for (; j + 4 <= count; j += 4) {
-        const float* in[4] = {x[which[j]], x[which[j + 1]], x[which[j + 2]], x[which[j + 3]]};
-        rows_times_vectors<Format, R, 4>(w, scales, columns, in, j ? nullptr : ahead, out + j, row);
+    if constexpr (R < 8) {
+        for (; j + 4 <= count; j += 4) {
+            const float* in[4] = {x[which[j]], x[which[j + 1]], x[which[j + 2]], x[which[j + 3]]};
+            rows_times_vectors<Format, R, 4>(w, scales, columns, in, j ? nullptr : ahead, out + j, row);
+        }
     }
     for (; j < count; ++j) {
         const float* in[1] = {x[which[j]]};

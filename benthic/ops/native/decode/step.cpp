@@ -224,6 +224,7 @@ class Step {
     void attend(Worker& worker, Local& mine, const Layer& l, int64_t layer) {
         project(worker, mine, l);
         write_cache(worker, mine, l, layer);
+        approach_cache(worker, layer);
         absorb(worker, mine, l);
         read_cache(worker, mine, layer);
         const int64_t batch = r_.batch;
@@ -305,16 +306,32 @@ class Step {
         run_plan(worker, mine, nullptr);
     }
 
+    // A part of a sequence's cache, counted over all sequences.
+    struct Part {
+        int64_t b, from, to, length;
+    };
+    Part part(int64_t unit) const {
+        const auto after = std::upper_bound(parts_begin_.begin(), parts_begin_.end(), unit);
+        const int64_t b = after - parts_begin_.begin() - 1, length = r_.positions[b] + 1;
+        const int64_t rows = AttentionShape::part_rows(length), from = (unit - parts_begin_[b]) * rows;
+        return {b, from, std::min(from + rows, length), length};
+    }
+
     void read_cache(Worker& worker, Local& mine, int64_t layer) {
-        const int64_t units = parts_begin_[r_.batch], size = shape_.groups() * kHeads * shape_.l_stride();
-        worker.share(units, 1, [&](int64_t unit, int64_t) {
-            const int64_t b = std::upper_bound(parts_begin_.begin(), parts_begin_.end(), unit) - parts_begin_.begin() - 1;
-            const int64_t length = r_.positions[b] + 1, rows = AttentionShape::part_rows(length);
-            const int64_t from = (unit - parts_begin_[b]) * rows, to = std::min(from + rows, length);
-            const char* next = to < length ? pages(layer).row(table(b), to) : nullptr;
-            attend_part(shape_, pages(layer), table(b), from, to, s_.query.of(0) + b * size, mine.wide.of(0),
-                        s_.parts.of(0) + unit * shape_.part_size(), next);
+        const int64_t size = shape_.groups() * kHeads * shape_.l_stride();
+        worker.share(parts_begin_[r_.batch], 1, [&](int64_t unit, int64_t) {
+            const Part p = part(unit);
+            attend_part(shape_, pages(layer), table(p.b), p.from, p.to, p.length, s_.query.of(0) + p.b * size,
+                        mine.wide.of(0), s_.parts.of(0) + unit * shape_.part_size());
         });
+    }
+
+    // Ask for what this thread will read of the cache first.
+    void approach_cache(Worker& worker, int64_t layer) {
+        const int64_t units = parts_begin_[r_.batch], first = worker.begin_of(units);
+        if (first >= units) return;
+        const Part p = part(first);
+        for (Ahead ahead = pages(layer).rest_of_page(table(p.b), p.from, p.length - 1); ahead.at < ahead.end;) ahead.ask();
     }
 
     void feed_forward(Worker& worker, Local& mine, const Layer& l, int64_t layer) {
