@@ -23,7 +23,7 @@ from torch import Tensor
 from benthic.errors import WorkFailed
 from benthic.inference.huge_pages import put_on_huge_pages
 from benthic.inference.native_layout import Layer, Matrix, Model, Request, check_layout
-from benthic.inference.weights import block_matrices, blocks_of, head_precision, mtp_modules
+from benthic.inference.weights import block_matrices, blocks_of, mtp_modules
 from benthic.model import LanguageModel
 from benthic.model.layers import RMSNorm
 from benthic.model.moe import MoE
@@ -32,7 +32,7 @@ from benthic.ops import native
 from benthic.ops.rope import rope_angles
 from benthic.precision.blocks import quantise_blocks
 from benthic.precision.panels import pack_panels
-from benthic.precision.quantise import Precision, bits_of, quantise_groups
+from benthic.precision.quantise import Precision, bits_of, head_precision, quantise_groups
 
 PAGE = 64
 """Tokens a page of the cache."""
@@ -77,9 +77,7 @@ class NativeDecoder:
         WorkFailed: in ``fp8``, a weight is not finite.
     """
 
-    def __init__(
-        self, model: LanguageModel, *, precision: Precision | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, model: LanguageModel, *, precision: Precision | None = None, threads: int | None = None) -> None:
         library, self.name = native.decode_library()
         if library is None:
             raise CannotDecodeNatively(self.name)
@@ -240,9 +238,14 @@ class _Weights:
 
     def _panels(self, weight_SMK: Tensor, precision: Literal["int8", "int4"]) -> Matrix:
         bits = bits_of(precision)
-        panels = [pack_panels(*(x[None] for x in quantise_groups(weight_MK, bits)), bits) for weight_MK in weight_SMK]
+        panels = []
+        for weight_1MK in weight_SMK.split(1):
+            numbers_1MK, scale_1MG = quantise_groups(weight_1MK, bits)
+            panels.append(pack_panels(numbers_1MK, scale_1MG, bits))
         kind = Matrix.INT8 if bits == 8 else Matrix.INT4
-        return Matrix(data=self._keep(torch.cat(panels)), kind=kind, rows=weight_SMK.shape[1], columns=weight_SMK.shape[2])
+        return Matrix(
+            data=self._keep(torch.cat(panels)), kind=kind, rows=weight_SMK.shape[1], columns=weight_SMK.shape[2]
+        )
 
     def _norm(self, norm: RMSNorm) -> int:
         return self._keep(norm.weight.detach().float().contiguous())

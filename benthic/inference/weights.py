@@ -19,12 +19,7 @@ from benthic.model.mla import LatentAttention
 from benthic.model.moe import MoE
 from benthic.model.mtp import MTPModule
 from benthic.model.transformer import Block
-from benthic.precision.quantise import Precision, rounded
-
-
-def head_precision(precision: Precision) -> Precision:
-    """Of the head, where all else is in ``precision``."""
-    return "int8" if precision == "int4" else precision
+from benthic.precision.quantise import Precision, head_precision, rounded
 
 
 def blocks_of(model: LanguageModel) -> list[Block]:

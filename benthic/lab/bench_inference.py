@@ -17,17 +17,19 @@ from benthic.errors import InputError
 from benthic.inference.cache import LatentCache
 from benthic.inference.huge_pages import use_huge_pages
 from benthic.inference.native_decode import PAGE, native_decoder
+from benthic.inference.weights import round_weights
 from benthic.model import LanguageModel, Transformer, build_model
 from benthic.ops import native
 from benthic.plan.counts import main_model
 from benthic.plan.decode import decode_bytes
 from benthic.plan.flops import forward_flops
 from benthic.plan.machine import measure_bandwidth_gb_s, measure_gemm_gflops
+from benthic.precision.quantise import Precision
 
-Precision = Literal["fp32", "bf16"]
-
+Arithmetic = Literal["fp32", "bf16"]
 _Step = Callable[[torch.Tensor], torch.Tensor]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16}
+"""Of weights that stay as they are, and of the cache, where that is not fp32."""
 _REPEATS = 7
 _DECODE_STEPS = 16
 """Decoded in each repeat, so that one slow moment weighs little."""
@@ -54,11 +56,11 @@ class InferenceSpeed:
 
 
 def bench_prefill(
-    config: ModelConfig, *, context: int, batch: int = 1, precision: Precision = "fp32"
+    config: ModelConfig, *, context: int, batch: int = 1, precision: Arithmetic = "fp32"
 ) -> InferenceSpeed:
     """Reads prompts of ``context`` tokens, up to the logits of the token after each."""
     _check(config, context, batch)
-    transformer = build_model(config, dtype=_DTYPES[precision]).transformer
+    transformer = build_model(config, dtype=_dtype(precision)).transformer
 
     def prefill() -> None:
         tokens_BT = torch.randint(config.vocab_size, (batch, context))
@@ -67,23 +69,23 @@ def bench_prefill(
     seconds = _median_seconds(prefill)
     head = 2 * main_model(config).head
     flops = batch * (context * (forward_flops(config, context) - head) + head)
-    limit = flops / (measure_gemm_gflops(_DTYPES[precision]) * 1e9)
+    limit = flops / (measure_gemm_gflops(_dtype(precision)) * 1e9)
     return _speed(batch * context / seconds, context, batch, precision, limit / seconds, native.status())
 
 
 def bench_decode(config: ModelConfig, *, context: int, batch: int = 1, precision: Precision = "fp32") -> InferenceSpeed:
-    """Decodes over a cache of ``context`` tokens in each sequence."""
+    """Decodes over a cache of ``context`` tokens in each sequence; it is fp32, but bf16 beside weights in bf16."""
     _check(config, context, batch, shortest=0)
-    dtype = _DTYPES[precision]
+    dtype = _dtype(precision)
     model = build_model(config, dtype=dtype)
-    step, kernels = _native_step(model, context, batch) or _pytorch_step(model, context, batch)
+    step, kernels = _native_step(model, context, batch, precision) or _pytorch_step(model, context, batch, precision)
 
     def decode() -> None:
         for tokens_B in torch.randint(config.vocab_size, (_DECODE_STEPS, batch)):
             step(tokens_B)
 
     seconds = _median_seconds(decode) / _DECODE_STEPS
-    traffic = decode_bytes(config, context, batch, bytes_per_number=dtype.itemsize)
+    traffic = decode_bytes(config, context, batch, bytes_per_number=dtype.itemsize, precision=precision)
     limit = traffic / (measure_bandwidth_gb_s() * 1e9)
     return _speed(batch / seconds, context, batch, precision, limit / seconds, kernels)
 
@@ -93,9 +95,9 @@ class _Pages:
     pages_N: list[torch.Tensor]
 
 
-def _native_step(model: LanguageModel, context: int, batch: int) -> tuple[_Step, str] | None:
+def _native_step(model: LanguageModel, context: int, batch: int, precision: Precision) -> tuple[_Step, str] | None:
     """A greedy step of sequences at this context, if there is native decoding here."""
-    decoder = native_decoder(model)
+    decoder = native_decoder(model, precision=precision)
     if decoder is None:
         return None
     config, dtype = model.config, model.transformer.embed.weight.dtype
@@ -106,9 +108,9 @@ def _native_step(model: LanguageModel, context: int, batch: int) -> tuple[_Step,
     return lambda tokens_B: decoder(tokens_B, positions_B, table_BP, cache)[0].argmax(-1), decoder.name
 
 
-def _pytorch_step(model: LanguageModel, context: int, batch: int) -> tuple[_Step, str]:
-    """The same in plain PyTorch."""
-    config, transformer = model.config, model.transformer
+def _pytorch_step(model: LanguageModel, context: int, batch: int, precision: Precision) -> tuple[_Step, str]:
+    """The same in plain PyTorch, with rounded weights in the dtype they had."""
+    config, transformer = model.config, round_weights(model, precision).transformer
     use_huge_pages(transformer)
     cache = _empty_cache(transformer, batch)
     for layer in range(config.num_hidden_layers):
@@ -121,6 +123,10 @@ def _pytorch_step(model: LanguageModel, context: int, batch: int) -> tuple[_Step
         return next_B
 
     return step, native.decode_library()[1]
+
+
+def _dtype(precision: Precision) -> torch.dtype:
+    return _DTYPES.get(precision, torch.float32)
 
 
 def _check(config: ModelConfig, context: int, batch: int, *, shortest: int = 1) -> None:
@@ -160,6 +166,6 @@ def _speed(
 ) -> InferenceSpeed:  # fmt: skip
     return InferenceSpeed(
         tokens_per_s=tokens_per_s, context=context, batch=batch, precision=precision,
-        memory_gb_per_s=measure_bandwidth_gb_s(), gemm_gflops=measure_gemm_gflops(_DTYPES[precision]),
+        memory_gb_per_s=measure_bandwidth_gb_s(), gemm_gflops=measure_gemm_gflops(_dtype(precision)),
         share_of_limit=share, accepted_per_step=1.0, kernels=kernels,
     )  # fmt: skip

@@ -67,12 +67,19 @@ def bits_of(precision: Literal["int8", "int4"]) -> Literal[8, 4]:
 def bytes_per_number(precision: Precision) -> float:
     """Of a large matrix, scales included."""
     scales = {"fp8": 4 / BLOCK**2, "int8": 2 / GROUP, "int4": 2 / GROUP}
-    return {"fp32": 4, "bf16": 2, "fp8": 1, "int8": 1, "int4": 0.5}[precision] + scales.get(precision, 0.0)
+    numbers = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5}
+    return numbers[precision] + scales.get(precision, 0.0)
+
+
+def head_precision(precision: Precision) -> Precision:
+    """Of a model's head, where its other matrices are in ``precision``."""
+    return "int8" if precision == "int4" else precision
 
 
 def _in_groups(x_MK: Tensor) -> Tensor:
     """(..., M, Q, 32), zeros after the end."""
-    return F.pad(x_MK, (0, -x_MK.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    groups_MQG: Tensor = F.pad(x_MK, (0, -x_MK.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    return groups_MQG
 
 
 def _up_to_bf16(x: Tensor) -> Tensor:

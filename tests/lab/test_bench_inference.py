@@ -52,6 +52,18 @@ def test_wrong_sizes_are_refused(bench, context, batch, words):
         bench(PRESETS["tiny"], context=context, batch=batch)
 
 
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
+def test_decodes_with_weights_in_fewer_bits(precision, there, monkeypatch):
+    if not there:
+        monkeypatch.setattr(bench_inference, "native_decoder", lambda model, precision: None)
+    monkeypatch.setattr(bench_inference, "_median_seconds", lambda work: work() or 0.5)
+    config = PRESETS["nano"]
+    speed = bench_decode(config, context=100, precision=precision)
+    assert speed.precision == precision
+    assert speed.share_of_limit == pytest.approx(decode_bytes(config, 100, precision=precision) / 10e9 / (0.5 / 16))
+
+
 def test_only_a_prompt_needs_tokens():
     assert bench_decode(PRESETS["tiny"], context=0).context == 0
     with pytest.raises(InputError, match="context=0: must be from 1"):
@@ -61,7 +73,7 @@ def test_only_a_prompt_needs_tokens():
 @pytest.mark.parametrize("there", [True, False])
 def test_decoding_falls_back_on_pytorch_and_says_so(there, monkeypatch):
     if not there:
-        monkeypatch.setattr(bench_inference, "native_decoder", lambda model: None)
+        monkeypatch.setattr(bench_inference, "native_decoder", lambda model, precision: None)
         monkeypatch.setattr(bench_inference.native, "decode_library", lambda: (None, "PyTorch decoding (a reason)"))
     elif native.decode_library()[0] is None:
         pytest.skip("no native decoding here")

@@ -33,7 +33,11 @@ def kept(weight_SMK, precision):
         data = weight_SMK.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         worth_SMK, kind = data, Matrix.BF16 if precision == "bf16" else Matrix.FP32
     matrix = Matrix(
-        data=data.data_ptr(), scales=None if scales is None else scales.data_ptr(), kind=kind, rows=rows, columns=columns
+        data=data.data_ptr(),
+        scales=None if scales is None else scales.data_ptr(),
+        kind=kind,
+        rows=rows,
+        columns=columns,
     )
     return matrix, (data, scales), worth_SMK.double()
 
