@@ -57,8 +57,8 @@ struct Shared {
 
 // What a thread has for itself.
 struct Local {
-    Buffer x, normed, q_normed, nope, gate, up, wide, partial;
-    Vectors input, q_input, nope_input, latent_input, mixed_input, hidden_input, shared_input;
+    Buffer x, joined, normed, q_normed, nope, gate, up, wide, partial;
+    Vectors joined_input, input, q_input, nope_input, latent_input, mixed_input, hidden_input, shared_input;
     std::vector<int32_t> one_to_one, by_head;
     std::vector<float*> out;
     std::vector<Product> products;
@@ -100,7 +100,7 @@ class Step {
     void operator()(Worker& worker) {
         Local& mine = locals_[worker.index];
         prepare(mine);
-        embed(mine);
+        begin(worker, mine);
         for (int64_t layer = r_.first; layer < r_.last; ++layer) {
             attend(worker, mine, m_.layers[layer], layer);
             feed_forward(worker, mine, m_.layers[layer], layer);
@@ -151,18 +151,34 @@ class Step {
 
     float* x(Local& mine, int64_t b) { return mine.x.of(0) + b * padded(m_.width); }
 
-    void embed(Local& mine) {
-        for (int64_t b = 0; b < r_.batch; ++b) {
-            float* to = x(mine, b);
-            if (r_.tokens == nullptr) {
-                std::copy_n(r_.input + b * m_.width, m_.width, to);
-            } else if (m_.embed.kind == Kind::fp32) {
-                std::copy_n(reinterpret_cast<const float*>(m_.embed.data) + r_.tokens[b] * m_.width, m_.width, to);
-            } else {
-                const auto* from = reinterpret_cast<const uint16_t*>(m_.embed.data) + r_.tokens[b] * m_.width;
-                for (int64_t i = 0; i < m_.width; ++i) to[i] = from_bf16(from[i]);
-            }
+    void embed(int64_t b, float* to) const {
+        if (m_.embed.kind == Kind::fp32) {
+            std::copy_n(reinterpret_cast<const float*>(m_.embed.data) + r_.tokens[b] * m_.width, m_.width, to);
+        } else {
+            const auto* from = reinterpret_cast<const uint16_t*>(m_.embed.data) + r_.tokens[b] * m_.width;
+            for (int64_t i = 0; i < m_.width; ++i) to[i] = from_bf16(from[i]);
         }
+    }
+
+    // What enters the first layer.
+    void begin(Worker& worker, Local& mine) {
+        for (int64_t b = 0; b < r_.batch; ++b) embed(b, x(mine, b));
+        if (r_.previous == nullptr) return;
+        const Layer& l = m_.layers[r_.first];
+        const int64_t stride = padded(2 * m_.width);
+        mine.joined_input.numbers = mine.joined.of(r_.batch * stride);
+        mine.joined_input.stride = stride;
+        for (int64_t b = 0; b < r_.batch; ++b) {
+            float* to = mine.joined.of(0) + b * stride;
+            rms_norm(x(mine, b), l.embed_norm, m_.eps, m_.width, to);
+            rms_norm(r_.previous + b * m_.width, l.hidden_norm, m_.eps, m_.width, to + m_.width);
+        }
+        if (l.project.in_panels()) mine.joined_input.quantise(r_.batch);
+        new_plan(mine);
+        plan(mine, l.project, mine.joined_input, s_.attention, padded(m_.width));
+        run_plan(worker, mine, nullptr);
+        for (int64_t b = 0; b < r_.batch; ++b)
+            std::copy_n(s_.attention.of(0) + b * padded(m_.width), m_.width, x(mine, b));
     }
 
     // Normalise the stream into this thread's input, rounded to int8 if a matrix asks for it.
@@ -508,7 +524,7 @@ class Step {
 
 bool in_range(const Model& model, const Request& r) {
     for (int64_t b = 0; b < r.batch; ++b) {
-        if (r.tokens && (r.tokens[b] < 0 || r.tokens[b] >= model.embed.rows)) return false;
+        if (r.tokens[b] < 0 || r.tokens[b] >= model.embed.rows) return false;
         if (r.positions[b] < 0 || r.positions[b] >= r.angles || r.positions[b] / kPage >= r.table_stride) return false;
         for (int64_t p = 0; p <= r.positions[b] / kPage; ++p) {
             const int32_t page = r.table[b * r.table_stride + p];
