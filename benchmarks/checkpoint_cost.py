@@ -41,7 +41,11 @@ class Training:
         """Seconds that training waited for a checkpoint to be copied."""
 
     def step(self) -> None:
-        size = (self.config.train.batch_size, self.config.train.sequence_length + self.state.objective.predictions)
+        """An optimizer step on random tokens."""
+        size = (
+            self.config.train.batch_size,
+            self.config.train.sequence_length + 1 + self.config.model.num_nextn_predict_layers,
+        )
         batch = Batch(torch.randint(self.config.model.vocab_size, size), None)
         train_step(
             self.state.objective, self.state.optimizer, batch, self.settings,
