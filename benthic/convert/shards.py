@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benthic.convert.checkpoint import INDEX
+from benthic.files import usual_mode
 
 PRODUCER = "benthic"
 """What the index says wrote it; an export may be replaced only by another."""
@@ -28,7 +29,8 @@ def write_shards(folder: Path, sizes: Mapping[str, int], read: Callable[[str], T
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Clones: tensors that share memory, as views of one parameter do, are refused.
-        save_file({name: read(name).clone() for name in names}, folder / file, metadata={"format": "pt"})
+        with usual_mode(folder / file):
+            save_file({name: read(name).clone() for name in names}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     metadata = {"total_size": sum(sizes.values()), "producer": PRODUCER}
     write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
