@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from benthic import console
+from benthic import __version__, console
 from benthic.errors import InputError, WorkFailed
 from benthic.terminal import without_controls
 from benthic.train.signals import Interrupted
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from benthic.config.schema import RunConfig
 
 USER_PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     help="Train, talk to and measure DeepSeek-V3-style models on the hardware you have.",
@@ -38,8 +40,12 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported 
 
 def _directory(text: str) -> Path:
     if not text:
-        raise InputError("--out: must not be empty")
-    return Path(text)
+        raise typer.BadParameter("must not be empty")
+    path = Path(text)
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise typer.BadParameter(f"{there} is a file; give a directory")
+    return path
 
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to write.", parser=_directory)]
@@ -52,7 +58,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for other program
 def main() -> NoReturn:
     """Runs the command line; a user's mistake becomes one line and exit status 2."""
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
+        if status == INTERRUPTED:  # how typer tells of Ctrl-C
+            print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(status)
     except InputError as error:
         _fail(str(error), 2)
     except typer.TyperException as error:
@@ -67,7 +76,7 @@ def main() -> NoReturn:
         print(stop.message, file=sys.stderr)
         raise
     except typer.Abort:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _fail(line: str, status: int) -> NoReturn:
@@ -75,6 +84,20 @@ def _fail(line: str, status: int) -> NoReturn:
         # Names out of a file from anywhere may be among it.
         print(f"error: {without_controls(' '.join(line.split()))}", file=sys.stderr)
     sys.exit(status)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"benthic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 @app.command(epilog="Example: benthic run quickstart --out runs/quickstart --set train.minutes=5")

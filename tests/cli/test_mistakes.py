@@ -40,7 +40,7 @@ def test_a_model_too_large_for_this_machine(benthic, tmp_path):
 @pytest.mark.parametrize("command", [("run", "tiny"), ("data", "tiny"), ("train", "tiny"), ("export", "run")])
 def test_an_empty_directory_name(benthic, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    refused(benthic(*command, "--out", ""), "--out: must not be empty")
+    refused(benthic(*command, "--out", ""), "'--out': must not be empty")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,11 +102,14 @@ def test_a_recipe_that_is_no_text(benthic, tmp_path):
     refused(benthic("run", recipe, "--out", tmp_path / "out"), recipe, "UTF-8")
 
 
-def test_out_that_is_a_file(benthic, tmp_path, corpus):
-    out = tmp_path / "out"
-    out.write_text("mine")
-    refused(benthic("data", corpus, "--out", out), out)
-    assert out.read_text() == "mine"
+@pytest.mark.parametrize("below", [(), ("a", "b")])
+@pytest.mark.parametrize("command", [("run", "tiny"), ("data", "tiny"), ("train", "tiny"), ("export", "run"),
+                                     ("import", "hf")])  # fmt: skip
+def test_out_that_is_a_file(benthic, tmp_path, command, below):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(benthic(*command, "--out", file.joinpath(*below)), f"'--out': {file} is a file; give a directory")
+    assert file.read_text() == "mine"
 
 
 def test_training_without_data(benthic, tmp_path):
