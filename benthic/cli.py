@@ -57,6 +57,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for other program
 
 def main() -> NoReturn:
     """Runs the command line; a user's mistake becomes one line and exit status 2."""
+    console.write_any_text()
     try:
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # how typer tells of Ctrl-C
