@@ -7,9 +7,12 @@ settings, so a resumed run does not measure again.
 import statistics
 import time
 
+import torch
+
 from benthic.config.schema import RunConfig
 from benthic.data.batches import Batches
 from benthic.precision.compute import Compute
+from benthic.train.optimizer import matrix_products
 from benthic.train.schedule import Course, StepSettings, steps_per_full_batch
 from benthic.train.state import TrainState
 from benthic.train.step import train_step
@@ -24,7 +27,7 @@ _FORWARD_SHARE = 1 / 3
 
 
 def resolve(config: RunConfig, batches: Batches) -> RunConfig:
-    """The settings with ``precision.compute`` and ``train.steps`` decided and ``train.minutes`` gone."""
+    """The settings with the precisions and ``train.steps`` decided and ``train.minutes`` gone."""
     asked = config.precision.compute
     compute = _fastest(config, batches) if asked == "auto" else asked
     precision = config.precision.model_copy(update={"compute": compute})
@@ -33,6 +36,10 @@ def resolve(config: RunConfig, batches: Batches) -> RunConfig:
         budget = 60 * train.minutes
         full_step = seconds_per_step(config, batches, compute, budget * _SHARE_OF_RUN)
         train = train.model_copy(update={"steps": affordable_steps(config, full_step, budget), "minutes": None})
+    if train.optimizer.name == "muon":
+        # Of the run, not of the machine: it must not change where the run is resumed.
+        products = {"matrix_products": matrix_products(train.optimizer, torch.device("cpu"))}
+        train = train.model_copy(update={"optimizer": train.optimizer.model_copy(update=products)})
     return config.model_copy(update={"precision": precision, "train": train})
 
 
