@@ -11,6 +11,7 @@ from benthic.config.load import load_run_config
 from benthic.config.schema import InferenceConfig, RunConfig
 from benthic.convert.huggingface import is_own_export, save_hf
 from benthic.convert.resolve import find_tokenizer, load_model
+from benthic.data.prepare import refuse_model_directory
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.inference import engine
@@ -49,6 +50,7 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     """
     out = Path(out)
     refuse_too_large(config.model)
+    refuse_model_directory(out)
     with locked(out):
         _refuse_other_model(out)
         trained = loop.train(config, out)

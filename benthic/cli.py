@@ -111,7 +111,8 @@ def run(out: Out, recipe: Recipe = "quickstart", set_: Set = None) -> None:
     config = load_run_config(recipe, set_ or ())
     refuse_too_large(config.model)
     with console.counting() as progress:
-        prepare(config.data, config.model.vocab_size, out, progress)
+        manifest = prepare(config.data, config.model.vocab_size, out, progress)
+    console.print_notes(manifest.remarks())
     _train(config, out)
 
 
@@ -122,11 +123,15 @@ def data(
 ) -> None:  # fmt: skip
     """Turn a corpus into a tokenizer, token shards and a manifest."""
     from benthic.config.load import DEFAULT_RECIPE, load_data_config, recipe_among
-    from benthic.data.prepare import prepare
+    from benthic.data.manifest import FILE_NAME
+    from benthic.data.prepare import damage, prepare
 
     config = load_data_config(sources, set_ or ())
+    damaged = damage(out) if (out / "data" / FILE_NAME).exists() else None
     with console.counting() as progress:
-        manifest = prepare(config.data, config.model.vocab_size, out, progress)
+        manifest = prepare(config.data, config.model.vocab_size, out, progress, repair=damaged is not None)
+    console.print_notes([f"repaired: {damaged}"] if damaged else [])
+    console.print_notes(manifest.remarks())
     keys = ("documents", "tokens", "bytes", "rejected", "duplicates", "train_tokens", "val_tokens")
     _print({key: getattr(manifest, key) for key in keys}, json_)
     if not json_:
@@ -282,14 +287,16 @@ def bench_decode(
 def _refuse_other_data(config: "RunConfig", overrides: Sequence[str], out: Path) -> None:
     """Data is prepared already: a setting given for this command, unlike the recipe's, must not go unheeded."""
     from benthic.config.load import override_keys
+    from benthic.data.corpus import absolute_paths
     from benthic.data.manifest import Manifest
 
     prepared = Manifest.load(out / "data").prepared(config.data)
+    both = absolute_paths(config.data), absolute_paths(prepared)
     for key in override_keys(overrides):
         section, _, name = key.partition(".")
         if section != "data":
             continue
-        given, found = (getattr(settings, name) if name else settings for settings in (config.data, prepared))
+        given, found = (getattr(settings, name) if name else settings for settings in both)
         if given != found:
             raise InputError(f"--set {key}: {out / 'data'} was prepared with {found!r}; choose another --out")
 

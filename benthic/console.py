@@ -39,6 +39,12 @@ def print_stream(pieces: Iterable[str]) -> None:
     print()
 
 
+def print_notes(notes: Iterable[str]) -> None:
+    """What somebody should know who did not ask, a line each on standard error."""
+    for note in notes:
+        print(f"note: {without_controls(note)}", file=sys.stderr)
+
+
 def print_figures(figures: dict[str, Any]) -> None:
     """Named figures, one a line, for people."""
     width = max(map(len, figures))

@@ -129,6 +129,40 @@ def test_training_never_replaces_an_imported_model(benthic, small_run, corpus, t
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_an_export_is_no_place_for_data_or_training(benthic, small_run, corpus, tmp_path):
+    exported = tmp_path / "exported"
+    assert benthic("export", small_run, "--out", exported).returncode == 0
+    before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    refused(benthic("data", corpus, "--out", exported), exported, "is a model's directory")
+    refused(benthic("run", "tiny", "--out", exported), exported, "is a model's directory")
+    assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
+    shutil.copytree(small_run / "data", exported / "data")
+    shutil.copytree(small_run / "tokenizer", exported / "tokenizer")
+    refused(benthic("train", "tiny", "--out", exported), exported, "is a model's directory")
+
+
+def test_a_damaged_shard_is_repaired_by_what_the_message_says(benthic, small_run, corpus, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    shard = run / "data" / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"xx")
+    refused(benthic("run", run / "config.toml", "--out", run), shard, "give `benthic data` the same recipe")
+    done = benthic("data", run / "config.toml", "--out", run)
+    assert done.returncode == 0
+    assert f"note: repaired: {shard}" in done.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert benthic("run", run / "config.toml", "--out", run).returncode == 0
+
+
+def test_what_was_left_out_of_a_corpus_is_pointed_to(benthic, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n{"text": "\xff"}\n')
+    done = benthic("data", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--json")
+    assert json.loads(done.stdout)["rejected"] == 1
+    rejected, held_out = done.stderr.splitlines()
+    assert rejected == f"note: rejected: 1, first {tmp_path / 'a.jsonl'} at byte 42: invalid UTF-8"
+    assert held_out.startswith("note: 50% of the text is held out")
+
+
 def test_a_model_folder_with_something_else_in_it_is_refused_before_training(benthic, small_run, tmp_path):
     run = shutil.copytree(small_run, tmp_path / "run")
     (run / "model" / "notes.txt").write_text("mine")
