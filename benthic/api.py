@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from benthic.config.complain import complaint
 from benthic.config.load import load_run_config
 from benthic.config.schema import InferenceConfig, RunConfig
-from benthic.convert.huggingface import is_own_export, save_hf
+from benthic.convert.huggingface import is_written_for, save_hf
 from benthic.convert.resolve import find_tokenizer, load_model
 from benthic.data.prepare import refuse_model_directory
 from benthic.data.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     with locked(out):
         _refuse_other_model(out)
         trained = loop.train(config, out)
-        save_hf(trained.model, trained.config.model, out / "tokenizer", out / "model")
+        save_hf(trained.model, trained.config.model, out / "tokenizer", out / "model", purpose="training")
     return trained
 
 
@@ -63,7 +63,7 @@ def _refuse_other_model(out: Path) -> None:
     model = out / "model"
     if not model.is_symlink() and not (model.exists() and (model.is_file() or any(model.iterdir()))):
         return
-    if not (is_own_export(model) and committed(out / "checkpoints" / loop.STAGE)):
+    if not (is_written_for("training", model) and committed(out / "checkpoints" / loop.STAGE)):
         raise InputError(f"{model}: already there, and not of a training in {out}; give another --out")
 
 

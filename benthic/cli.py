@@ -17,7 +17,7 @@ from benthic.terminal import without_controls
 from benthic.train.signals import Interrupted
 
 if TYPE_CHECKING:
-    from benthic.config.schema import RunConfig
+    from benthic.config.schema import ModelConfig, RunConfig
 
 USER_PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 INTERRUPTED = 130
@@ -73,11 +73,20 @@ def main() -> NoReturn:
         _fail(str(error), 1)
     except OSError as error:  # such as a full disk
         _fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("out of memory: take a smaller model, batch or context", 1)
     except Interrupted as stop:
         print(stop.message, file=sys.stderr)
         raise
     except typer.Abort:
         sys.exit(INTERRUPTED)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch's allocators raise RuntimeErrors."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def _fail(line: str, status: int) -> NoReturn:
@@ -152,7 +161,7 @@ def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
 
 @app.command("eval", epilog="Example: benthic eval runs/quickstart --json")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, with its data.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that was trained here, with its data.")],
     baseline: Annotated[bool, typer.Option("--baseline", help="Also what xz -9e makes of it.")] = False,
     json_: Json = False,
 ) -> None:  # fmt: skip
@@ -162,6 +171,8 @@ def evaluate(
     from benthic.data.shards import TokenStore
     from benthic.evaluate.bits_per_byte import bits_per_byte, xz_baseline
 
+    if run.is_dir() and not (run / "data").exists():
+        raise InputError(f"{run}: holds no data/ to be measured on; give the directory of a run that was trained here")
     model, _ = load_model(run)
     held_out = TokenStore(run / "data", "val")
     config = load_run_config(run / "config.toml")
@@ -212,8 +223,9 @@ def import_(
     """Make a run of a Hugging Face model directory, FP8 or not."""
     from benthic.convert.runs import import_run
 
-    console.print_figures(import_run(source, out)._asdict())
-    print(f"to talk to it: benthic chat {out}")
+    imported = import_run(source, out)
+    console.print_figures(imported._asdict())
+    print(f"to talk to it: benthic chat {out}" if imported.tokenizer else "it has no tokenizer.json to be talked to with")
 
 
 @app.command(epilog="Example: benthic export runs/quickstart --format hf --out exported")
@@ -251,12 +263,15 @@ def bench_train(set_: Set = None, json_: Json = False) -> None:
     """Optimizer steps of bench-108m, 8 sequences of 512 tokens."""
     from benthic.config.load import load_run_config
     from benthic.lab.bench_train import bench_train
+    from benthic.plan.memory import refuse_too_large
 
-    _print(asdict(bench_train(load_run_config("bench", set_ or ()))), json_)
+    config = load_run_config("bench", set_ or ())
+    refuse_too_large(config.model)
+    _print(asdict(bench_train(config)), json_)
 
 
-Context = Annotated[int, typer.Option("--context", help="Tokens of each sequence.")]
-Batch = Annotated[int, typer.Option("--batch", help="Sequences at a time.")]
+Context = Annotated[int, typer.Option("--context", min=1, help="Tokens of each sequence.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Of weights, cache and arithmetic.")]
 
 
@@ -265,10 +280,9 @@ def bench_prefill(
     context: Context = 512, batch: Batch = 1, precision: Precision = "fp32", set_: Set = None, json_: Json = False
 ) -> None:
     """Reading prompts with bench-400m, against the rate of a matrix product."""
-    from benthic.config.load import load_preset_or_recipe
     from benthic.lab.bench_inference import bench_prefill
 
-    model = load_preset_or_recipe("bench-400m", set_ or ()).model
+    model = _model_to_measure(set_ or (), context, batch, precision)
     _print(asdict(bench_prefill(model, context=context, batch=batch, precision=precision)), json_)
 
 
@@ -277,11 +291,22 @@ def bench_decode(
     context: Context = 128, batch: Batch = 1, precision: Precision = "fp32", set_: Set = None, json_: Json = False
 ) -> None:
     """Writing token by token with bench-400m, against the rate of reading memory."""
-    from benthic.config.load import load_preset_or_recipe
     from benthic.lab.bench_inference import bench_decode
 
-    model = load_preset_or_recipe("bench-400m", set_ or ()).model
+    model = _model_to_measure(set_ or (), context, batch, precision)
     _print(asdict(bench_decode(model, context=context, batch=batch, precision=precision)), json_)
+
+
+def _model_to_measure(overrides: Sequence[str], context: int, batch: int, precision: str) -> "ModelConfig":
+    """Of `bench prefill` and `decode`; refused if it and its cache exceed the memory."""
+    from benthic.config.load import load_preset_or_recipe
+    from benthic.plan.memory import refuse_too_large
+
+    model = load_preset_or_recipe("bench-400m", overrides).model
+    item_bytes = 2 if precision == "bf16" else 4
+    cache = batch * context * model.num_hidden_layers * model.latent_dim * item_bytes
+    refuse_too_large(model, doing="measuring", bytes_per_parameter=item_bytes, further_bytes=cache)
+    return model
 
 
 def _refuse_other_data(config: "RunConfig", overrides: Sequence[str], out: Path) -> None:

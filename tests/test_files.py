@@ -16,7 +16,7 @@ from benthic.train.checkpoint import Checkpoint, save
 os.umask(int(sys.argv[2], 8))
 out = Path(sys.argv[1])
 save(out, 1, Checkpoint({"model": {"w": torch.ones(3)}}, {"step": 1}), keep=1)
-write_shards(out, {"w": 12}, lambda name: torch.ones(3), 100)
+write_shards(out, {"w": 12}, lambda name: torch.ones(3), 100, "export")
 """
 
 

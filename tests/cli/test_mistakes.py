@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -35,6 +36,64 @@ def test_a_model_too_large_for_this_machine(benthic, tmp_path):
     out = tmp_path / "out"
     refused(benthic("run", "v3-671b", "--out", out), "682.6B parameters", "this machine has")
     assert not out.exists()
+
+
+@pytest.mark.parametrize("command", [
+    ("chat", "RUN"), ("generate", "RUN", "--prompt", "x"), ("eval", "RUN"), ("export", "RUN", "--out", "OUT"),
+    ("train", "tiny", "--out", "RUN"), ("bench", "train", "--set", "model.preset=tiny", "--set",
+    "train.sequence_length=64"), ("bench", "prefill", "--set", "model.preset=tiny"),
+    ("bench", "decode", "--set", "model.preset=tiny"),
+])  # fmt: skip
+def test_a_model_that_exceeds_the_memory(benthic, small_run, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("benthic.plan.memory._memory_bytes", lambda: 2**20)
+    paths = {"RUN": small_run, "OUT": tmp_path / "out"}
+    refused(benthic(*(paths.get(part, part) for part in command)), "B parameters", "this machine has 0 GiB")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_a_cache_that_exceeds_the_memory(benthic, kind):
+    done = benthic("bench", kind, "--batch", 10**9, "--set", "model.preset=tiny")
+    refused(done, "GiB of cache takes at least", "this machine has")
+
+
+def test_a_checkpoint_that_exceeds_the_memory(benthic, small_run, tmp_path, monkeypatch):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    monkeypatch.setattr("benthic.plan.memory._memory_bytes", lambda: 2**20)
+    refused(benthic("generate", run, "--prompt", "x"), "model: loading")
+
+
+def test_a_disk_without_room_for_the_weights(benthic, small_run, tmp_path, monkeypatch):
+    assert benthic("export", small_run, "--out", tmp_path / "hf").returncode == 0
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("benthic.convert.shards.shutil.disk_usage", lambda path: full)
+    for command in (("import", tmp_path / "hf"), ("export", small_run)):
+        done = benthic(*command, "--out", tmp_path / "out")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "the weights take 0.0 GB, the disk has 0.0 free" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you")])
+def test_memory_that_runs_out(benthic, monkeypatch, error):
+    monkeypatch.setattr("benthic.lab.bench_inference.build_model", mock.Mock(side_effect=error))
+    done = benthic("bench", "decode", "--set", "model.preset=tiny")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "out of memory" in done.stderr
+
+
+@pytest.mark.parametrize("part", [".", "model"])
+def test_eval_of_what_has_no_data(benthic, small_run, tmp_path, part):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    shutil.rmtree(run / "data")
+    refused(benthic("eval", run / part), f"{run / part}: holds no data/ to be measured on")
+
+
+def test_import_of_what_is_no_model(benthic, small_run, corpus, tmp_path):
+    refused(benthic("import", small_run, "--out", tmp_path / "out"), small_run, "is a run already")
+    refused(benthic("import", corpus, "--out", tmp_path / "out"), corpus, "holds no config.json")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", [("run", "tiny"), ("data", "tiny"), ("train", "tiny"), ("export", "run")])
