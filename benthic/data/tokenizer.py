@@ -134,6 +134,8 @@ class Tokenizer:
         for turn, text in zip(document.turns, texts, strict=True):
             if turn.role in self.role_ids:
                 ids.append(self.role_ids[turn.role])
+            elif len(ids) > 1:
+                ids += self.encode("\n")  # nothing else says where a turn ends
             ids += text
         return [*ids, self.eos_id]
 

@@ -159,6 +159,15 @@ def test_a_third_partys_tokenizer_encodes_conversations_with_its_template(third_
     assert tokenizer.encode_documents([document]) == [expected]
 
 
+def test_without_roles_and_template_a_line_end_parts_the_turns(third_party):
+    (third_party / "tokenizer_config.json").write_text("{}")
+    tokenizer = Tokenizer.load(third_party)
+    document = Document((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")))
+    # As the plain text of a document has it; the last line end is the end token.
+    assert tokenizer.encode_documents([document]) == [[256, *tokenizer.encode("a\nb\nc"), 257]]
+    assert tokenizer.encode_documents([Document((Turn(None, "a\nb"),))]) == [[256, *tokenizer.encode("a\nb"), 257]]
+
+
 def test_no_part_of_a_message_becomes_a_control_token(third_party):
     config = json.loads((third_party / "tokenizer_config.json").read_text())
     config["chat_template"] = "{{ messages[0].content[0].text }}|{{ messages[0].name }}|{{ messages | tojson }}"
