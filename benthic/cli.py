@@ -60,33 +60,34 @@ def main() -> NoReturn:
     console.write_any_text()
     try:
         status = app(standalone_mode=False)
-        if status == INTERRUPTED:  # how typer tells of Ctrl-C
-            print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(status)
-    except InputError as error:
-        _fail(str(error), 2)
-    except typer.TyperException as error:
-        _fail(error.format_message(), error.exit_code)
-    except USER_PATH_ERRORS as error:
-        _fail(f"{error.filename}: {error.strerror}", 2)
-    except WorkFailed as error:
-        _fail(str(error), 1)
-    except OSError as error:  # such as a full disk
-        _fail(str(error), 1)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        _fail("out of memory: take a smaller model, batch or context", 1)
     except Interrupted as stop:
         print(stop.message, file=sys.stderr)
         raise
     except typer.Abort:
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        if (told := _told(error)) is None:
+            raise
+        _fail(*told)
+    if status == INTERRUPTED:  # how typer tells of Ctrl-C
+        print("stopped by Ctrl-C", file=sys.stderr)
+    sys.exit(status)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch's allocators raise RuntimeErrors."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error)
+def _told(error: Exception) -> tuple[str, int] | None:
+    """The line that tells of an error, and the exit status; None for a mistake of Benthic's own."""
+    if isinstance(error, typer.TyperException):
+        return error.format_message(), error.exit_code
+    if isinstance(error, USER_PATH_ERRORS):
+        return f"{error.filename}: {error.strerror}", 2
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, WorkFailed | OSError):  # such as a full disk
+        return str(error), 1
+    # PyTorch's allocators raise RuntimeErrors.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return "out of memory: take a smaller model, batch or context", 1
+    return None
 
 
 def _fail(line: str, status: int) -> NoReturn:
@@ -225,7 +226,9 @@ def import_(
 
     imported = import_run(source, out)
     console.print_figures(imported._asdict())
-    print(f"to talk to it: benthic chat {out}" if imported.tokenizer else "it has no tokenizer.json to be talked to with")
+    print(
+        f"to talk to it: benthic chat {out}" if imported.tokenizer else "without tokenizer.json it cannot be talked to"
+    )
 
 
 @app.command(epilog="Example: benthic export runs/quickstart --format hf --out exported")

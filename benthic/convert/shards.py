@@ -36,7 +36,9 @@ def write_shards(
     """
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free
     if total > free:
-        raise WorkFailed(f"{folder.parent}: the weights take {total / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} free")
+        raise WorkFailed(
+            f"{folder.parent}: weights of {total / 1e9:,.1f} GB, but the disk has {free / 1e9:,.1f} GB free"
+        )
     shards = plan_shards(sizes, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):

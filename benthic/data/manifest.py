@@ -56,8 +56,8 @@ class Manifest(Settings):
 
     @model_validator(mode="after")
     def _settings_can_be_used(self) -> Self:
-        if not isinstance(vocab_size := self.settings.get("vocab_size"), int):
-            raise ValueError(f"settings.vocab_size={vocab_size!r} must be a number")
+        if type(vocab_size := self.settings.get("vocab_size")) is not int:
+            raise ValueError(f"settings.vocab_size={vocab_size!r:.40} must be a number")
         DataConfig.model_validate(self._data_settings())
         return self
 

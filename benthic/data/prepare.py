@@ -72,7 +72,7 @@ def refuse_model_directory(out: Path) -> None:
     if (out / "config.json").exists():
         raise InputError(f"{out}: is a model's directory, it has a config.json; choose another")
     if any(out.glob("model/*")) and not ((out / "data").exists() or (out / "checkpoints").exists()):
-        raise InputError(f"{out / 'model'}: a model is there already, and no data of its training; choose another --out")
+        raise InputError(f"{out / 'model'}: a model is there already, without data of its training; choose another")
 
 
 def _prepare(

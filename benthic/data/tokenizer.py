@@ -115,7 +115,7 @@ class Tokenizer:
         try:
             return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
         except (UnicodeEncodeError, TypeError):
-            raise InputError("text that is not UTF-8: it holds bytes, or a lone surrogate, that are no character") from None
+            raise InputError("text that is not UTF-8: it holds bytes or a surrogate that are no character") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens; the inverse of ``encode``."""

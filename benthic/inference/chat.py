@@ -44,8 +44,7 @@ def converse(conversation: "Conversation", lines: Iterable[str], out: TextIO) ->
         if text in ("/quit", "/exit"):
             return
         try:
-            if not _is_utf8(text):
-                raise InputError("this line is not UTF-8 text; it is left out")
+            _refuse_no_text(text)
             if text.startswith("/"):
                 print(_obey(conversation, text), file=out)
             elif text:
@@ -118,12 +117,11 @@ def _piped_lines() -> Iterator[str]:
     yield from sys.stdin
 
 
-def _is_utf8(text: str) -> bool:
+def _refuse_no_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        raise InputError("this line is not UTF-8 text; it is left out") from None
 
 
 def _write_answer(conversation: Conversation, text: str, out: TextIO) -> None:

@@ -71,7 +71,7 @@ def test_a_disk_without_room_for_the_weights(benthic, small_run, tmp_path, monke
     for command in (("import", tmp_path / "hf"), ("export", small_run)):
         done = benthic(*command, "--out", tmp_path / "out")
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-        assert "the weights take 0.0 GB, the disk has 0.0 free" in done.stderr
+        assert "weights of 0.0 GB, but the disk has 0.0 GB free" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 

@@ -213,7 +213,7 @@ def test_much_more_held_out_than_asked_for_is_told(tmp_path, documents, told):
 def test_settings_of_a_manifest_that_cannot_be_used_are_refused(prepared, tmp_path, change):
     manifest = Manifest.load(prepared / "data")
     manifest.model_copy(update={"settings": {**manifest.settings, **change}}).save(tmp_path)
-    with pytest.raises(InputError, match="manifest.json: "):
+    with pytest.raises(InputError, match=r"manifest\.json: "):
         Manifest.load(tmp_path)
 
 

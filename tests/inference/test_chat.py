@@ -118,7 +118,8 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(engine, monkeypatc
 
 def test_help_names_every_command(talk):
     _, written = talk("/help")
-    assert all(command in written for command in ("/reset", "/clear", "/system", "/set", "/help", "/quit", "/exit", "Ctrl-D"))
+    commands = ("/reset", "/clear", "/system", "/set", "/help", "/quit", "/exit", "Ctrl-D")
+    assert all(command in written for command in commands)
 
 
 def test_chat_answers_what_is_piped_in(engine, monkeypatch, capsys):
