@@ -24,6 +24,7 @@ ROLE_TOKENS: dict[Role, str] = {role: f"<|{role}|>" for role in ROLES}
 MIN_VOCAB_SIZE = 256 + 2 + len(ROLES)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 """What :meth:`Tokenizer.save` writes."""
+_LONG_RUN = re.compile(r"\S{512}|\s{512}")
 _GUARD = "\ufdd0"
 """A Unicode noncharacter that breaks up control-token strings in messages while a template is rendered."""
 
@@ -64,7 +65,7 @@ class Tokenizer:
             show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator((piece for text in texts for piece in _short_words(text)), trainer)
         backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
         return cls(
             backend,
@@ -168,6 +169,15 @@ class Tokenizer:
             yield [_id(self._backend, match[0])]
             position = match.end()
         yield self.encode(_unguard(text[position:]))
+
+
+def _short_words(text: str) -> Iterator[str]:
+    """A text, cut within words of more than 512 characters: what training takes grows with the square of a word."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _id(backend: tokenizers.Tokenizer, token: str) -> int:
