@@ -10,8 +10,9 @@ from benthic.config.complain import complaint
 from benthic.config.load import load_run_config
 from benthic.config.schema import InferenceConfig, RunConfig
 from benthic.config.stages import PRETRAIN
-from benthic.convert.huggingface import is_own_export, save_hf
+from benthic.convert.huggingface import is_written_for, save_hf
 from benthic.convert.resolve import find_tokenizer, load_model
+from benthic.data.prepare import refuse_model_directory
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.inference import engine
@@ -50,11 +51,12 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     """
     out = Path(out)
     refuse_too_large(config.model)
+    refuse_model_directory(out)
     with locked(out):
         _refuse_other_model(out)
         trained = loop.train(config, out)
         assert isinstance(trained.model, LanguageModel)
-        save_hf(trained.model, trained.model.config, out / "tokenizer", out / "model")
+        save_hf(trained.model, trained.model.config, out / "tokenizer", out / "model", purpose="training")
     return trained
 
 
@@ -63,7 +65,7 @@ def _refuse_other_model(out: Path) -> None:
     model = out / "model"
     if not model.is_symlink() and not (model.exists() and (model.is_file() or any(model.iterdir()))):
         return
-    if not (is_own_export(model) and committed(out / "checkpoints" / PRETRAIN)):
+    if not (is_written_for("training", model) and committed(out / "checkpoints" / PRETRAIN)):
         raise InputError(f"{model}: already there, and not of a training in {out}; give another --out")
 
 

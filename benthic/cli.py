@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from benthic import console
+from benthic import __version__, console
 from benthic.errors import InputError, WorkFailed
 from benthic.terminal import without_controls
 from benthic.train.signals import Interrupted
 
 if TYPE_CHECKING:
-    from benthic.config.schema import RunConfig
+    from benthic.config.schema import ModelConfig, RunConfig
 
 USER_PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     help="Train, talk to and measure DeepSeek-V3-style models on the hardware you have.",
@@ -39,8 +41,12 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported 
 
 def _directory(text: str) -> Path:
     if not text:
-        raise InputError("--out: must not be empty")
-    return Path(text)
+        raise typer.BadParameter("must not be empty")
+    path = Path(text)
+    there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    if there.exists() and not there.is_dir():
+        raise typer.BadParameter(f"{there} is a file; give a directory")
+    return path
 
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to write.", parser=_directory)]
@@ -52,23 +58,37 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for other program
 
 def main() -> NoReturn:
     """Runs the command line; a user's mistake becomes one line and exit status 2."""
+    console.write_any_text()
     try:
-        sys.exit(app(standalone_mode=False))
-    except InputError as error:
-        _fail(str(error), 2)
-    except typer.TyperException as error:
-        _fail(error.format_message(), error.exit_code)
-    except USER_PATH_ERRORS as error:
-        _fail(f"{error.filename}: {error.strerror}", 2)
-    except WorkFailed as error:
-        _fail(str(error), 1)
-    except OSError as error:  # such as a full disk
-        _fail(str(error), 1)
+        status = app(standalone_mode=False)
     except Interrupted as stop:
         print(stop.message, file=sys.stderr)
         raise
     except typer.Abort:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if (told := _told(error)) is None:
+            raise
+        _fail(*told)
+    if status == INTERRUPTED:  # how typer tells of Ctrl-C
+        print("stopped by Ctrl-C", file=sys.stderr)
+    sys.exit(status)
+
+
+def _told(error: Exception) -> tuple[str, int] | None:
+    """The line that tells of an error, and the exit status; None for a mistake of Benthic's own."""
+    if isinstance(error, typer.TyperException):
+        return error.format_message(), error.exit_code
+    if isinstance(error, USER_PATH_ERRORS):
+        return f"{error.filename}: {error.strerror}", 2
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, WorkFailed | OSError):  # such as a full disk
+        return str(error), 1
+    # PyTorch's allocators raise RuntimeErrors.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return "out of memory: take a smaller model, batch or context", 1
+    return None
 
 
 def _fail(line: str, status: int) -> NoReturn:
@@ -76,6 +96,20 @@ def _fail(line: str, status: int) -> NoReturn:
         # Names out of a file from anywhere may be among it.
         print(f"error: {without_controls(' '.join(line.split()))}", file=sys.stderr)
     sys.exit(status)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"benthic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
 
 
 @app.command(epilog="Example: benthic run quickstart --out runs/quickstart --set train.minutes=5")
@@ -88,7 +122,8 @@ def run(out: Out, recipe: Recipe = "quickstart", set_: Set = None) -> None:
     config = load_run_config(recipe, set_ or ())
     refuse_too_large(config.model)
     with console.counting() as progress:
-        prepare(config.data, config.model.vocab_size, out, progress)
+        manifest = prepare(config.data, config.model.vocab_size, out, progress)
+    console.print_notes(manifest.remarks())
     _train(config, out)
 
 
@@ -99,11 +134,15 @@ def data(
 ) -> None:  # fmt: skip
     """Turn a corpus into a tokenizer, token shards and a manifest."""
     from benthic.config.load import DEFAULT_RECIPE, load_data_config, recipe_among
-    from benthic.data.prepare import prepare
+    from benthic.data.manifest import FILE_NAME
+    from benthic.data.prepare import damage, prepare
 
     config = load_data_config(sources, set_ or ())
+    damaged = damage(out) if (out / "data" / FILE_NAME).exists() else None
     with console.counting() as progress:
-        manifest = prepare(config.data, config.model.vocab_size, out, progress)
+        manifest = prepare(config.data, config.model.vocab_size, out, progress, repair=damaged is not None)
+    console.print_notes([f"repaired: {damaged}"] if damaged else [])
+    console.print_notes(manifest.remarks())
     keys = ("documents", "tokens", "bytes", "rejected", "duplicates", "train_tokens", "val_tokens")
     _print({key: getattr(manifest, key) for key in keys}, json_)
     if not json_:
@@ -124,7 +163,7 @@ def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
 
 @app.command("eval", epilog="Example: benthic eval runs/quickstart --json")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, with its data.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that was trained here, with its data.")],
     baseline: Annotated[bool, typer.Option("--baseline", help="Also what xz -9e makes of it.")] = False,
     precision: Annotated[
         AtRest | None, typer.Option("--precision", help="Also with weights kept in this.")
@@ -137,6 +176,8 @@ def evaluate(
     from benthic.evaluate.bits_per_byte import bits_per_byte, xz_baseline
     from benthic.evaluate.precision_loss import precision_loss
 
+    if run.is_dir() and not (run / "data").exists():
+        raise InputError(f"{run}: holds no data/ to be measured on; give the directory of a run that was trained here")
     model, _ = load_model(run)
     held_out = TokenStore(run / "data", "val")
     config = current_stage(run)[0].config
@@ -196,8 +237,11 @@ def import_(
     """Make a run of a Hugging Face model directory, FP8 or not."""
     from benthic.convert.runs import import_run
 
-    console.print_figures(import_run(source, out)._asdict())
-    print(f"to talk to it: benthic chat {out}")
+    imported = import_run(source, out)
+    console.print_figures(imported._asdict())
+    print(
+        f"to talk to it: benthic chat {out}" if imported.tokenizer else "without tokenizer.json it cannot be talked to"
+    )
 
 
 @app.command(epilog="Example: benthic export runs/quickstart --format hf --out exported")
@@ -235,12 +279,15 @@ def bench_train(set_: Set = None, json_: Json = False) -> None:
     """Optimizer steps of bench-108m, 8 sequences of 512 tokens."""
     from benthic.config.load import load_run_config
     from benthic.lab.bench_train import bench_train
+    from benthic.plan.memory import refuse_too_large
 
-    _print(asdict(bench_train(load_run_config("bench", set_ or ()))), json_)
+    config = load_run_config("bench", set_ or ())
+    refuse_too_large(config.model)
+    _print(asdict(bench_train(config)), json_)
 
 
-Context = Annotated[int, typer.Option("--context", help="Tokens of each sequence.")]
-Batch = Annotated[int, typer.Option("--batch", help="Sequences at a time.")]
+Context = Annotated[int, typer.Option("--context", min=1, help="Tokens of each sequence.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")]
 Arithmetic = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Of weights, cache and arithmetic.")]
 
 
@@ -249,10 +296,9 @@ def bench_prefill(
     context: Context = 512, batch: Batch = 1, precision: Arithmetic = "fp32", set_: Set = None, json_: Json = False
 ) -> None:
     """Reading prompts with bench-400m, against the rate of a matrix product."""
-    from benthic.config.load import load_preset_or_recipe
     from benthic.lab.bench_inference import bench_prefill
 
-    model = load_preset_or_recipe("bench-400m", set_ or ()).model
+    model = _model_to_measure(set_ or (), context, batch, precision)
     _print(asdict(bench_prefill(model, context=context, batch=batch, precision=precision)), json_)
 
 
@@ -263,24 +309,37 @@ def bench_decode(
     set_: Set = None, json_: Json = False,
 ) -> None:  # fmt: skip
     """Writing token by token with bench-400m, against the rate of reading memory."""
-    from benthic.config.load import load_preset_or_recipe
     from benthic.lab.bench_inference import bench_decode
 
-    model = load_preset_or_recipe("bench-400m", set_ or ()).model
+    model = _model_to_measure(set_ or (), context, batch, precision)
     _print(asdict(bench_decode(model, context=context, batch=batch, precision=precision)), json_)
+
+
+def _model_to_measure(overrides: Sequence[str], context: int, batch: int, precision: str) -> "ModelConfig":
+    """Of `bench prefill` and `decode`; refused if it and its cache exceed the memory."""
+    from benthic.config.load import load_preset_or_recipe
+    from benthic.plan.memory import refuse_too_large
+
+    model = load_preset_or_recipe("bench-400m", overrides).model
+    item_bytes = 2 if precision == "bf16" else 4
+    cache = batch * context * model.num_hidden_layers * model.latent_dim * item_bytes
+    refuse_too_large(model, doing="measuring", bytes_per_parameter=item_bytes, further_bytes=cache)
+    return model
 
 
 def _refuse_other_data(config: "RunConfig", overrides: Sequence[str], out: Path) -> None:
     """Data is prepared already: a setting given for this command, unlike the recipe's, must not go unheeded."""
     from benthic.config.load import override_keys
+    from benthic.data.corpus import absolute_paths
     from benthic.data.manifest import Manifest
 
     prepared = Manifest.load(out / "data").prepared(config.data)
+    both = absolute_paths(config.data), absolute_paths(prepared)
     for key in override_keys(overrides):
         section, _, name = key.partition(".")
         if section != "data":
             continue
-        given, found = (getattr(settings, name) if name else settings for settings in (config.data, prepared))
+        given, found = (getattr(settings, name) if name else settings for settings in both)
         if given != found:
             raise InputError(f"--set {key}: {out / 'data'} was prepared with {found!r}; choose another --out")
 

@@ -1,5 +1,6 @@
 """What the command line shows: progress on a terminal and plain lines off one, tables, JSON."""
 
+import io
 import json
 import sys
 import time
@@ -17,9 +18,17 @@ LINE_EVERY = 5.0
 """Seconds between plain lines of progress."""
 
 
+def write_any_text() -> None:
+    """What an output's encoding lacks is written as an escape, rather than ending the work with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
 def print_json(data: Any) -> None:
     """One JSON document on standard output."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    ascii_alone = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    print(json.dumps(data, indent=2, ensure_ascii=ascii_alone))
 
 
 def print_stream(pieces: Iterable[str]) -> None:
@@ -28,6 +37,12 @@ def print_stream(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(show(piece), end="", flush=True)
     print()
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """What somebody should know who did not ask, a line each on standard error."""
+    for note in notes:
+        print(f"note: {without_controls(note)}", file=sys.stderr)
 
 
 def print_figures(figures: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,18 @@ def write_atomically(path: Path, text: str) -> None:
     sync(temporary)
     temporary.replace(path)
     sync(path.parent)
+
+
+@contextmanager
+def usual_mode(path: Path) -> Iterator[None]:
+    """What is written to ``path`` inside can be read by whom the umask allows, whatever its writer thinks of it.
+
+    The safetensors library makes files that nobody but their owner can read.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield
+    path.chmod(mode)
 
 
 def sha256(path: Path) -> str:

@@ -1,16 +1,44 @@
-"""A tiny training run on prepared data, shared by the tests of training and of its faults."""
+"""The command line in this process, and a tiny training run on prepared data, for all tests."""
 
+import contextlib
+import io
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
+from benthic.cli import main
 from benthic.config.presets import PRESETS
 from benthic.config.schema import RunConfig
 
 _TEXT = "the sea is deep and dark and cold below the light where slow fish drift over the soft grey mud"
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def benthic():
+    """Runs the command line as a user does: its exit status and both of its outputs."""
+
+    def invoke(*arguments, stdin=""):
+        out, err = io.StringIO(), io.StringIO()
+        argv = ["benthic", *map(str, arguments)]
+        with (
+            mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "stdin", io.StringIO(stdin)),
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop,
+        ):  # fmt: skip
+            main()
+        return Done(stop.value.code or 0, out.getvalue(), err.getvalue())
+
+    return invoke
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,8 @@ class OptimizerConfig(Settings):
     learning_rate: Annotated[float, Field(gt=0)] = 2.2e-4
     matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Muon's peak rate for hidden matrices; ``learning_rate`` then serves embedding, head, norms and gates."""
+    matrix_products: Literal["auto", "fp32", "bf16"] = "auto"
+    """What Muon orthogonalises in; ``auto`` is bf16 where the device has units for it, as found when the run begins."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1

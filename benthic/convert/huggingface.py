@@ -17,11 +17,12 @@ from benthic.convert.checkpoint import INDEX, Checkpoint, inside
 from benthic.convert.config import config_from_hf, config_to_hf, is_fp8, stored_dtype
 from benthic.convert.folder import new_folder
 from benthic.convert.names import Place, empty_shared_experts, mtp_prefix, published_names
-from benthic.convert.shards import PRODUCER, write_json, write_shards
+from benthic.convert.shards import PRODUCER, Purpose, write_json, write_shards
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.files import read_json_object
 from benthic.model import LanguageModel, build_model
+from benthic.plan.memory import refuse_too_large
 
 SHARD_BYTES = 5 * 10**9
 EMBEDDING = "model.embed_tokens.weight"
@@ -77,9 +78,10 @@ def load_hf(
         device: where the model goes, by default the CPU.
 
     Raises:
-        InputError: as :func:`open_hf`, or copies of the shared embedding or head differ.
+        InputError: as :func:`open_hf`, or copies of the shared embedding or head differ, or it exceeds the memory.
     """
     published = open_hf(folder)
+    refuse_too_large(published.config, doing="loading", bytes_per_parameter=(dtype or published.dtype).itemsize)
     model = build_model(published.config, device="meta", dtype=dtype or published.dtype)
     model.to_empty(device=device or "cpu")
     _fill(model.state_dict(), published)
@@ -94,6 +96,7 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    purpose: Purpose = "export",
 ) -> None:
     """Writes a model as a Hugging Face directory, complete or not at all.
 
@@ -101,9 +104,10 @@ def save_hf(
         model: the weights, with those of its MTP modules.
         config: of ``model``.
         tokenizer_dir: whose files are copied and whose begin and end ids the configs name.
-        out: a free path, an empty folder, or an earlier export, which is replaced.
+        out: a free path, an empty folder, or what was written earlier for the same purpose, which is replaced.
         dtype: to store weights in, by default the model's; the routers' bias has at least fp32.
         max_shard_bytes: of a safetensors file, unless a single tensor is larger.
+        purpose: what may later replace it.
 
     Raises:
         InputError: ``out`` holds something else or cannot be written.
@@ -111,7 +115,7 @@ def save_hf(
     """
     state, places = model.state_dict(), published_names(config)
     token_ids = {} if tokenizer_dir is None else _tokenizer_ids(tokenizer_dir)
-    with new_folder(out, replace=is_own_export(out)) as draft:
+    with new_folder(out, replace=is_written_for(purpose, out)) as draft:
         write_hf(
             draft,
             config,
@@ -119,6 +123,7 @@ def save_hf(
             token_ids=token_ids,
             dtype=dtype or state[HEAD.parameter].dtype,
             max_shard_bytes=max_shard_bytes,
+            purpose=purpose,
         )
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, draft)
@@ -141,10 +146,11 @@ def write_hf(
     token_ids: Mapping[str, Any],
     dtype: torch.dtype,
     max_shard_bytes: int = SHARD_BYTES,
+    purpose: Purpose,
 ) -> int:
     """Fills a folder with configs and shards, taking each weight from ``read`` by its published name.
 
-    Returns the number of shards.
+    Returns the number of shards. Raises WorkFailed if there is no room for them.
     """
     empty = empty_shared_experts(config)
 
@@ -153,7 +159,7 @@ def write_hf(
         return weight.to(_stored_dtype(name, dtype))
 
     sizes = {name: weight.numel() * _stored_dtype(name, dtype).itemsize for name, weight in _blueprint(config).items()}
-    shards = write_shards(folder, sizes | dict.fromkeys(empty, 0), stored, max_shard_bytes)
+    shards = write_shards(folder, sizes | dict.fromkeys(empty, 0), stored, max_shard_bytes, purpose)
     write_json(folder / "config.json", config_to_hf(config, dtype, token_ids))
     write_json(folder / "generation_config.json", dict(token_ids))
     return shards
@@ -185,11 +191,12 @@ def _published_ids(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     return {key: merged[key] for key in ("bos_token_id", "eos_token_id") if merged.get(key) is not None}
 
 
-def is_own_export(folder: Path) -> bool:
-    """Did an export write all that is in this folder? Only then may another replace it."""
+def is_written_for(purpose: Purpose, folder: Path) -> bool:
+    """Did Benthic write all that is in this folder, for this purpose? Only then may the like replace it."""
     try:
         index = read_json_object(folder / INDEX)
-        ours = index["metadata"]["producer"] == PRODUCER
+        # An earlier version did not say what for.
+        ours = index["metadata"]["producer"] == PRODUCER and index["metadata"].get("purpose", purpose) == purpose
         written = {INDEX, *CONFIG_FILES, *TOKENIZER_FILES, *index["weight_map"].values()}
     except (InputError, KeyError, TypeError, AttributeError):
         return False

@@ -11,6 +11,7 @@ from benthic.convert.huggingface import load_hf
 from benthic.errors import InputError
 from benthic.model import LanguageModel, build_model
 from benthic.model.language_model import cast_parameters
+from benthic.plan.memory import refuse_too_large
 from benthic.train import checkpoint
 
 WHAT_IS_ALLOWED = "give a run directory, or an exported or Hugging Face model directory"
@@ -74,6 +75,8 @@ def _written(path: Path) -> int:
 def _load_checkpoint(
     config: ModelConfig, path: Path, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> tuple[LanguageModel, ModelConfig]:
+    # The model, and what is read from the file before it is copied there.
+    refuse_too_large(config, doing="loading", bytes_per_parameter=2 * torch.float32.itemsize)
     model = build_model(config, device="meta").to_empty(device=device or "cpu")
     tensors = checkpoint.load(path, groups=("model", "average")).tensors
     checkpoint.copy_into(model.state_dict(), tensors.get("model", {}), str(path / "model.safetensors"))

@@ -33,12 +33,18 @@ def import_run(hf_dir: Path, out: Path) -> Imported:
         InputError: ``hf_dir`` is not a model that Benthic can run, or ``out`` is there and not empty.
         WorkFailed: the disk is full.
     """
+    _refuse_no_model(hf_dir)
     published = open_hf(hf_dir)
     check_copies(published)
     with new_folder(out) as draft:
         (draft / "model").mkdir()
         shards = write_hf(
-            draft / "model", published.config, published.read, token_ids=published.token_ids, dtype=published.dtype
+            draft / "model",
+            published.config,
+            published.read,
+            token_ids=published.token_ids,
+            dtype=published.dtype,
+            purpose="import",
         )
         tokenizer = (hf_dir / "tokenizer.json").is_file()
         if tokenizer:
@@ -54,6 +60,18 @@ def import_run(hf_dir: Path, out: Path) -> Imported:
         mtp_layers=published.config.num_nextn_predict_layers,
         tokenizer=tokenizer,
     )
+
+
+def _refuse_no_model(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'not a directory' if folder.exists() else 'no such directory'}")
+    if any((folder / name).exists() for name in ("config.toml", "checkpoints", "model")):
+        raise InputError(
+            f"{folder}: is a run already, and can be used as it is; to copy its model, export it and import the export"
+        )
+    raise InputError(f"{folder}: holds no config.json; give a Hugging Face model directory")
 
 
 def export_hf(run: Path, out: Path, dtype: torch.dtype | None = None) -> None:

@@ -7,14 +7,17 @@ standard library; anything else is the path of a file or folder.
 import hashlib
 import importlib.util
 import json
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benthic.config.schema import DataConfig
 from benthic.data.document import Document, Rejection, Turn
 from benthic.data.text_files import find_files, read_file
 from benthic.errors import InputError, MissingExtra
+from benthic.files import sha256
 
 NAMED = ("chitchat", "stdlib")
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -35,12 +38,25 @@ def read_corpus(sources: Sequence[str]) -> Iterator[Document | Rejection]:
                 yield from read_file(path)
 
 
+def absolute_paths(config: DataConfig) -> DataConfig:
+    """The same settings wherever the next command is given: relative paths are those of the present directory."""
+    sources = tuple(source if source in NAMED else str(Path(source).absolute()) for source in config.sources)
+    tokenizer = config.tokenizer and str(Path(config.tokenizer).absolute())
+    return config.model_copy(update={"sources": sources, "tokenizer": tokenizer})
+
+
 def files_digest(sources: Iterable[str]) -> str:
-    """Hash of the names and sizes of the user's own files, to notice that a prepared corpus has changed since."""
+    """Hash of the names and contents of the user's own files, to notice that a prepared corpus has changed since.
+
+    Raises ``InputError`` if one is not there or cannot be read.
+    """
     state = hashlib.sha256()
     for source in sources:
         for path in [] if source in NAMED else _files(source):
-            state.update(f"{path.name} {path.stat().st_size}\n".encode())
+            try:
+                state.update(f"{os.fsencode(path.name).hex()} {sha256(path)}\n".encode())
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     return state.hexdigest()
 
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from benthic.config.schema import DataConfig, Settings
 from benthic.data.document import Rejection
@@ -54,10 +54,34 @@ class Manifest(Settings):
     train: SplitManifest
     val: SplitManifest
 
+    @model_validator(mode="after")
+    def _settings_can_be_used(self) -> Self:
+        if type(vocab_size := self.settings.get("vocab_size")) is not int:
+            raise ValueError(f"settings.vocab_size={vocab_size!r:.40} must be a number")
+        DataConfig.model_validate(self._data_settings())
+        return self
+
+    def _data_settings(self) -> dict[str, Any]:
+        return {key: value for key, value in self.settings.items() if key in DataConfig.model_fields}
+
     def prepared(self, asked: DataConfig) -> DataConfig:
         """The settings that this data was prepared with; those that only training reads are as asked for."""
-        known = {key: value for key, value in self.settings.items() if key in DataConfig.model_fields}
-        return DataConfig.model_validate({**asked.model_dump(), **known})
+        return DataConfig.model_validate({**asked.model_dump(), **self._data_settings()})
+
+    def remarks(self) -> list[str]:
+        """What whoever prepared this may not expect: text left out, much more held out than was asked for."""
+        asked, held_out = self.prepared(DataConfig()).validation_fraction, self.val.bytes / max(1, self.bytes)
+        remarks = []
+        if self.rejections:
+            file, offset, reason = self.rejections[0]
+            examples = "" if self.rejected == 1 else f"; the manifest lists {len(self.rejections)} under rejections"
+            remarks.append(f"rejected: {self.rejected}, first {file} at byte {offset}: {reason}{examples}")
+        if held_out > 2 * asked:
+            remarks.append(
+                f"{held_out:.0%} of the text is held out, where data.validation_fraction={asked:g}: of "
+                f"{self.documents} documents, {self.val.documents} make up so much; more and shorter ones split better"
+            )
+        return remarks
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:

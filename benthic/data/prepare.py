@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benthic.config.schema import DataConfig
-from benthic.data.corpus import files_digest, read_corpus
+from benthic.data.corpus import absolute_paths, files_digest, read_corpus
 from benthic.data.document import Document
 from benthic.data.manifest import FILE_NAME, SPLITS, Manifest, Split, SplitManifest
-from benthic.data.shards import ShardWriter, token_dtype
+from benthic.data.shards import ShardWriter, TokenStore, token_dtype
 from benthic.data.split import Survey, split_documents, survey
 from benthic.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from benthic.errors import InputError
@@ -25,36 +25,73 @@ from benthic.lock import locked
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how many documents are done, and how many there are if that is known."""
 
+SOURCES_HASH = "source_sha256"
+"""Key of the manifest's settings for the hash of the user's files."""
 ENCODE_BATCH = 256
 REPORT_EVERY = 100
 Item = TypeVar("Item")
 
 
-def prepare(config: DataConfig, vocab_size: int, out: Path, progress: Progress = lambda *_: None) -> Manifest:
+def prepare(
+    config: DataConfig, vocab_size: int, out: Path, progress: Progress = lambda *_: None, *, repair: bool = False
+) -> Manifest:
     """Write ``out/tokenizer`` and ``out/data``, or keep them if they were prepared with the same settings.
 
-    ``vocab_size`` is the model's; a tokenizer trained here has at most as many tokens. Raises ``InputError`` for a
-    corpus that cannot be read or split, a tokenizer that does not fit, data that was prepared differently, or if
-    another process works in ``out``.
+    ``vocab_size`` is the model's; a tokenizer trained here has at most as many tokens. With ``repair``, what is there
+    is made anew. Raises ``InputError`` for a corpus that cannot be read or split, a tokenizer that does not fit, data
+    that was prepared differently or cannot be made again as it was, an ``out`` with a model in it, or if another
+    process works in ``out``.
     """
+    refuse_model_directory(out)
+    config, before = absolute_paths(config), None
     if (out / "data" / FILE_NAME).exists():
-        return _prepared_before(config, vocab_size, out)
+        before = _prepared_before(config, vocab_size, out)
+        if not repair:
+            _check_tokenizer(out, before)
+            return before
     with locked(out):
-        return _prepare(config, vocab_size, out, progress)
+        if before is None:
+            _refuse_to_replace(out)
+        return _prepare(config, vocab_size, out, progress, before)
 
 
-def _prepare(config: DataConfig, vocab_size: int, out: Path, progress: Progress) -> Manifest:
-    _refuse_to_replace(out)
+def damage(out: Path) -> InputError | None:
+    """What is wrong with a file of the data prepared in ``out``, every byte of which is read; None if nothing is."""
+    manifest = Manifest.load(out / "data")
+    try:
+        _check_tokenizer(out, manifest)
+        for split in SPLITS:
+            TokenStore(out / "data", split)
+    except InputError as error:
+        return error
+    return None
+
+
+def refuse_model_directory(out: Path) -> None:
+    """Raise ``InputError`` if ``out`` is, or holds, a model that another tokenizer or training would not fit."""
+    if (out / "config.json").exists():
+        raise InputError(f"{out}: is a model's directory, it has a config.json; choose another")
+    if any(out.glob("model/*")) and not ((out / "data").exists() or (out / "checkpoints").exists()):
+        raise InputError(f"{out / 'model'}: a model is there already, without data of its training; choose another")
+
+
+def _prepare(
+    config: DataConfig, vocab_size: int, out: Path, progress: Progress, before: Manifest | None = None
+) -> Manifest:
+    """Prepare, and replace what ``before`` describes if the result is the same."""
     files = files_digest(config.sources)
     found = survey(
         _counted(read_corpus(config.sources), "reading", None, progress), config.validation_fraction, config.seed
     )
     tokenizer = _tokenizer(config, found, vocab_size, progress)
-    settings = {**_settings(config, vocab_size), "source_files": files}
+    settings = {**_settings(config, vocab_size), SOURCES_HASH: files}
     with _building(out) as folder:
         tokenizer.save(folder / "tokenizer")
         splits = _encode(config, found, tokenizer, folder / "data", progress)
         manifest = _manifest(found, tokenizer, splits, settings)
+        if before is not None:
+            _refuse_other_outcome(out, manifest, before)
+            manifest = before  # as it was, to the byte: checkpoints know it by its hash
         manifest.save(folder / "data")
         for name in ("tokenizer", "data"):
             shutil.rmtree(out / name, ignore_errors=True)
@@ -78,27 +115,47 @@ def _settings(config: DataConfig, vocab_size: int) -> dict[str, Any]:
 
 def _prepared_before(config: DataConfig, vocab_size: int, out: Path) -> Manifest:
     manifest = Manifest.load(out / "data")
+    # Data of an earlier version may name its sources relative to where it was prepared.
+    saved = manifest.settings | _settings(absolute_paths(manifest.prepared(config)), manifest.settings["vocab_size"])
+    changed = _files_changed(config, manifest)
     for key, value in _settings(config, vocab_size).items():
-        if manifest.settings.get(key) != value:
+        moved = key == "sources" and changed is False
+        if saved.get(key) != value and not moved:
             raise InputError(
                 f"{out / 'data'}: prepared with {key}={manifest.settings.get(key)!r}, not {value!r}; "
                 "choose another directory or delete this one"
             )
-    if _files_changed(config, manifest):
+    if changed:
         raise InputError(
             f"{out / 'data'}: the files of {', '.join(config.sources)} have changed since it was "
             "prepared; choose another directory or delete this one"
         )
-    if Tokenizer.load(out / "tokenizer").fingerprint != manifest.tokenizer_sha256:
-        raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
     return manifest
 
 
-def _files_changed(config: DataConfig, manifest: Manifest) -> bool:
+def _check_tokenizer(out: Path, manifest: Manifest) -> None:
+    if Tokenizer.load(out / "tokenizer").fingerprint != manifest.tokenizer_sha256:
+        raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
+
+
+def _files_changed(config: DataConfig, manifest: Manifest) -> bool | None:
+    """Whether the sources hold other text now; None if nobody can tell."""
     try:
-        return bool(files_digest(config.sources) != manifest.settings["source_files"])
+        now = files_digest(config.sources)
     except InputError:
-        return False  # prepared data is whole without its sources, for instance on another machine
+        return None  # prepared data is whole without its sources, for instance on another machine
+    return now != manifest.settings[SOURCES_HASH] if SOURCES_HASH in manifest.settings else None
+
+
+def _refuse_other_outcome(out: Path, manifest: Manifest, before: Manifest) -> None:
+    """A repair must give what was there: a checkpoint is of that, and would be of no use to anything else."""
+    if (manifest.tokenizer_sha256, manifest.train, manifest.val) != (
+        before.tokenizer_sha256, before.train, before.val,
+    ):  # fmt: skip
+        raise InputError(
+            f"{out / 'data'}: damaged, and prepared anew it is another: a source or a library has changed; "
+            "choose another directory"
+        )
 
 
 def _tokenizer(config: DataConfig, found: Survey, vocab_size: int, progress: Progress) -> Tokenizer:

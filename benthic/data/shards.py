@@ -15,6 +15,7 @@ from benthic.errors import InputError
 from benthic.files import require_plain, sha256, sync
 
 SHARD_TOKENS = 64 << 20
+_REPAIR = "to prepare it again, give `benthic data` the same recipe or files and --out"
 Tokens = NDArray[np.int64]
 
 
@@ -126,11 +127,7 @@ def _map(path: Path, described: DataFile, dtype: np.dtype[np.unsignedinteger]) -
     if Path(described.name).name != described.name:
         raise InputError(f"{path}: a shard must lie beside its manifest")
     if (size := require_plain(path)) != expected or not size:
-        raise InputError(
-            f"{path}: {size} bytes, but the manifest says {expected}; delete {path.parent} and prepare the data again"
-        )
+        raise InputError(f"{path}: {size} bytes, but the manifest says {expected}; {_REPAIR}")
     if sha256(path) != described.sha256:
-        raise InputError(
-            f"{path}: does not match the hash in the manifest; delete {path.parent} and prepare the data again"
-        )
+        raise InputError(f"{path}: does not match the hash in the manifest; {_REPAIR}")
     return np.memmap(path, dtype=dtype, mode="r")

@@ -24,6 +24,7 @@ ROLE_TOKENS: dict[Role, str] = {role: f"<|{role}|>" for role in ROLES}
 MIN_VOCAB_SIZE = 256 + 2 + len(ROLES)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 """What :meth:`Tokenizer.save` writes."""
+_LONG_RUN = re.compile(r"\S{512}|\s{512}")
 _GUARD = "\ufdd0"
 """A Unicode noncharacter that breaks up control-token strings in messages while a template is rendered."""
 
@@ -64,7 +65,7 @@ class Tokenizer:
             show_progress=False,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         )
-        backend.train_from_iterator(texts, trainer)
+        backend.train_from_iterator((piece for text in texts for piece in _short_words(text)), trainer)
         backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
         return cls(
             backend,
@@ -115,7 +116,7 @@ class Tokenizer:
         try:
             return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
         except (UnicodeEncodeError, TypeError):
-            raise InputError("text with a lone surrogate cannot be encoded as UTF-8") from None
+            raise InputError("text that is not UTF-8: it holds bytes or a surrogate that are no character") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens; the inverse of ``encode``."""
@@ -134,6 +135,8 @@ class Tokenizer:
         for turn, text in zip(document.turns, texts, strict=True):
             if turn.role in self.role_ids:
                 ids.append(self.role_ids[turn.role])
+            elif len(ids) > 1:
+                ids += self.encode("\n")  # nothing else says where a turn ends
             ids += text
         return [*ids, self.eos_id]
 
@@ -166,6 +169,15 @@ class Tokenizer:
             yield [_id(self._backend, match[0])]
             position = match.end()
         yield self.encode(_unguard(text[position:]))
+
+
+def _short_words(text: str) -> Iterator[str]:
+    """A text, cut within words of more than 512 characters: what training takes grows with the square of a word."""
+    start = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[start : run.end()]
+        start = run.end()
+    yield text[start:]
 
 
 def _id(backend: tokenizers.Tokenizer, token: str) -> int:

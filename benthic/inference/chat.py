@@ -3,6 +3,7 @@
 It reads lines and writes text, so that a terminal, a pipe and a test are the same to it.
 """
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,10 +15,11 @@ from benthic.inference.engine import Engine
 from benthic.terminal import without_controls
 
 _HELP = """\
-/reset           forget the conversation
+/reset, /clear   forget the conversation
 /system TEXT     forget it, and begin anew with this instruction
 /set KEY=VALUE   temperature, top_k, top_p, max_new_tokens or seed, as in /set temperature=0.5
 /help            these lines
+/quit, /exit     leave
 Ctrl-C stops an answer, Ctrl-D leaves."""
 
 
@@ -25,7 +27,7 @@ def chat(engine: Engine, /, **sampling: Any) -> None:
     """Converse over standard input and output, with a prompt and line editing where they are a terminal.
 
     Raises:
-        InputError: a setting is wrong, or what is piped in is not UTF-8.
+        InputError: a setting is wrong.
     """
     conversation = Conversation(engine, **sampling)
     if sys.stdin.isatty():
@@ -39,7 +41,10 @@ def converse(conversation: "Conversation", lines: Iterable[str], out: TextIO) ->
     """Answer each line, or obey it if it begins with a slash; a mistake is told and changes nothing."""
     for line in lines:
         text = line.strip()
+        if text in ("/quit", "/exit"):
+            return
         try:
+            _refuse_no_text(text)
             if text.startswith("/"):
                 print(_obey(conversation, text), file=out)
             elif text:
@@ -106,10 +111,17 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _piped_lines() -> Iterator[str]:
+    """Lines of standard input; bytes that are not UTF-8 become surrogates, so that one line spoils no other."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    yield from sys.stdin
+
+
+def _refuse_no_text(text: str) -> None:
     try:
-        yield from sys.stdin
-    except UnicodeDecodeError:
-        raise InputError("standard input: not UTF-8 text") from None
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("this line is not UTF-8 text; it is left out") from None
 
 
 def _write_answer(conversation: Conversation, text: str, out: TextIO) -> None:
@@ -127,7 +139,7 @@ def _obey(conversation: Conversation, text: str) -> str:
     command, _, rest = text.partition(" ")
     if command == "/help":
         return _HELP
-    if command in ("/reset", "/system"):
+    if command in ("/reset", "/clear", "/system"):
         conversation.reset(rest.strip() if command == "/system" else "")
         return "[new conversation]"
     key, equals, value = rest.partition("=")

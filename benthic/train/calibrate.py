@@ -9,11 +9,14 @@ import statistics
 import time
 from dataclasses import replace
 
+import torch
+
 from benthic.config.schema import RunConfig, ScheduleConfig
 from benthic.config.stages import stages
 from benthic.data.batches import Batches
 from benthic.precision.compute import Compute
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
+from benthic.train.optimizer import matrix_products
 from benthic.train.schedule import Course, steps_per_full_batch
 from benthic.train.state import TrainState
 from benthic.train.step import train_step
@@ -28,7 +31,7 @@ _FORWARD_SHARE = 1 / 3
 
 
 def resolve(config: RunConfig, batches: Batches, architecture: Architecture = DEEPSEEK_V3) -> RunConfig:
-    """The settings with ``precision.compute`` and ``train.steps`` decided and ``train.minutes`` gone.
+    """The settings with the precisions and ``train.steps`` decided and ``train.minutes`` gone.
 
     Both are measured on steps of pretraining, whose sequences ``batches`` are.
     """
@@ -44,6 +47,10 @@ def resolve(config: RunConfig, batches: Batches, architecture: Architecture = DE
     assert train.steps is not None
     if train.ema_span is not None:
         train = train.model_copy(update={"ema_decay": ema_decay(train.ema_span, train.steps), "ema_span": None})
+    if train.optimizer.name == "muon":
+        # Of the run, not of the machine: it must not change where the run is resumed.
+        products = {"matrix_products": matrix_products(train.optimizer, torch.device("cpu"))}
+        train = train.model_copy(update={"optimizer": train.optimizer.model_copy(update=products)})
     return config.model_copy(update={"precision": precision, "train": train})
 
 

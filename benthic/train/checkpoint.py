@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benthic.errors import InputError, WorkFailed
-from benthic.files import read_json_object, require_plain, sha256, sync
+from benthic.files import read_json_object, require_plain, sha256, sync, usual_mode
 
 _HEADER_LIMIT = 16 * 2**20
 _STEP = re.compile(r"step-(\d{1,18})")
@@ -108,9 +108,9 @@ def load(path: Path, groups: Collection[str] | None = None) -> Checkpoint:
 
 def _write(directory: Path, checkpoint: Checkpoint) -> None:
     for name, tensors in checkpoint.tensors.items():
-        save_file(
-            {key: tensor.detach().contiguous() for key, tensor in tensors.items()}, directory / f"{name}.safetensors"
-        )
+        path = directory / f"{name}.safetensors"
+        with usual_mode(path):
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
     (directory / "state.json").write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
     files = sorted(directory.iterdir())
     entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}

@@ -1,5 +1,6 @@
 """What a run does about a step in trouble, as a row for metrics.jsonl, and how often it does so before it gives up."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,12 @@ def give_up_on_skipping(row: dict[str, Any], skipped: int) -> None:
             f"step {row['step']}: {row['reason']} {skipped} times in a row, last in sequences {first} to {last}; "
             f"try a lower learning rate"
         )
+
+
+def refuse_weights_not_finite(step: int, bits_per_byte: float) -> None:
+    """Raise Diverged if a validation gave no number: no step would mend the weights, and none should be saved."""
+    if not math.isfinite(bits_per_byte):
+        raise Diverged(f"step {step}: the validation is not finite, so the weights are damaged; nothing of it is saved")
 
 
 def roll_back_target(root: Path) -> Path | None:

@@ -33,6 +33,7 @@ from benthic.train.incidents import (
     describe_incident,
     give_up_on_skipping,
     incident_row,
+    refuse_weights_not_finite,
     roll_back_rows,
     roll_back_target,
 )
@@ -329,6 +330,7 @@ class _Trainer:
                 row["average_validation_bits_per_byte"] = self.state.bits_per_byte
         metrics.write({**row, **probe(model, held_out, **reading)._asdict()})
         progress.note(f"step {self.state.step}: validation {self.state.bits_per_byte:.4f} bits per byte")
+        refuse_weights_not_finite(self.state.step, self.state.bits_per_byte)
 
     def _save(self, metrics: MetricsLog, *, on_schedule: bool) -> None:
         metrics.sync()

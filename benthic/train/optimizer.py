@@ -16,7 +16,7 @@ from benthic.model import Trainable
 from benthic.model.layers import SwiGLU
 from benthic.model.moe import Experts, Router
 from benthic.ops.total_norm import total_norm
-from benthic.precision.compute import fast_matmul_dtype
+from benthic.precision.compute import Cast, compute_dtype, fast_matmul_dtype
 from benthic.train.adamw import LowPrecisionAdamW
 from benthic.train.checkpoint import copy_into
 from benthic.train.muon import Muon
@@ -39,11 +39,12 @@ class ModelOptimizer:
             (_adamw(others, config, moments), config.learning_rate, _ADAMW_STATE)
         ]
         if matrices:
+            products = matrix_products(config, next(iter(matrices)).device)
             muon = Muon(
                 _groups_by_parts(matrices),
                 config.matrix_learning_rate,
                 weight_decay=config.weight_decay,
-                dtype=fast_matmul_dtype(next(iter(matrices)).device),
+                dtype=compute_dtype(products),
             )
             self._parts.append((muon, config.matrix_learning_rate, _MUON_STATE))
 
@@ -99,6 +100,13 @@ class ModelOptimizer:
 
     def _grads(self) -> Iterable[Tensor]:
         return (parameter.grad for parameter in self._names if parameter.grad is not None)
+
+
+def matrix_products(config: OptimizerConfig, device: torch.device) -> Cast:
+    """The precision of Muon's products: as set, or by what the device has units for."""
+    if config.matrix_products == "auto":
+        return "bf16" if fast_matmul_dtype(device) == torch.bfloat16 else "fp32"
+    return config.matrix_products
 
 
 def _adamw(parameters: list[Tensor], config: OptimizerConfig, moments: torch.dtype) -> torch.optim.Optimizer:

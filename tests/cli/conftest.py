@@ -1,37 +1,8 @@
-"""Runs the command line as a user does, in this process: its exit status and both of its outputs."""
-
-import contextlib
-import io
-import sys
-from typing import NamedTuple
-from unittest import mock
+"""A small corpus and a small run for the tests of the command line."""
 
 import pytest
 
-from benthic.cli import main
-
 PROSE = "The sea was calm and the lamp was low, and number {} of the old men told his tale again.\n"
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture(scope="session")
-def benthic():
-    def invoke(*arguments, stdin=""):
-        out, err = io.StringIO(), io.StringIO()
-        argv = ["benthic", *map(str, arguments)]
-        with (
-            mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "stdin", io.StringIO(stdin)),
-            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as stop,
-        ):  # fmt: skip
-            main()
-        return Done(stop.value.code or 0, out.getvalue(), err.getvalue())
-
-    return invoke
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """What each subcommand is for, done once; and the JSON keys that other programs rely on."""
 
+import importlib.metadata
 import json
 import shlex
 import shutil
@@ -145,3 +146,7 @@ def test_bench(benthic, work, keys):
     figures = json.loads(output(benthic("bench", *work, "--json")))
     assert figures.keys() >= keys
     assert figures["tokens_per_s"] > 0
+
+
+def test_version(benthic):
+    assert output(benthic("--version")) == f"benthic {importlib.metadata.version('benthic')}\n"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from unittest import mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -37,10 +38,68 @@ def test_a_model_too_large_for_this_machine(benthic, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", [
+    ("chat", "RUN"), ("generate", "RUN", "--prompt", "x"), ("eval", "RUN"), ("export", "RUN", "--out", "OUT"),
+    ("train", "tiny", "--out", "RUN"), ("bench", "train", "--set", "model.preset=tiny", "--set",
+    "train.sequence_length=64"), ("bench", "prefill", "--set", "model.preset=tiny"),
+    ("bench", "decode", "--set", "model.preset=tiny"),
+])  # fmt: skip
+def test_a_model_that_exceeds_the_memory(benthic, small_run, tmp_path, monkeypatch, command):
+    monkeypatch.setattr("benthic.plan.memory._memory_bytes", lambda: 2**20)
+    paths = {"RUN": small_run, "OUT": tmp_path / "out"}
+    refused(benthic(*(paths.get(part, part) for part in command)), "B parameters", "this machine has 0 GiB")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_a_cache_that_exceeds_the_memory(benthic, kind):
+    done = benthic("bench", kind, "--batch", 10**9, "--set", "model.preset=tiny")
+    refused(done, "GiB of cache takes at least", "this machine has")
+
+
+def test_a_checkpoint_that_exceeds_the_memory(benthic, small_run, tmp_path, monkeypatch):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    shutil.rmtree(run / "model")
+    monkeypatch.setattr("benthic.plan.memory._memory_bytes", lambda: 2**20)
+    refused(benthic("generate", run, "--prompt", "x"), "model: loading")
+
+
+def test_a_disk_without_room_for_the_weights(benthic, small_run, tmp_path, monkeypatch):
+    assert benthic("export", small_run, "--out", tmp_path / "hf").returncode == 0
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("benthic.convert.shards.shutil.disk_usage", lambda path: full)
+    for command in (("import", tmp_path / "hf"), ("export", small_run)):
+        done = benthic(*command, "--out", tmp_path / "out")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "weights of 0.0 GB, but the disk has 0.0 GB free" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you")])
+def test_memory_that_runs_out(benthic, monkeypatch, error):
+    monkeypatch.setattr("benthic.lab.bench_inference.build_model", mock.Mock(side_effect=error))
+    done = benthic("bench", "decode", "--set", "model.preset=tiny")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "out of memory" in done.stderr
+
+
+@pytest.mark.parametrize("part", [".", "model"])
+def test_eval_of_what_has_no_data(benthic, small_run, tmp_path, part):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    shutil.rmtree(run / "data")
+    refused(benthic("eval", run / part), f"{run / part}: holds no data/ to be measured on")
+
+
+def test_import_of_what_is_no_model(benthic, small_run, corpus, tmp_path):
+    refused(benthic("import", small_run, "--out", tmp_path / "out"), small_run, "is a run already")
+    refused(benthic("import", corpus, "--out", tmp_path / "out"), corpus, "holds no config.json")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", [("run", "tiny"), ("data", "tiny"), ("train", "tiny"), ("export", "run")])
 def test_an_empty_directory_name(benthic, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    refused(benthic(*command, "--out", ""), "--out: must not be empty")
+    refused(benthic(*command, "--out", ""), "'--out': must not be empty")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,11 +161,14 @@ def test_a_recipe_that_is_no_text(benthic, tmp_path):
     refused(benthic("run", recipe, "--out", tmp_path / "out"), recipe, "UTF-8")
 
 
-def test_out_that_is_a_file(benthic, tmp_path, corpus):
-    out = tmp_path / "out"
-    out.write_text("mine")
-    refused(benthic("data", corpus, "--out", out), out)
-    assert out.read_text() == "mine"
+@pytest.mark.parametrize("below", [(), ("a", "b")])
+@pytest.mark.parametrize("command", [("run", "tiny"), ("data", "tiny"), ("train", "tiny"), ("export", "run"),
+                                     ("import", "hf")])  # fmt: skip
+def test_out_that_is_a_file(benthic, tmp_path, command, below):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(benthic(*command, "--out", file.joinpath(*below)), f"'--out': {file} is a file; give a directory")
+    assert file.read_text() == "mine"
 
 
 def test_training_without_data(benthic, tmp_path):
@@ -124,6 +186,40 @@ def test_training_never_replaces_an_imported_model(benthic, small_run, corpus, t
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     refused(benthic("train", "tiny", "--out", run), run / "model", "already there")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_an_export_is_no_place_for_data_or_training(benthic, small_run, corpus, tmp_path):
+    exported = tmp_path / "exported"
+    assert benthic("export", small_run, "--out", exported).returncode == 0
+    before = {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()}
+    refused(benthic("data", corpus, "--out", exported), exported, "is a model's directory")
+    refused(benthic("run", "tiny", "--out", exported), exported, "is a model's directory")
+    assert {path: path.read_bytes() for path in exported.rglob("*") if path.is_file()} == before
+    shutil.copytree(small_run / "data", exported / "data")
+    shutil.copytree(small_run / "tokenizer", exported / "tokenizer")
+    refused(benthic("train", "tiny", "--out", exported), exported, "is a model's directory")
+
+
+def test_a_damaged_shard_is_repaired_by_what_the_message_says(benthic, small_run, corpus, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    shard = run / "data" / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"xx")
+    refused(benthic("run", run / "config.toml", "--out", run), shard, "give `benthic data` the same recipe")
+    done = benthic("data", run / "config.toml", "--out", run)
+    assert done.returncode == 0
+    assert f"note: repaired: {shard}" in done.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert benthic("run", run / "config.toml", "--out", run).returncode == 0
+
+
+def test_what_was_left_out_of_a_corpus_is_pointed_to(benthic, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n{"text": "\xff"}\n')
+    done = benthic("data", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--json")
+    assert json.loads(done.stdout)["rejected"] == 1
+    rejected, held_out = done.stderr.splitlines()
+    assert rejected == f"note: rejected: 1, first {tmp_path / 'a.jsonl'} at byte 42: invalid UTF-8"
+    assert held_out.startswith("note: 50% of the text is held out")
 
 
 def test_a_model_folder_with_something_else_in_it_is_refused_before_training(benthic, small_run, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +149,33 @@ def test_an_export_never_replaces_the_model_of_a_run(target: str, with_tokenizer
     with pytest.raises(InputError, match="is the model of the run"):
         export_hf(with_tokenizer, tmp_path / target)
     assert {path: path.read_bytes() for path in imported.rglob("*") if path.is_file()} == before
+
+
+def test_an_import_is_not_replaced_although_nothing_is_beside_it(with_tokenizer: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(with_tokenizer, tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    import_run(bare, tmp_path / "imported")
+    model = tmp_path / "imported" / "model"
+    assert list((tmp_path / "imported").iterdir()) == [model]
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(InputError, match="imported/model: already there and not replaced"):
+        export_hf(with_tokenizer, model)
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_the_result_of_a_training_is_not_replaced_by_an_export_nor_the_other_way_round(
+    with_tokenizer: Path, tmp_path: Path
+) -> None:
+    model, config = load_model(with_tokenizer)
+    save_hf(model, config, with_tokenizer, tmp_path / "x" / "model", purpose="training")
+    save_hf(model, config, with_tokenizer, tmp_path / "x" / "model", purpose="training")
+    with pytest.raises(InputError, match="model: already there and not replaced"):
+        export_hf(with_tokenizer, tmp_path / "x" / "model")
+    export_hf(with_tokenizer, tmp_path / "exported")
+    export_hf(with_tokenizer, tmp_path / "exported")
+    with pytest.raises(InputError, match="exported: already there and not replaced"):
+        save_hf(model, config, with_tokenizer, tmp_path / "exported", purpose="training")
 
 
 def test_a_refused_import_writes_nothing(with_tokenizer: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from benthic.config.schema import DataConfig
 from benthic.data.corpus import read_corpus
 from benthic.data.document import Document
 from benthic.data.manifest import Manifest
-from benthic.data.prepare import prepare
+from benthic.data.prepare import damage, prepare
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
@@ -103,6 +104,117 @@ def test_changed_files_and_another_tokenizer_are_refused_but_missing_files_are_n
     Tokenizer.train(["something else"], 300).save(run / "tokenizer")
     with pytest.raises(InputError, match="not the tokenizer"):
         prepare(config, 400, run)
+
+
+@pytest.mark.parametrize("restore_times", [False, True])
+def test_a_file_that_changed_without_a_change_of_size_is_noticed(data_config, corpus_file, tmp_path, restore_times):
+    copy = tmp_path / "corpus.jsonl"
+    copy.write_bytes(corpus_file.read_bytes())
+    config, before = data_config.model_copy(update={"sources": (str(copy),)}), copy.stat()
+    prepare(config, 400, tmp_path / "run")
+    copy.write_bytes(corpus_file.read_bytes().replace(b"e", b"a", 1))
+    if restore_times:
+        os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match="have changed"):
+        prepare(config, 400, tmp_path / "run")
+
+
+def test_a_file_that_is_only_newer_has_not_changed(data_config, corpus_file, tmp_path):
+    copy = tmp_path / "corpus.jsonl"
+    copy.write_bytes(corpus_file.read_bytes())
+    config = data_config.model_copy(update={"sources": (str(copy),)})
+    before = prepare(config, 400, tmp_path / "run")
+    os.utime(copy, (1, 1))
+    assert prepare(config, 400, tmp_path / "run") == before
+
+
+def test_relative_paths_are_those_of_where_it_was_prepared(data_config, corpus_file, tmp_path, monkeypatch):
+    config = data_config.model_copy(update={"sources": ("corpus.jsonl",)})
+    for folder, text in (("here", corpus_file.read_text()), ("there", '{"text": "another"}\n{"text": "corpus"}\n')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "corpus.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    prepared = prepare(config, 400, tmp_path / "run")
+    assert prepared.prepared(config).sources == (str(tmp_path / "here" / "corpus.jsonl"),)
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(InputError, match=r"prepared with sources=.*here.corpus.jsonl.*not .*there.corpus.jsonl"):
+        prepare(config, 400, tmp_path / "run")
+    assert prepare(prepared.prepared(config), 400, tmp_path / "run") == prepared
+    # The same text at another place is the same corpus.
+    (tmp_path / "there" / "corpus.jsonl").write_text(corpus_file.read_text())
+    assert prepare(config, 400, tmp_path / "run") == prepared
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["data/train-00000.bin", "data/val-boundaries.bin", "tokenizer/tokenizer.json", "data/val-00000.bin"]
+)
+def test_damaged_data_is_made_again_to_the_byte(data_config, prepared, tmp_path, name):
+    run = shutil.copytree(prepared, tmp_path / "copy")
+    assert damage(run) is None
+    flip_a_byte(run / name)
+    assert name.partition("/")[0] in str(damage(run))
+    prepare(data_config, 400, run, repair=True)
+    assert damage(run) is None
+    assert contents(run) == contents(prepared)
+
+
+def test_a_repair_that_would_give_other_data_is_refused(data_config, corpus_file, tmp_path):
+    copy, run = tmp_path / "corpus.jsonl", tmp_path / "run"
+    copy.write_bytes(corpus_file.read_bytes())
+    config = data_config.model_copy(update={"sources": (str(copy),)})
+    manifest = prepare(config, 400, run)
+    # As a version of Benthic does that did not keep a hash of the sources.
+    settings = {key: value for key, value in manifest.settings.items() if key != "source_sha256"}
+    manifest.model_copy(update={"settings": settings}).save(run / "data")
+    flip_a_byte(run / "data" / "train-00000.bin")
+    copy.write_text(corpus_file.read_text().replace(" ", "  "))
+    before = contents(run)
+    with pytest.raises(InputError, match="prepared anew it is another"):
+        prepare(config, 400, run, repair=True)
+    assert contents(run) == before
+
+
+def test_a_directory_with_a_model_is_refused(data_config, tmp_path):
+    for name in ("exported/config.json", "imported/model/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=r"exported: is a model's directory"):
+        prepare(data_config, 400, tmp_path / "exported")
+    with pytest.raises(InputError, match=r"imported/model: a model is there already"):
+        prepare(data_config, 400, tmp_path / "imported")
+    assert len(list(tmp_path.rglob("*"))) == 5
+
+
+def test_what_was_left_out_is_told(prepared):
+    (remark,) = Manifest.load(prepared / "data").remarks()
+    assert remark.startswith("rejected: 2, first ")
+    assert "bad JSON" in remark
+    assert "under rejections" in remark
+
+
+@pytest.mark.parametrize(("documents", "told"), [(2, "50%"), (5, "20%"), (40, None)])
+def test_much_more_held_out_than_asked_for_is_told(tmp_path, documents, told):
+    (tmp_path / "corpus.jsonl").write_text("".join(f'{{"text": "number {i:03}"}}\n' for i in range(documents)))
+    manifest = prepare(DataConfig(sources=(str(tmp_path / "corpus.jsonl"),)), 300, tmp_path / "out")
+    remarks = manifest.remarks()
+    assert bool(remarks) == bool(told)
+    if told:
+        assert f"{told} of the text is held out, where data.validation_fraction=0.05" in remarks[0]
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": "many"}, {"vocab_size": None}, {"validation_fraction": "x"},
+                                    {"sources": 5}])  # fmt: skip
+def test_settings_of_a_manifest_that_cannot_be_used_are_refused(prepared, tmp_path, change):
+    manifest = Manifest.load(prepared / "data")
+    manifest.model_copy(update={"settings": {**manifest.settings, **change}}).save(tmp_path)
+    with pytest.raises(InputError, match=r"manifest\.json: "):
+        Manifest.load(tmp_path)
 
 
 def test_the_split_depends_on_the_seed_and_not_on_the_order(prepared, data_config, corpus_file, tmp_path):

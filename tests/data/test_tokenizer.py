@@ -1,6 +1,7 @@
 """The tokenizer loses nothing, never lets text become control tokens, and means the same to transformers."""
 
 import json
+import time
 
 import pytest
 import transformers
@@ -157,6 +158,24 @@ def test_a_third_partys_tokenizer_encodes_conversations_with_its_template(third_
     document = Document((Turn("user", "a"), Turn("assistant", "b")))
     expected = [256, 258, *tokenizer.encode("a"), 259, *tokenizer.encode("b"), 257]
     assert tokenizer.encode_documents([document]) == [expected]
+
+
+@pytest.mark.parametrize("blob", ["ab", " ", "\u4e2d", "Zm9vYmFy"])
+def test_training_on_a_word_of_a_megabyte_takes_seconds(blob):
+    text = f"a few words {blob * (2**20 // len(blob))} and a few more"
+    started = time.process_time()
+    tokenizer = Tokenizer.train([text], 300)
+    assert time.process_time() - started < 20  # without a bound on words: minutes
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_without_roles_and_template_a_line_end_parts_the_turns(third_party):
+    (third_party / "tokenizer_config.json").write_text("{}")
+    tokenizer = Tokenizer.load(third_party)
+    document = Document((Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")))
+    # As the plain text of a document has it; the last line end is the end token.
+    assert tokenizer.encode_documents([document]) == [[256, *tokenizer.encode("a\nb\nc"), 257]]
+    assert tokenizer.encode_documents([Document((Turn(None, "a\nb"),))]) == [[256, *tokenizer.encode("a\nb"), 257]]
 
 
 def test_no_part_of_a_message_becomes_a_control_token(third_party):

@@ -3,7 +3,6 @@ import sys
 
 import pytest
 
-from benthic.errors import InputError
 from benthic.inference.chat import Conversation, chat, converse
 from benthic.inference.engine import Engine
 
@@ -56,8 +55,9 @@ def test_reset_and_system(talk):
     conversation, written = talk("hello", "/system be brief", "hello")
     assert [message["role"] for message in conversation.messages] == ["system", "user", "assistant"]
     assert "[new conversation]" in written
-    conversation, _ = talk("/system be brief", "hello", "/reset")
-    assert conversation.messages == []
+    for forget in ("/reset", "/clear"):
+        conversation, _ = talk("/system be brief", "hello", forget)
+        assert conversation.messages == []
 
 
 def test_settings_change_what_follows(talk, engine):
@@ -118,7 +118,8 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(engine, monkeypatc
 
 def test_help_names_every_command(talk):
     _, written = talk("/help")
-    assert all(command in written for command in ("/reset", "/system", "/set", "/help", "Ctrl-D"))
+    commands = ("/reset", "/clear", "/system", "/set", "/help", "/quit", "/exit", "Ctrl-D")
+    assert all(command in written for command in commands)
 
 
 def test_chat_answers_what_is_piped_in(engine, monkeypatch, capsys):
@@ -129,7 +130,16 @@ def test_chat_answers_what_is_piped_in(engine, monkeypatch, capsys):
     assert capsys.readouterr().out == out.getvalue()
 
 
-def test_bytes_that_are_not_text_are_refused(engine, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
-    with pytest.raises(InputError, match="standard input"):
-        chat(engine)
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_no_text_is_left_out_and_the_others_answered(engine, monkeypatch, capsys, talk, errors):
+    piped = io.TextIOWrapper(io.BytesIO(b"hello\n\xff\xfe\n/\xff\nhello\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr(sys, "stdin", piped)
+    chat(engine, temperature=0.0, max_new_tokens=6)
+    error = "error: this line is not UTF-8 text; it is left out\n"
+    first, second = capsys.readouterr().out.split(2 * error)
+    assert first + second == talk("hello", "hello")[1]
+
+
+@pytest.mark.parametrize("command", ["/quit", "/exit"])
+def test_leaving(talk, command):
+    assert talk("hello", command, "hello")[1] == talk("hello")[1]

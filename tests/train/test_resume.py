@@ -130,6 +130,24 @@ def test_a_finished_run_returns_what_it_had(tiny_run_config, make_run, monkeypat
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("began", [torch.bfloat16, torch.float32])
+def test_muon_goes_on_in_the_precision_it_began_with_on_any_machine(tiny_run_config, make_run, monkeypatch, began):
+    other = torch.float32 if began == torch.bfloat16 else torch.bfloat16
+    config = tiny_run_config(**KINDS["muon"])
+    whole, out = make_run("whole"), make_run("moved")
+    monkeypatch.setattr("benthic.train.optimizer.fast_matmul_dtype", lambda device: began)
+    train(config, whole)
+    with monkeypatch.context() as patch:
+        at_step(patch, 15, kill)
+        with pytest.raises(Killed):
+            train(config, out)
+    monkeypatch.setattr("benthic.train.optimizer.fast_matmul_dtype", lambda device: other)
+    train(config, out)
+    assert_same_run(out, whole)
+    recorded = load_run_config(out / "config.toml").train.optimizer.matrix_products
+    assert recorded == ("bf16" if began == torch.bfloat16 else "fp32")
+
+
 def test_the_resolved_settings_resume_too(tiny_run_config, make_run):
     out = make_run()
     train(tiny_run_config(steps=3), out)

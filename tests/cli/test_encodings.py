@@ -1,0 +1,40 @@
+"""Terminals and pipes that are not UTF-8: text is escaped where it must be, and nothing ends in a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = "from benthic.cli import main; main()"
+WRITE = ("--set", "inference.max_new_tokens=40", "--set", "inference.seed=1")
+
+
+def generate(run, encoding, *arguments):
+    command = [sys.executable, "-c", PROGRAM, "generate", str(run), *arguments]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    return subprocess.run(command, capture_output=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_text_can_be_written(small_run, encoding):
+    # An untrained model writes all sorts of bytes, which become U+FFFD.
+    done = generate(small_run, encoding, "--prompt", "The sea", *WRITE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    expected = generate(small_run, "utf-8", "--prompt", "The sea", *WRITE).stdout.decode()
+    assert not expected.isascii()
+    assert done.stdout.decode(encoding) == expected.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_json_is_json_in_any_encoding(small_run, encoding):
+    done = generate(small_run, encoding, "--prompt", "The sea", "--json", *WRITE)
+    expected = generate(small_run, "utf-8", "--prompt", "The sea", "--json", *WRITE)
+    assert json.loads(done.stdout.decode(encoding)) == json.loads(expected.stdout)
+
+
+def test_a_prompt_that_is_no_text(small_run):
+    done = generate(small_run, "utf-8", "--prompt", b"a\xff")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"error: text that is not UTF-8")
