@@ -13,8 +13,10 @@ _MEMORY = 0.97
 _HOPE = 0.7
 """Acceptance assumed before anything is known."""
 _LEARNING = 0.1
-_TRY_EVERY, _TRY_SELDOM = 32, 1024
+_TRY_EVERY, _TRY_SELDOM = 32, 512
 """Steps until the other way is tried: as long as it may pay, and at most."""
+_TRIAL_STEPS = 8
+"""Steps that drafts are tried for, while they do not pay."""
 _GIVE_UP = 4
 """So many failed trials in a row make most new requests do without drafts altogether."""
 _TRIAL_REQUESTS = 8
@@ -95,13 +97,15 @@ class Pace:
         best = self._best(requests, rows)
         if not any(cap for acceptance, cap in requests if acceptance):
             return best
+        pays = any(best)
         self._steps_to_trial -= 1
         if self._steps_to_trial > 0:
             return best
-        pays = any(best)
-        self._failed_trials = 0 if pays else self._failed_trials + 1
-        self._interval = _TRY_EVERY if pays else min(2 * self._interval, _TRY_SELDOM)
-        self._steps_to_trial = self._interval
+        if self._steps_to_trial == 0:
+            self._failed_trials = 0 if pays else self._failed_trials + 1
+            self._interval = _TRY_EVERY if pays else min(2 * self._interval, _TRY_SELDOM)
+        if pays or self._steps_to_trial <= 1 - _TRIAL_STEPS:
+            self._steps_to_trial = self._interval
         return [0 if pays or not acceptance else min(1, cap) for acceptance, cap in requests]
 
     def _best(self, requests: Sequence[tuple[Acceptance | None, int]], rows: int) -> list[int]:
