@@ -74,13 +74,12 @@ class Drafter:
         return outcome
 
     def _last_module_again(self, jobs: Sequence[tuple[Job, list[int], int, Tensor]]) -> list[tuple[int, Tensor]]:
-        hidden_BD = self._decoder.draft(
+        hidden_BD = self._read(
             self.modules - 1,
             torch.stack([state for *_, state in jobs]),
             self._tensor([drafts[-1] for _, drafts, _, _ in jobs]),
             torch.tensor([position + 1 for _, _, position, _ in jobs]),
-            tables([job for job, *_ in jobs]),
-            self._cache,
+            [job for job, *_ in jobs],
         )
         return [(position + 1, hidden_D) for (_, _, position, _), hidden_D in zip(jobs, hidden_BD, strict=True)]
 
@@ -93,9 +92,13 @@ class Drafter:
             tokens += _tokens_after(job, drafts, module, where)
             positions += where
             owners += [job] * len(where)
-        return self._decoder.draft(
-            module, torch.stack(hidden), self._tensor(tokens), torch.tensor(positions), tables(owners), self._cache
-        )
+        return self._read(module, torch.stack(hidden), self._tensor(tokens), torch.tensor(positions), owners)
+
+    def _read(
+        self, module: int, hidden_BD: Tensor, tokens_B: Tensor, positions_B: Tensor, owners: Sequence[Job]
+    ) -> Tensor:
+        out_BD = self._decoder.draft(module, hidden_BD, tokens_B, positions_B, tables(owners), self._cache)
+        return out_BD.to(hidden_BD.dtype)
 
     def _read_at_once(self, job: Job, module: int, positions: list[int], drafts: list[int]) -> Tensor:
         """Many consecutive positions of one job: hidden states (T, D)."""

@@ -32,7 +32,7 @@ class Drafting:
         self.acceptance = acceptance
 
     def add(self, start: int, hidden_TD: Tensor) -> None:
-        """What the transformer gave for positions from ``start`` on."""
+        """What the transformer gave for positions from ``start`` on, in the modules' dtype."""
         self.waiting[0].update(enumerate(hidden_TD, start))
 
 

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Scheduler:
         self._running: list[Job] = []
         self._numbers = itertools.count()
         self._counts: Counter[str] = Counter()
-        self._finished: Counter[FinishReason] = Counter()
+        self._finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self._seconds = {"prefill": 0.0, "decode": 0.0, "draft": 0.0}
         self._draft_depth = 0.0
 
@@ -376,8 +377,12 @@ class Scheduler:
         return drafts
 
     def _most_drafts(self, job: Job, known: list[int]) -> int:
-        """Drafts that may be of use: none while it reads again, none beyond its end."""
-        if job.read + len(known) < len(job.ids):
+        """Drafts that may be of use: none while it reads again, none beyond its end.
+
+        None either where the state before the newest token is missing, as when all before it was shared.
+        """
+        rereads = job.read + len(known) < len(job.ids)
+        if rereads or job.drafting is None or job.read - 1 not in job.drafting.waiting[0]:
             return 0
         return max(0, min(job.limit - len(job.ids) - 1, self.pace.max_depth))
 
@@ -392,35 +397,30 @@ class Scheduler:
 
     def _use(self, job: Job, row: list[int], drafted: int, logits_TV: Tensor, hidden_TD: Tensor) -> None:
         """Take what decoding gave for one job's rows: tokens, as long as each row's own token turns out right."""
-        start, accepted = job.read, 0
+        start, accepted = job.read, job.accepted
+        job.drafted += drafted
+        self._counts["drafted"] += drafted
         for index, logits_V in enumerate(logits_TV):
             job.read += 1
             if job.read < len(job.ids):
                 continue  # read again after preemption; the token after it is known
-            if not self._next_token(job, logits_V):
+            guess = row[index + 1] if index + 1 < len(row) else None
+            goes_on = self._next_token(job, logits_V, guess)
+            if not goes_on or job.ids[-1] != guess:
                 break
-            if index + 1 == len(row) or row[index + 1] != job.ids[-1]:
-                break
-            accepted += 1
-        self._count_drafts(job, drafted, accepted)
-        if job.drafting is not None and job in self._running:
-            job.drafting.add(start, hidden_TD[: job.read - start])
+        if job.drafting is None:
+            return
+        if drafted:
+            self.pace.learn(job.drafting.acceptance, drafted, job.accepted - accepted)
+        if job in self._running:
+            job.drafting.add(start, hidden_TD[: job.read - start].to(self.model.transformer.embed.weight.dtype))
             if max(map(len, job.drafting.waiting)) > _MOST_UNDRAFTED:
                 self._drafter.catch_up(job)
 
-    def _count_drafts(self, job: Job, drafted: int, accepted: int) -> None:
-        if not drafted or job.drafting is None:
-            return
-        job.drafted += drafted
-        job.accepted += accepted
-        self._counts["drafted"] += drafted
-        self._counts["accepted"] += accepted
-        self.pace.learn(job.drafting.acceptance, drafted, accepted)
-
     # tokens and ends
 
-    def _next_token(self, job: Job, logits_V: Tensor) -> bool:
-        """Choose the next token and send it out; returns whether the request goes on."""
+    def _next_token(self, job: Job, logits_V: Tensor, guess: int | None = None) -> bool:
+        """Choose the next token and send it out, and note whether it was guessed; returns whether it goes on."""
         try:
             chosen = job.sampler.choose(logits_V, len(job.ids))
             if chosen is not None:
@@ -429,6 +429,9 @@ class Scheduler:
             return self._finish(job, "error", str(error))
         except Exception as error:  # a constraint is the caller's code: it must not take the other requests with it
             return self._finish(job, "error", f"constraint: {type(error).__name__}: {' '.join(str(error).split())}")
+        if chosen is not None and chosen == guess:
+            job.accepted += 1
+            self._counts["accepted"] += 1
         if chosen is None or chosen in job.stop_ids:
             return self._finish(job, "stop")
         logprobs_V = log_probabilities(logits_V)

@@ -11,40 +11,47 @@ def test_no_page_is_ever_lost_or_held_twice(seed):
     rng = random.Random(seed)
     pool = PagePool(rng.randint(1, 30))
     alone, shared = [], []
-    keys = [bytes([i]) for i in range(8)]
     for _ in range(600):
-        action = rng.choice(["take", "give", "share", "find", "release"])
-        if action == "take":
-            count = rng.randint(1, 4)
-            fits = count <= pool.available
-            pages = pool.take(count)
-            assert (pages is not None) == fits
-            if pages is not None:
-                alone.append(pages)
-        elif action == "give" and alone:
-            pool.give_back(alone.pop(rng.randrange(len(alone))))
-        elif action == "share" and alone:
-            pages = alone.pop(rng.randrange(len(alone)))
-            chunk = pool.share(rng.choice(keys), pages, has_drafts=False)
-            if chunk is None:
-                alone.append(pages)
-            else:
-                shared.append(chunk)
-        elif action == "find" and (chunk := pool.find(rng.choice(keys))):
-            shared.append(chunk)
-        elif action == "release" and shared:
-            pool.release(shared.pop(rng.randrange(len(shared))))
-        held = [page for pages in alone for page in pages]
-        held += [page for chunk in {id(c): c for c in shared}.values() for page in chunk.pages]
-        assert len(held) == len(set(held)) == pool.used
-        assert set(held) <= set(range(pool.total))
-        assert all(chunk.users == sum(other is chunk for other in shared) for chunk in shared)
+        act_at_random(pool, alone, shared, rng)
+        check_ledger(pool, alone, shared)
     for pages in alone:
         pool.give_back(pages)
     for chunk in shared:
         pool.release(chunk)
     assert pool.available == pool.total
     assert sorted(pool.take(pool.total)) == list(range(pool.total))
+
+
+def act_at_random(pool, alone, shared, rng):
+    action, keys = rng.choice(["take", "give", "share", "find", "release"]), [bytes([i]) for i in range(8)]
+    if action == "take":
+        count = rng.randint(1, 4)
+        fits = count <= pool.available
+        pages = pool.take(count)
+        assert (pages is not None) == fits
+        if pages is not None:
+            alone.append(pages)
+    elif action == "give" and alone:
+        pool.give_back(alone.pop(rng.randrange(len(alone))))
+    elif action == "share" and alone:
+        pages = alone.pop(rng.randrange(len(alone)))
+        chunk = pool.share(rng.choice(keys), pages, has_drafts=False)
+        if chunk is None:
+            alone.append(pages)
+        else:
+            shared.append(chunk)
+    elif action == "find" and (chunk := pool.find(rng.choice(keys))):
+        shared.append(chunk)
+    elif action == "release" and shared:
+        pool.release(shared.pop(rng.randrange(len(shared))))
+
+
+def check_ledger(pool, alone, shared):
+    held = [page for pages in alone for page in pages]
+    held += [page for chunk in {id(c): c for c in shared}.values() for page in chunk.pages]
+    assert len(held) == len(set(held)) == pool.used
+    assert set(held) <= set(range(pool.total))
+    assert all(chunk.users == sum(other is chunk for other in shared) for chunk in shared)
 
 
 def test_the_chunk_unused_for_longest_goes_and_the_end_of_a_prompt_before_its_beginning():
