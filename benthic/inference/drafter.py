@@ -16,7 +16,7 @@ from benthic.inference.job import Job
 from benthic.inference.paged_cache import PagedCache, PagedView
 from benthic.model import LanguageModel
 
-_FEW = 8
+FEW = 8
 """Rows of one request up to which they are read as decoding does; more are read in one pass."""
 
 
@@ -27,11 +27,11 @@ class Drafter:
         self._model, self._decoder, self._cache = model, decoder, cache
         self.modules = len(model.mtp)
 
-    def catch_up(self, job: Job) -> None:
-        """Let the modules read everything whose token is known, without drafting."""
+    def catch_up(self, job: Job, but: int = 0) -> None:
+        """Let the modules read everything whose token is known, ``but`` for the last positions, without drafting."""
         assert job.drafting is not None
         for module, waiting in enumerate(job.drafting.waiting):
-            known = sorted(i for i in waiting if i + module + 1 < len(job.ids))
+            known = sorted(i for i in waiting if i + module + 1 < len(job.ids) and i < job.read - but)
             if known:
                 self._hand_on(job, module, known, self._read_at_once(job, module, known, []))
 
@@ -60,11 +60,11 @@ class Drafter:
             assert job.drafting is not None
             positions = sorted(job.drafting.waiting[module])
             few.append((job, drafts, positions))
-        rows = [row for row in few if len(row[2]) <= _FEW]
+        rows = [row for row in few if len(row[2]) <= FEW]
         hidden_BD = self._read_rows(module, rows) if rows else torch.empty(0)
         start = 0
         for job, drafts, positions in few:
-            if len(positions) <= _FEW:
+            if len(positions) <= FEW:
                 out_TD = hidden_BD[start : start + len(positions)]
                 start += len(positions)
             else:

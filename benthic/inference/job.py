@@ -55,7 +55,6 @@ class Job:
         own = () if request.sampling.ignore_eos else tokenizer.stop_ids
         self.stop_ids = frozenset({*own, *request.sampling.stop_token_ids})
         self.drafting: Drafting | None = None
-        self.cancelled = False
         self.tokens: list[Token] = []
         self.scores: list[PromptToken] = []
         self.pages: list[int] = []

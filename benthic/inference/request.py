@@ -5,7 +5,7 @@ A :class:`Request` is filled by the engine's thread and read by any others, in p
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, Self
@@ -191,15 +191,13 @@ class Request:
     Tokens are kept, so that several readers, and late ones, see all of them.
     """
 
-    def __init__(
-        self, identity: str, prompt_ids: Sequence[int], sampling: Sampling, on_cancel: Callable[[], None]
-    ) -> None:
+    def __init__(self, identity: str, prompt_ids: Sequence[int], sampling: Sampling) -> None:
         self.id, self.prompt_ids, self.sampling = identity, tuple(prompt_ids), sampling
         self._changed = threading.Condition()
         self._tokens: list[Token] = []
         self._result: Completion | None = None
         self._waiters: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
-        self._on_cancel = on_cancel
+        self._cancelled = threading.Event()
 
     @property
     def done(self) -> bool:
@@ -222,8 +220,12 @@ class Request:
 
     def cancel(self) -> None:
         """End it as soon as the current step is over; nothing happens if it has ended."""
-        if not self.done:
-            self._on_cancel()
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether :meth:`cancel` has been called."""
+        return self._cancelled.is_set()
 
     def available(self, start: int = 0) -> list[Token]:
         """Tokens from index ``start`` that are there already, without waiting."""

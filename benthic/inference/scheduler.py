@@ -26,7 +26,7 @@ from benthic.config.schema import ModelConfig
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError, WorkFailed
 from benthic.inference.decode import decoder
-from benthic.inference.drafter import Drafter, tables
+from benthic.inference.drafter import FEW, Drafter, tables
 from benthic.inference.huge_pages import use_huge_pages
 from benthic.inference.job import Drafting, Job, pages_for
 from benthic.inference.pace import Pace
@@ -106,7 +106,7 @@ class Scheduler:
                 f"tokens; the cache has {self.cache.pages}: ask for fewer tokens, or start with a larger cache_gib"
             )
         number = next(self._numbers)
-        request = Request(f"req-{number}", ids, sampling, lambda: self._cancel(job))
+        request = Request(f"req-{number}", ids, sampling)
         job = Job(
             request, self.tokenizer, number=number, priority=priority, deadline_s=deadline_s, scope=scope, limit=limit,
             vocab_size=self.config.vocab_size, chunk=self.chunk,
@@ -139,9 +139,6 @@ class Scheduler:
             decode_s=self._seconds["decode"], draft_s=self._seconds["draft"], finished=dict(self._finished),
             decoder=self._decoder.name, draft_depth=self._draft_depth,
         )  # fmt: skip
-
-    def _cancel(self, job: Job) -> None:
-        job.cancelled = True
 
     def _check_settings(self, sampling: Sampling) -> None:
         ids = {"logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
@@ -179,7 +176,7 @@ class Scheduler:
     def _end_cancelled_and_late(self) -> None:
         now = time.monotonic()
         for job in [*self._waiting, *self._running]:
-            if job.cancelled:
+            if job.request.cancelled:
                 self._finish(job, "cancelled")
             elif job.deadline is not None and now >= job.deadline:
                 self._finish(job, "deadline")
@@ -337,14 +334,14 @@ class Scheduler:
             self.cache,
         )
         logits_BV = logits_BV.float().cpu()
-        seconds = time.perf_counter() - begun
-        self._seconds["decode"] += seconds
-        self.pace.decoding.add(len(logits_BV), seconds)
+        self._seconds["decode"] += time.perf_counter() - begun
         first = 0
         for job, row, guesses in zip(jobs, rows, drafts, strict=True):
             here = slice(first, first + len(row))
             self._use(job, row, len(guesses), logits_BV[here], hidden_BD[here])
             first += len(row)
+        # Choosing tokens is a part of the step that a draft may save.
+        self.pace.decoding.add(len(logits_BV), time.perf_counter() - begun)
 
     def _with_room_to_decode(self) -> list[Job]:
         """Jobs whose prompts are read and whose next rows have pages, the first in rank first."""
@@ -369,6 +366,9 @@ class Scheduler:
         self._draft_depth = sum(depths) / len(depths)
         if not any(depths):
             return [[] for _ in jobs]
+        for job, depth in zip(jobs, depths, strict=True):
+            if depth and job.drafting and len(job.drafting.waiting[0]) > FEW:
+                self._drafter.catch_up(job, but=1)  # it had not drafted for a while: no part of what a draft costs
         begun = time.perf_counter()
         drafts = self._drafter.draft(jobs, depths)
         seconds, passes = time.perf_counter() - begun, max(depths)
@@ -415,7 +415,7 @@ class Scheduler:
         if job in self._running:
             job.drafting.add(start, hidden_TD[: job.read - start].to(self.model.transformer.embed.weight.dtype))
             if max(map(len, job.drafting.waiting)) > _MOST_UNDRAFTED:
-                self._drafter.catch_up(job)
+                self._drafter.catch_up(job, but=1)
 
     # tokens and ends
 

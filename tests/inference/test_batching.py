@@ -1,9 +1,11 @@
 import asyncio
+import gc
 import random
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -142,7 +144,7 @@ def test_a_reader_of_asyncio_that_goes_away_leaves_nothing_behind(batch):
 
 def test_a_token_delivered_between_two_looks_is_not_missed():
     """The engine's thread against readers in the worst rhythm: nothing else decides when they look."""
-    request = Request("r", [1], Sampling(), lambda: None)
+    request = Request("r", [1], Sampling())
     tokens = [Token(n, "", 0.0) for n in range(300)]
 
     def write():
@@ -243,6 +245,20 @@ def test_the_result_is_not_there_before_the_end(batch):
     request.cancel()
     result = request.wait(60)
     assert 0 <= result.queue_s <= result.total_s
+
+
+def test_an_engine_that_nobody_uses_any_more_is_gone_at_once(model, tokenizer):
+    """Without waiting for the garbage collector: its memory and its threads would disturb the next one."""
+    engine = Engine(model, tokenizer, cache_gib=0.01)
+    completions = engine.generate(["hello", "you"], max_new_tokens=3)
+    scheduler = weakref.ref(engine._scheduler)
+    gc.disable()
+    try:
+        del engine
+        assert scheduler() is None
+    finally:
+        gc.enable()
+    assert completions
 
 
 def test_a_program_that_forgets_to_close_its_engine_ends_all_the_same():
