@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -33,6 +33,7 @@ bench = typer.Typer(
 app.add_typer(bench, name="bench")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a recipe of Benthic's own.")]
+AtRest = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported or Hugging Face model directory.")]
 
 
@@ -125,6 +126,9 @@ def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, with its data.")],
     baseline: Annotated[bool, typer.Option("--baseline", help="Also what xz -9e makes of it.")] = False,
+    precision: Annotated[
+        AtRest | None, typer.Option("--precision", help="Also with weights kept in this.")
+    ] = None,
     json_: Json = False,
 ) -> None:  # fmt: skip
     """Bits per byte of a run's model on the text it has held out, with a 95% confidence interval."""
@@ -132,21 +136,31 @@ def evaluate(
     from benthic.convert.resolve import load_model
     from benthic.data.shards import TokenStore
     from benthic.evaluate.bits_per_byte import bits_per_byte, xz_baseline
+    from benthic.evaluate.precision_loss import precision_loss
 
     model, _ = load_model(run)
     held_out = TokenStore(run / "data", "val")
     config = load_run_config(run / "config.toml")
-    score = bits_per_byte(
-        model, held_out, sequence_length=config.train.sequence_length, mask_documents=config.data.mask_documents
-    )
+    reading: Any = {
+        "sequence_length": config.train.sequence_length, "mask_documents": config.data.mask_documents,
+    }  # fmt: skip
+    score = bits_per_byte(model, held_out, **reading)
     xz = xz_baseline(config.data, held_out) if baseline else None
+    loss = precision_loss(model, held_out, precision, **reading) if precision else None
     if json_:
-        console.print_json({"validation": asdict(score)} | ({"xz_baseline": asdict(xz)} if xz else {}))
+        scores = {"validation": asdict(score)} | ({"xz_baseline": asdict(xz)} if xz else {})
+        if loss:
+            scores |= {f"validation_{precision}": asdict(loss.bits_per_byte)}
+            scores |= {f"greedy_agreement_{precision}": asdict(loss.greedy_agreement)}
+        console.print_json(scores)
         return
     interval = ", 95% interval {:.4f} to {:.4f}".format(*score.ci95) if score.ci95 else ""
     print(f"{score.value:.4f} bits per byte of held-out text{interval}")
     if xz:
         print(f"{xz.value:.4f} for xz -9e, with the training text before it; the ratio is {score.value / xz.value:.3f}")
+    if loss:
+        value, same = loss.bits_per_byte.value, loss.greedy_agreement.value
+        print(f"{value:.4f} with weights in {precision}, {value - score.value:+.4f}; {same:.2%} of favourites stay")
 
 
 @app.command(epilog="Example: benthic chat runs/quickstart --set inference.temperature=0.5")
@@ -228,12 +242,12 @@ def bench_train(set_: Set = None, json_: Json = False) -> None:
 
 Context = Annotated[int, typer.Option("--context", help="Tokens of each sequence.")]
 Batch = Annotated[int, typer.Option("--batch", help="Sequences at a time.")]
-Precision = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Of weights, cache and arithmetic.")]
+Arithmetic = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Of weights, cache and arithmetic.")]
 
 
 @bench.command("prefill", epilog="Example: benthic bench prefill --context 2048 --json")
 def bench_prefill(
-    context: Context = 512, batch: Batch = 1, precision: Precision = "fp32", set_: Set = None, json_: Json = False
+    context: Context = 512, batch: Batch = 1, precision: Arithmetic = "fp32", set_: Set = None, json_: Json = False
 ) -> None:
     """Reading prompts with bench-400m, against the rate of a matrix product."""
     from benthic.config.load import load_preset_or_recipe
@@ -245,8 +259,10 @@ def bench_prefill(
 
 @bench.command("decode", epilog="Example: benthic bench decode --context 2048 --json")
 def bench_decode(
-    context: Context = 128, batch: Batch = 1, precision: Precision = "fp32", set_: Set = None, json_: Json = False
-) -> None:
+    context: Context = 128, batch: Batch = 1,
+    precision: Annotated[AtRest, typer.Option("--precision", help="In which weights are kept.")] = "fp32",
+    set_: Set = None, json_: Json = False,
+) -> None:  # fmt: skip
     """Writing token by token with bench-400m, against the rate of reading memory."""
     from benthic.config.load import load_preset_or_recipe
     from benthic.lab.bench_inference import bench_decode

@@ -3,7 +3,7 @@
 import ctypes
 import sys
 
-from torch import nn
+from torch import Tensor, nn
 
 _HUGE_PAGE = 2 * 2**20
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # linux/mman.h
@@ -11,13 +11,18 @@ _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # linux/mman.h
 
 def use_huge_pages(module: nn.Module) -> None:
     """Ask Linux to put a module's large CPU parameters on huge pages; where it will not, nothing changes."""
-    if sys.platform != "linux":
-        return
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for parameter in module.parameters():
-        start = -(-parameter.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        length = (parameter.data_ptr() + parameter.nbytes - start) // _HUGE_PAGE * _HUGE_PAGE
-        if parameter.device.type == "cpu" and length > 0:
-            madvise(start, length, _MADV_HUGEPAGE)
-            madvise(start, length, _MADV_COLLAPSE)
+        put_on_huge_pages(parameter)
+
+
+def put_on_huge_pages(tensor: Tensor) -> None:
+    """The same for one tensor."""
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    length = (tensor.data_ptr() + tensor.nbytes - start) // _HUGE_PAGE * _HUGE_PAGE
+    if length > 0:
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        madvise(start, length, _MADV_HUGEPAGE)
+        madvise(start, length, _MADV_COLLAPSE)

@@ -16,15 +16,20 @@ from benthic.config.schema import ModelConfig
 from benthic.errors import InputError
 from benthic.inference.cache import LatentCache
 from benthic.inference.huge_pages import use_huge_pages
-from benthic.model import Transformer, build_model
+from benthic.inference.native_decode import PAGE, native_decoder
+from benthic.inference.weights import round_weights
+from benthic.model import LanguageModel, Transformer, build_model
+from benthic.ops import native
 from benthic.plan.counts import main_model
 from benthic.plan.decode import decode_bytes
 from benthic.plan.flops import forward_flops
 from benthic.plan.machine import measure_bandwidth_gb_s, measure_gemm_gflops
+from benthic.precision.quantise import Precision
 
-Precision = Literal["fp32", "bf16"]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Arithmetic = Literal["fp32", "bf16"]
+_Step = Callable[[torch.Tensor], torch.Tensor]
+_DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16}
+"""Of weights that stay as they are, and of the cache, where that is not fp32."""
 _REPEATS = 7
 _DECODE_STEPS = 16
 """Decoded in each repeat, so that one slow moment weighs little."""
@@ -46,14 +51,16 @@ class InferenceSpeed:
     """Least time the work can take, by arithmetic (prefill) or by memory traffic (decode), over the time it took."""
     accepted_per_step: float
     """Tokens that each step yields."""
+    kernels: str
+    """What did the work."""
 
 
 def bench_prefill(
-    config: ModelConfig, *, context: int, batch: int = 1, precision: Precision = "fp32"
+    config: ModelConfig, *, context: int, batch: int = 1, precision: Arithmetic = "fp32"
 ) -> InferenceSpeed:
     """Reads prompts of ``context`` tokens, up to the logits of the token after each."""
     _check(config, context, batch)
-    transformer = build_model(config, dtype=_DTYPES[precision]).transformer
+    transformer = build_model(config, dtype=_dtype(precision)).transformer
 
     def prefill() -> None:
         tokens_BT = torch.randint(config.vocab_size, (batch, context))
@@ -62,34 +69,69 @@ def bench_prefill(
     seconds = _median_seconds(prefill)
     head = 2 * main_model(config).head
     flops = batch * (context * (forward_flops(config, context) - head) + head)
-    limit = flops / (measure_gemm_gflops(_DTYPES[precision]) * 1e9)
-    return _speed(batch * context / seconds, context, batch, precision, limit / seconds)
+    limit = flops / (measure_gemm_gflops(_dtype(precision)) * 1e9)
+    return _speed(batch * context / seconds, context, batch, precision, limit / seconds, native.status())
 
 
 def bench_decode(config: ModelConfig, *, context: int, batch: int = 1, precision: Precision = "fp32") -> InferenceSpeed:
-    """Decodes over a cache of ``context`` tokens in each sequence."""
-    _check(config, context, batch)
-    transformer = build_model(config, dtype=_DTYPES[precision]).transformer
+    """Decodes over a cache of ``context`` tokens in each sequence; it is fp32, but bf16 beside weights in bf16."""
+    _check(config, context, batch, shortest=0)
+    dtype = _dtype(precision)
+    model = build_model(config, dtype=dtype)
+    step, kernels = _native_step(model, context, batch, precision) or _pytorch_step(model, context, batch, precision)
+
+    def decode() -> None:
+        for tokens_B in torch.randint(config.vocab_size, (_DECODE_STEPS, batch)):
+            step(tokens_B)
+
+    seconds = _median_seconds(decode) / _DECODE_STEPS
+    traffic = decode_bytes(config, context, batch, bytes_per_number=dtype.itemsize, precision=precision)
+    limit = traffic / (measure_bandwidth_gb_s() * 1e9)
+    return _speed(batch / seconds, context, batch, precision, limit / seconds, kernels)
+
+
+@dataclass
+class _Pages:
+    pages_N: list[torch.Tensor]
+
+
+def _native_step(model: LanguageModel, context: int, batch: int, precision: Precision) -> tuple[_Step, str] | None:
+    """A greedy step of sequences at this context, if there is native decoding here."""
+    decoder = native_decoder(model, precision=precision)
+    if decoder is None:
+        return None
+    config, dtype = model.config, model.transformer.embed.weight.dtype
+    table_BP = torch.arange(batch * (context // PAGE + 1), dtype=torch.int32).view(batch, -1)
+    shape = (table_BP.numel(), PAGE, config.latent_dim)
+    cache = _Pages([torch.randn(shape, dtype=dtype) for _ in range(config.num_hidden_layers)])
+    positions_B = torch.full((batch,), context)
+    return lambda tokens_B: decoder(tokens_B, positions_B, table_BP, cache)[0].argmax(-1), decoder.name
+
+
+def _pytorch_step(model: LanguageModel, context: int, batch: int, precision: Precision) -> tuple[_Step, str]:
+    """The same in plain PyTorch, with rounded weights in the dtype they had."""
+    config, transformer = model.config, round_weights(model, precision).transformer
     use_huge_pages(transformer)
     cache = _empty_cache(transformer, batch)
     for layer in range(config.num_hidden_layers):
-        cache.append(layer, torch.randn(batch, context, config.latent_dim, dtype=_DTYPES[precision]))
+        cache.append(layer, torch.randn(batch, context, config.latent_dim, dtype=transformer.embed.weight.dtype))
     cache.advance(context)
 
-    def decode() -> None:
-        for tokens_BT in torch.randint(config.vocab_size, (_DECODE_STEPS, batch, 1)):
-            _next_tokens(transformer, tokens_BT, cache)
-            cache.truncate(context)
+    def step(tokens_B: torch.Tensor) -> torch.Tensor:
+        next_B = _next_tokens(transformer, tokens_B[:, None], cache)
+        cache.truncate(context)
+        return next_B
 
-    seconds = _median_seconds(decode) / _DECODE_STEPS
-    traffic = decode_bytes(config, context, batch, bytes_per_number=_DTYPES[precision].itemsize)
-    limit = traffic / (measure_bandwidth_gb_s() * 1e9)
-    return _speed(batch / seconds, context, batch, precision, limit / seconds)
+    return step, native.decode_library()[1]
 
 
-def _check(config: ModelConfig, context: int, batch: int) -> None:
-    if not 0 < context < config.max_position_embeddings:
-        raise InputError(f"context={context}: must be from 1 to {config.max_position_embeddings - 1}, "
+def _dtype(precision: Precision) -> torch.dtype:
+    return _DTYPES.get(precision, torch.float32)
+
+
+def _check(config: ModelConfig, context: int, batch: int, *, shortest: int = 1) -> None:
+    if not shortest <= context < config.max_position_embeddings:
+        raise InputError(f"context={context}: must be from {shortest} to {config.max_position_embeddings - 1}, "
                          "less than max_position_embeddings")  # fmt: skip
     if batch < 1:
         raise InputError(f"batch={batch}: must be at least 1")
@@ -119,9 +161,11 @@ def _median_seconds(work: Callable[[], None]) -> float:
     return statistics.median(seconds)
 
 
-def _speed(tokens_per_s: float, context: int, batch: int, precision: Precision, share: float) -> InferenceSpeed:
+def _speed(
+    tokens_per_s: float, context: int, batch: int, precision: Precision, share: float, kernels: str
+) -> InferenceSpeed:  # fmt: skip
     return InferenceSpeed(
         tokens_per_s=tokens_per_s, context=context, batch=batch, precision=precision,
-        memory_gb_per_s=measure_bandwidth_gb_s(), gemm_gflops=measure_gemm_gflops(_DTYPES[precision]),
-        share_of_limit=share, accepted_per_step=1.0,
+        memory_gb_per_s=measure_bandwidth_gb_s(), gemm_gflops=measure_gemm_gflops(_dtype(precision)),
+        share_of_limit=share, accepted_per_step=1.0, kernels=kernels,
     )  # fmt: skip

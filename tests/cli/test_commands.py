@@ -86,6 +86,15 @@ def test_eval_with_its_baseline(benthic, small_run):
         assert number in text
 
 
+def test_eval_in_another_precision(benthic, small_run):
+    scores = json.loads(output(benthic("eval", small_run, "--precision", "int4", "--json")))
+    assert set(scores) == {"validation", "validation_int4", "greedy_agreement_int4"}
+    assert scores["validation_int4"]["value"] != scores["validation"]["value"]
+    assert 0.3 < scores["greedy_agreement_int4"]["value"] <= 1
+    text = output(benthic("eval", small_run, "--precision", "int4"))
+    assert f"{scores['validation_int4']['value']:.4f} with weights in int4" in text
+
+
 def test_eval(benthic, small_run):
     score = json.loads(output(benthic("eval", small_run, "--json")))["validation"]
     assert score.keys() >= {"metric", "value", "n", "ci95"}

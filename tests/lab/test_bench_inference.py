@@ -4,10 +4,11 @@ from benthic.config.presets import PRESETS
 from benthic.errors import InputError
 from benthic.lab import bench_inference
 from benthic.lab.bench_inference import bench_decode, bench_prefill
+from benthic.ops import native
 from benthic.plan.decode import decode_bytes
 
 KEYS = {"tokens_per_s", "context", "batch", "precision", "memory_gb_per_s", "gemm_gflops", "share_of_limit",
-        "accepted_per_step"}  # fmt: skip
+        "accepted_per_step", "kernels"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,37 @@ def test_prefill_is_charged_one_row_of_logits(monkeypatch):
 
 @pytest.mark.parametrize("bench", [bench_prefill, bench_decode])
 @pytest.mark.parametrize(
-    ("context", "batch", "words"), [(0, 1, "context=0"), (256, 1, "context=256"), (5, 0, "batch=0")]
+    ("context", "batch", "words"), [(-1, 1, "context=-1"), (256, 1, "context=256"), (5, 0, "batch=0")]
 )
 def test_wrong_sizes_are_refused(bench, context, batch, words):
     with pytest.raises(InputError, match=words):
         bench(PRESETS["tiny"], context=context, batch=batch)
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
+def test_decodes_with_weights_in_fewer_bits(precision, there, monkeypatch):
+    if not there:
+        monkeypatch.setattr(bench_inference, "native_decoder", lambda model, precision: None)
+    monkeypatch.setattr(bench_inference, "_median_seconds", lambda work: work() or 0.5)
+    config = PRESETS["nano"]
+    speed = bench_decode(config, context=100, precision=precision)
+    assert speed.precision == precision
+    assert speed.share_of_limit == pytest.approx(decode_bytes(config, 100, precision=precision) / 10e9 / (0.5 / 16))
+
+
+def test_only_a_prompt_needs_tokens():
+    assert bench_decode(PRESETS["tiny"], context=0).context == 0
+    with pytest.raises(InputError, match="context=0: must be from 1"):
+        bench_prefill(PRESETS["tiny"], context=0)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_decoding_falls_back_on_pytorch_and_says_so(there, monkeypatch):
+    if not there:
+        monkeypatch.setattr(bench_inference, "native_decoder", lambda model, precision: None)
+        monkeypatch.setattr(bench_inference.native, "decode_library", lambda: (None, "PyTorch decoding (a reason)"))
+    elif native.decode_library()[0] is None:
+        pytest.skip("no native decoding here")
+    kernels = bench_decode(PRESETS["tiny"], context=70, batch=2).kernels
+    assert kernels.startswith("native decoding") if there else kernels == "PyTorch decoding (a reason)"

@@ -39,3 +39,17 @@ def test_a_batch_reads_the_experts_that_random_routing_chooses():
     others = weights_one_token_reads(config) - layers * expert * config.num_experts_per_tok
     rows = (batch - 1) * config.hidden_size
     assert decode_bytes(config, 0, batch, bytes_per_number=1) == pytest.approx(routed + others + rows, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("precision", "matrix", "head"), [("fp8", 1, 1), ("int8", 1.0625, 1.0625), ("int4", 0.5625, 1.0625)]
+)
+def test_matrices_in_fewer_bits(precision, matrix, head):
+    config = PRESETS["bench-400m"]
+    width, layers, sparse = config.hidden_size, config.num_hidden_layers, config.num_hidden_layers - 1
+    norms = layers * (2 * width + config.q_lora_rank + config.kv_lora_rank) + width
+    in_head = config.vocab_size * width
+    wide = norms + sparse * config.n_routed_experts * width + width
+    fewer = weights_one_token_reads(config) - wide - in_head
+    expected = fewer * matrix + in_head * head + wide * 4 + 100 * layers * (512 + 64) * 4
+    assert decode_bytes(config, 100, precision=precision) == pytest.approx(expected, rel=1e-3)

@@ -29,6 +29,19 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"PyTorch kernels (no native ones: {error})"
 
 
+@lru_cache(maxsize=1)
+def decode_library() -> tuple[ctypes.CDLL | None, str]:
+    """The library of whole decode steps, if it can be had here, and which form runs otherwise, and why."""
+    if os.environ.get("BENTHIC_NATIVE", "1") == "0":
+        return None, "PyTorch decoding (BENTHIC_NATIVE=0)"
+    try:
+        library = ctypes.CDLL(str(shared_library("decode")))
+    except (BuildError, OSError) as error:
+        return None, f"PyTorch decoding (no native one: {error})"
+    library.decode_instruction_set.restype = ctypes.c_char_p
+    return library, f"native decoding ({library.decode_instruction_set().decode()})"
+
+
 def status() -> str:
     """Which kernels run on this machine and, if not the native ones, why."""
     return _load()[1]

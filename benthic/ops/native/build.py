@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,24 +18,43 @@ import torch
 _HERE = Path(__file__).parent
 _DAY = 86400.0
 _UNFINISHED = "building-"
-_FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared",
-    # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
-    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math",
-)  # fmt: skip
+_TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+
+
+@dataclass(frozen=True)
+class _Library:
+    """C++ files of a folder that make a library, and what the compiler is told beyond ``_FLAGS``."""
+
+    folder: Path
+    flags: tuple[str, ...]
+    links: tuple[str, ...]
+
+
+_LIBRARIES = {
+    "kernels": _Library(
+        _HERE,
+        # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
+        ("-fopenmp", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
+        (f"-L{_TORCH_LIBRARIES}", "-ltorch_cpu", "-Wl,--no-undefined", f"-Wl,-rpath,{_TORCH_LIBRARIES}"),
+    ),
+    # Sums stay in order, so that they are the same wherever a product is inlined.
+    "decode": _Library(_HERE / "decode", ("-ffp-contract=off", "-pthread"), ()),
+}
 
 
 class BuildError(RuntimeError):
     """The kernels cannot be compiled here; the message is one line."""
 
 
-def shared_library() -> Path:
-    """Path of the compiled kernels, compiling them if no earlier process did.
+def shared_library(name: str = "kernels") -> Path:
+    """Path of compiled ``kernels`` or of the ``decode`` step, compiling them if no earlier process did.
 
     Raises BuildError if that fails, or failed within the last day: else every process would try for itself.
     """
     compiler = _compiler()
-    target = _cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
+    library = _LIBRARIES[name]
+    target = _cache_directory() / f"{name}-{_fingerprint(compiler, library)}.so"
     failure = target.with_suffix(".failed")
     if target.exists():
         with suppress(OSError):
@@ -43,7 +63,7 @@ def shared_library() -> Path:
     if _age(failure) < _DAY:
         raise BuildError(failure.read_text(encoding="utf-8"))
     try:
-        _compile(compiler, target)
+        _compile(compiler, library, target)
     except BuildError as error:
         with suppress(OSError):
             failure.write_text(str(error), encoding="utf-8")
@@ -78,12 +98,13 @@ def _age(path: Path) -> float:
         return math.inf
 
 
-def _fingerprint(compiler: list[str]) -> str:
+def _fingerprint(compiler: list[str], library: _Library) -> str:
     """Changes with anything that a compiled library depends on: source, flags, compiler, PyTorch, processor."""
     programs = [Path(path) for word in compiler if (path := shutil.which(word))]
     built_by = f"{compiler} {[path.stat().st_mtime_ns for path in programs]}"
-    digest = hashlib.sha256(" ".join((built_by, torch.__version__, torch.__file__, _processor(), *_FLAGS)).encode())
-    for source in sorted(_HERE.glob("*.[ch]*")):
+    told = (built_by, torch.__version__, torch.__file__, _processor(), *_FLAGS, *library.flags)
+    digest = hashlib.sha256(" ".join(told).encode())
+    for source in sorted(library.folder.glob("*.[ch]*")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -97,19 +118,18 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _compile(compiler: list[str], target: Path) -> None:
-    libraries = Path(torch.__file__).parent / "lib"
+def _compile(compiler: list[str], library: _Library, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_old(target.parent)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as folder:
             built = Path(folder) / target.name
             command = [
-                *compiler, *_FLAGS, *map(str, sorted(_HERE.glob("*.cpp"))), "-o", str(built), f"-L{libraries}",
-                "-ltorch_cpu", "-Wl,--no-undefined", f"-Wl,-rpath,{libraries}",
+                *compiler, *_FLAGS, *library.flags, *map(str, sorted(library.folder.glob("*.cpp"))), "-o", str(built),
+                *library.links,
             ]  # fmt: skip
             result = subprocess.run(  # noqa: S603 - the user's own compiler
-                command, capture_output=True, text=True, timeout=120, check=False
+                command, capture_output=True, text=True, timeout=600, check=False
             )
             if result.returncode:
                 complaint = next(
@@ -126,6 +146,7 @@ def _remove_old(directory: Path) -> None:
     for folder in directory.glob(f"{_UNFINISHED}*"):
         if _age(folder) > _DAY:
             shutil.rmtree(folder, ignore_errors=True)
-    for file in directory.glob("kernels-*"):
-        if _age(file) > 30 * _DAY:
-            file.unlink(missing_ok=True)
+    for name in _LIBRARIES:
+        for file in directory.glob(f"{name}-*"):
+            if _age(file) > 30 * _DAY:
+                file.unlink(missing_ok=True)

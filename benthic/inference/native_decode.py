@@ -1,0 +1,263 @@
+"""Decode steps in C++: all layers of one new token for each of several sequences in one call.
+
+A step of plain PyTorch is some fifty operations a layer, each of which is dispatched, wakes its threads and waits for
+them. Here one call reads every weight once, by threads that stay between calls (``benthic/ops/native/decode``).
+
+A sequence's results are the same bits whatever else is in the batch, and however many threads there are: every sum is
+made in one order. So are those of a sequence that stands in several rows with consecutive positions, as for the
+verification of drafts: each row sees the latents of the rows before it.
+
+Shapes: B rows, P pages of the longest sequence, D model width, V vocabulary, H heads, C latent, S stacked matrices,
+M rows and K columns of a matrix.
+"""
+
+import ctypes
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from benthic.errors import WorkFailed
+from benthic.inference.huge_pages import put_on_huge_pages
+from benthic.inference.native_layout import Layer, Matrix, Model, Request, check_layout
+from benthic.inference.weights import block_matrices, blocks_of, mtp_modules
+from benthic.model import LanguageModel
+from benthic.model.layers import RMSNorm
+from benthic.model.moe import MoE
+from benthic.model.transformer import Block
+from benthic.ops import native
+from benthic.ops.rope import rope_angles
+from benthic.precision.blocks import quantise_blocks
+from benthic.precision.panels import pack_panels
+from benthic.precision.quantise import Precision, bits_of, head_precision, quantise_groups
+
+PAGE = 64
+"""Tokens a page of the cache."""
+_FIRST_ANGLES = 4096
+_KINDS = {torch.float32: Matrix.FP32, torch.bfloat16: Matrix.BF16}
+
+
+class Pages(Protocol):
+    """What a step asks of a paged cache."""
+
+    pages_N: list[Tensor]
+    """For each layer (pages, 64, latent), contiguous, fp32 or bf16."""
+
+
+class CannotDecodeNatively(WorkFailed):
+    """There is no native decoding here, or not of this model; the message says why."""
+
+
+def native_decoder(
+    model: LanguageModel, *, precision: Precision | None = None, threads: int | None = None
+) -> "NativeDecoder | None":
+    """A :class:`NativeDecoder`, or None where there cannot be one."""
+    try:
+        return NativeDecoder(model, precision=precision, threads=threads)
+    except CannotDecodeNatively:
+        return None
+
+
+class NativeDecoder:
+    """Decodes with one model, whose weights must not change or move as long as this lives.
+
+    Args:
+        model: on the CPU, fp32 or bf16. Its weights are used where they are; the key and value projections of
+            attention, less than a tenth of them, are kept once more, as the absorbed form wants them.
+        precision: that the weights are kept in, beside the model's own; by default the one they have. The model stays
+            as it is: :func:`benthic.inference.weights.round_weights`, called afterwards, lets prefill compute with
+            the same numbers. In ``int8`` and ``int4`` activations are rounded to 8 bits besides, in groups of 32.
+        threads: at work in a step; by default as many as PyTorch uses.
+
+    Raises:
+        CannotDecodeNatively: there is no compiler, or the model is elsewhere or in another dtype.
+        WorkFailed: in ``fp8``, a weight is not finite.
+    """
+
+    def __init__(self, model: LanguageModel, *, precision: Precision | None = None, threads: int | None = None) -> None:
+        library, self.name = native.decode_library()
+        if library is None:
+            raise CannotDecodeNatively(self.name)
+        check_layout(library)
+        self._weights = _Weights(model, precision)
+        self._library, self._config = library, model.config
+        self._lock = threading.Lock()
+        library.decode_new.restype = ctypes.c_void_p
+        self._decoder = library.decode_new(
+            ctypes.byref(self._weights.model), ctypes.c_int64(threads or torch.get_num_threads())
+        )
+        weakref.finalize(self, library.decode_free, ctypes.c_void_p(self._decoder))
+        self._cos_TP = self._sin_TP = torch.empty(0, 0)
+
+    @torch.inference_mode()
+    def __call__(self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages) -> tuple[Tensor, Tensor]:
+        """One new token for each row: logits (B, V) and hidden states (B, D) after the final norm, both fp32.
+
+        Args:
+            tokens_B: int64, the new tokens.
+            positions_B: int64, their positions, which are the tokens cached before them.
+            table_BP: int32, page numbers of each row's sequence in order; unused entries are not looked at.
+            cache: receives the new latents.
+
+        Raises:
+            IndexError: a token, a position or a page is out of range; the cache is as before.
+        """
+        logits_BV = torch.empty(len(tokens_B), self._config.vocab_size)
+        hidden_BD = self._step(
+            positions_B, table_BP, cache, layers=(0, self._config.num_hidden_layers), norm=self._weights.norms[0],
+            tokens_B=tokens_B, logits_BV=logits_BV,
+        )  # fmt: skip
+        return logits_BV, hidden_BD
+
+    @torch.inference_mode()
+    def draft(
+        self, module: int, hidden_BD: Tensor, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages
+    ) -> Tensor:
+        """One step of an MTP module for each row: its hidden states (B, D), ready for the head.
+
+        Args:
+            module: index of the module, whose latents lie in layer ``num_hidden_layers + module`` of the cache.
+            hidden_BD: what the head sees at each position, from the transformer or the module before.
+            tokens_B: int64, the token that the module joins to it.
+            positions_B: int64, the index of the hidden state in its sequence.
+            table_BP: as for a step. cache: as for a step.
+        """
+        input_BD = torch.stack(
+            [self._weights.join(module, hidden_D, token) for hidden_D, token in zip(hidden_BD, tokens_B, strict=True)]
+        )
+        layer = self._config.num_hidden_layers + module
+        return self._step(
+            positions_B, table_BP, cache, layers=(layer, layer + 1), norm=self._weights.norms[1 + module],
+            input_BD=input_BD.float(),
+        )  # fmt: skip
+
+    def _step(
+        self, positions_B: Tensor, table_BP: Tensor, cache: Pages, *, layers: tuple[int, int], norm: Tensor,
+        tokens_B: Tensor | None = None, input_BD: Tensor | None = None, logits_BV: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        batch, pages = len(positions_B), cache.pages_N[layers[0]]
+        hidden_BD = torch.empty(batch, self._config.hidden_size)
+        # Held by name until the step is done: what follows may be copies.
+        positions_B, table_BP = positions_B.long().contiguous(), table_BP.int().contiguous()
+        tokens_B = None if tokens_B is None else tokens_B.long().contiguous()
+        input_BD = None if input_BD is None else input_BD.contiguous()
+        with self._lock:
+            self._reach(int(positions_B.max()))
+            request = Request(
+                batch=batch, first=layers[0], last=layers[1], tokens=_pointer(tokens_B), input=_pointer(input_BD),
+                positions=_pointer(positions_B), table=_pointer(table_BP), table_stride=table_BP.shape[1],
+                pages=_addresses(cache.pages_N), page_count=len(pages), wide=pages.dtype == torch.float32,
+                cos=_pointer(self._cos_TP), sin=_pointer(self._sin_TP), angles=len(self._cos_TP), norm=_pointer(norm),
+                hidden=_pointer(hidden_BD), logits=_pointer(logits_BV),
+            )  # fmt: skip
+            if self._library.decode_step(ctypes.c_void_p(self._decoder), ctypes.byref(request)):
+                raise IndexError("decode: a token, a position or a page is out of range")
+        return hidden_BD
+
+    def _reach(self, position: int) -> None:
+        """Have the rotations of every position up to this one."""
+        if position >= len(self._cos_TP):
+            count = max(_FIRST_ANGLES, 2 * (position + 1))
+            self._cos_TP, self._sin_TP = (x.contiguous() for x in rope_angles(self._config, torch.arange(count)))
+
+
+class _Weights:
+    """A model's weights as the library reads them, and whatever has to stay alive for it."""
+
+    def __init__(self, model: LanguageModel, precision: Precision | None) -> None:
+        if any(p.device.type != "cpu" or p.dtype not in _KINDS for p in model.parameters()):
+            raise CannotDecodeNatively("PyTorch decoding (the model is not on the CPU in fp32 or bf16)")
+        self._precision: Precision | None = precision
+        self._kept: list[Tensor] = []
+        self._embed, self._mtp = model.transformer.embed, mtp_modules(model)
+        norms = [model.transformer.norm, *(mtp.norm for mtp in self._mtp)]
+        self.norms = [norm.weight.detach().float() for norm in norms]
+        blocks = blocks_of(model)
+        self._layers = (Layer * len(blocks))(*(self._layer(block) for block in blocks))
+        config, head = model.config, model.transformer.head.weight.detach().unsqueeze(0)
+        self.model = Model(
+            layers=ctypes.cast(self._layers, ctypes.c_void_p), embed=self._as_it_is(self._embed.weight.detach()),
+            head=self._matrix(head, precision and head_precision(precision)), width=config.hidden_size,
+            heads=config.num_attention_heads, q_rank=config.q_lora_rank or 0, c=config.kv_lora_rank,
+            nope=config.qk_nope_head_dim, rope=config.qk_rope_head_dim, value=config.v_head_dim,
+            groups=config.n_group, top_groups=config.topk_group, top_k=config.num_experts_per_tok,
+            normalise=config.norm_topk_prob, eps=config.rms_norm_eps, latent_eps=blocks[0].attention.kv_norm.eps,
+            softmax_scale=blocks[0].attention.scale, gate_scale=config.routed_scaling_factor,
+        )  # fmt: skip
+        for tensor in self._kept:
+            put_on_huge_pages(tensor)
+
+    def join(self, module: int, hidden_D: Tensor, token: Tensor) -> Tensor:
+        """What enters an MTP module's block (D,): by itself, for products of several rows sum in other orders."""
+        mtp = self._mtp[module]
+        embedding_1D, hidden_1D = self._embed(token[None]), hidden_D[None].to(self._embed.weight.dtype)
+        joined: Tensor = mtp.project(torch.cat((mtp.embed_norm(embedding_1D), mtp.hidden_norm(hidden_1D)), -1))
+        return joined[0]
+
+    def _layer(self, block: Block) -> Layer:
+        layer = Layer(attention_norm=self._norm(block.attention_norm), ffn_norm=self._norm(block.ffn_norm))
+        layer.kv_norm = self._norm(block.attention.kv_norm)
+        if block.attention.config.q_lora_rank is not None:
+            layer.q_norm = self._norm(block.attention.q_norm)
+        for name, weight_SMK in block_matrices(block).items():
+            setattr(layer, name, self._matrix(weight_SMK, self._precision))
+        if isinstance(block.ffn, MoE):
+            layer.router = self._as_it_is(block.ffn.router.weight.detach().float())
+            layer.router_bias = self._keep(block.ffn.router.bias)
+        return layer
+
+    def _matrix(self, weight_SMK: Tensor, precision: Precision | None) -> Matrix:
+        match precision:
+            case "fp8":
+                return self._blocks(weight_SMK)
+            case "int8" | "int4":
+                return self._panels(weight_SMK, precision)
+            case _:
+                dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, None: weight_SMK.dtype}[precision]
+                return self._as_it_is(weight_SMK.to(dtype))
+
+    def _as_it_is(self, weight_SMK: Tensor) -> Matrix:
+        """A weight (M, K) or a stack of them (S, M, K), where it is if it is contiguous."""
+        rows, columns = weight_SMK.shape[-2:]
+        data = self._keep(weight_SMK.contiguous())
+        return Matrix(data=data, kind=_KINDS[weight_SMK.dtype], rows=rows, columns=columns)
+
+    def _blocks(self, weight_SMK: Tensor) -> Matrix:
+        # A matrix at a time: quantising all of a stack at once would take several times its memory.
+        numbers, scales = zip(*(quantise_blocks(weight_MK) for weight_MK in weight_SMK), strict=True)
+        numbers_SMK, scale_SPQ = torch.stack(numbers), torch.stack(scales)
+        if not scale_SPQ.isfinite().all():
+            raise WorkFailed("fp8: a weight is not finite")
+        return Matrix(
+            data=self._keep(numbers_SMK), scales=self._keep(scale_SPQ), kind=Matrix.FP8, rows=weight_SMK.shape[1],
+            columns=weight_SMK.shape[2],
+        )  # fmt: skip
+
+    def _panels(self, weight_SMK: Tensor, precision: Literal["int8", "int4"]) -> Matrix:
+        bits = bits_of(precision)
+        panels = []
+        for weight_1MK in weight_SMK.split(1):
+            numbers_1MK, scale_1MG = quantise_groups(weight_1MK, bits)
+            panels.append(pack_panels(numbers_1MK, scale_1MG, bits))
+        kind = Matrix.INT8 if bits == 8 else Matrix.INT4
+        return Matrix(
+            data=self._keep(torch.cat(panels)), kind=kind, rows=weight_SMK.shape[1], columns=weight_SMK.shape[2]
+        )
+
+    def _norm(self, norm: RMSNorm) -> int:
+        return self._keep(norm.weight.detach().float().contiguous())
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

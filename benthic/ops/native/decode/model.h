@@ -1,0 +1,47 @@
+// What a decoder is told once: sizes, and where each weight lies. Mirrored field by field in
+// benthic/inference/native_decode.py.
+#pragma once
+
+#include "matrix.h"
+
+namespace benthic {
+
+// Norms and biases are fp32. Matrices that a layer lacks have no rows.
+struct Layer {
+    const float *attention_norm, *q_norm, *kv_norm, *ffn_norm, *router_bias;
+    Matrix q_a, q_b;     // q_b alone, on the layer's input, where queries are not compressed
+    Matrix kv_a;
+    Matrix key, value;   // stacks of a matrix per head: (c, nope), transposed, and (value, c)
+    Matrix o;
+    Matrix gate_up, down;                // dense or shared experts; gate_up is a stack of two
+    Matrix router;
+    Matrix expert_gate_up, expert_down;  // gate, then up, of each expert
+
+    bool sparse() const { return router.rows > 0; }
+};
+
+struct Model {
+    const Layer* layers;
+    Matrix embed, head;
+    int64_t width, heads, q_rank, c, nope, rope, value;
+    int64_t groups, top_groups, top_k, normalise;
+    float eps, latent_eps, softmax_scale, gate_scale;
+};
+
+// One step: a new token of each of `batch` sequences through layers [first, last).
+struct Request {
+    int64_t batch, first, last;
+    const int64_t* tokens;     // or null, and
+    const float* input;        // (batch, width) what enters the first layer
+    const int64_t* positions;  // of the new tokens
+    const int32_t* table;      // (batch, table_stride): the pages of each sequence
+    int64_t table_stride;
+    char* const* pages;        // of each layer, page_count of them
+    int64_t page_count, wide;  // pages are fp32, else bf16
+    const float *cos, *sin;    // (angles, rope / 2)
+    int64_t angles;            // positions they are there for
+    const float* norm;         // after the last layer
+    float *hidden, *logits;    // (batch, width) after that norm; (batch, vocabulary), or null
+};
+
+}  // namespace benthic

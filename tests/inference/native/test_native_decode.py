@@ -1,0 +1,162 @@
+"""Native decode steps against plain PyTorch, and against themselves in other company."""
+
+import os
+
+import pytest
+import torch
+
+from benthic.config.presets import PRESETS
+from benthic.inference.native_decode import CannotDecodeNatively, NativeDecoder, native_decoder
+from benthic.model import build_model
+from benthic.model.transformer import attention_context
+from benthic.ops import native
+
+LENGTHS = [0, 1, 5, 31, 32, 33, 63, 64, 65, 127, 130, 520, 1100]
+
+
+@pytest.mark.parametrize("seed", range(14))
+def test_equals_the_transformer_over_caches_of_many_lengths(seed, odd_model, batch_of, close):
+    model = odd_model(seed)
+    batch = batch_of(model, LENGTHS, seed)
+    logits_BV, hidden_BD = NativeDecoder(model, threads=1 + seed % 3)(*batch.arguments())
+    expected_BV, expected_BD = batch.expected(model)
+    close(logits_BV, expected_BV)
+    close(hidden_BD, expected_BD)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "nano"])
+def test_writing_token_by_token_equals_a_full_forward(preset, batch_of, close):
+    model = build_model(PRESETS[preset], seed=1)
+    tokens_BT = torch.randint(model.config.vocab_size, (2, 140), generator=torch.Generator().manual_seed(0))
+    batch = batch_of(model, [140, 140])
+    decoder = NativeDecoder(model, threads=2)
+    for layer in batch.cache.pages_N:
+        layer.fill_(float("nan"))
+    logits = [
+        decoder(tokens_B, torch.full((2,), position), batch.table_BP, batch.cache)[0]
+        for position, tokens_B in enumerate(tokens_BT.T)
+    ]
+    with torch.inference_mode():
+        close(torch.stack(logits, 1), model(tokens_BT))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_is_the_same_bits_in_any_batch_on_any_number_of_threads(seed, odd_model, batch_of):
+    model = odd_model(seed)
+    lengths = [*LENGTHS, 300, 64, 7, 0]
+    decoder = NativeDecoder(model, threads=2)
+    whole = decoder(*batch_of(model, lengths, seed).arguments())
+    for threads in (1, 3):
+        again = NativeDecoder(model, threads=threads)(*batch_of(model, lengths, seed).arguments())
+        assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    batch = batch_of(model, lengths, seed)
+    for rows in ([0], [4], [11], [12], [3, 12], [16, 1, 9], [5, 6, 7, 8], list(range(2, 11))):
+        for found, expected in zip(decoder(*batch.arguments(*rows)), whole, strict=True):
+            assert torch.equal(found, expected[rows])
+
+
+def test_a_sequence_in_several_rows_reads_as_one_token_after_another(odd_model, batch_of):
+    model = odd_model(2)
+    decoder, tokens_B = NativeDecoder(model, threads=2), torch.tensor([3, 9, 4, 1])
+    one, other = batch_of(model, [62 + 4], 5), batch_of(model, [62 + 4], 5)
+    table_BP, positions_B = one.table_BP.expand(4, -1), torch.arange(62, 66)
+    together = decoder(tokens_B, positions_B, table_BP, one.cache)
+    for row in range(4):
+        alone = decoder(tokens_B[row : row + 1], positions_B[row : row + 1], other.table_BP, other.cache)
+        for found, expected in zip(together, alone, strict=True):
+            assert torch.equal(found[row], expected[0])
+    for found, expected in zip(one.cache.pages_N, other.cache.pages_N, strict=True):
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bf16_weights_and_latents(seed, odd_model, batch_of, close):
+    narrow = odd_model(seed, dtype=torch.bfloat16)
+    wide = odd_model(seed)
+    wide.load_state_dict({name: value.float() for name, value in narrow.state_dict().items()})
+    batch = batch_of(wide, LENGTHS, seed)
+    batch.latents = [latents.bfloat16().float() for latents in batch.latents]
+    expected_BV, _ = batch.expected(wide)
+    rounded = batch_of(wide, LENGTHS, seed, dtype=torch.bfloat16)
+    logits_BV, _ = NativeDecoder(narrow, threads=2)(*rounded.arguments())
+    # Only the new token's own latent is rounded besides.
+    close(logits_BV, expected_BV, 1e-2)
+    in_fp32 = batch_of(wide, LENGTHS, seed)
+    close(NativeDecoder(narrow)(*in_fp32.arguments())[0], batch_of(wide, LENGTHS, seed).expected(wide)[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_are_those_of_the_mtp_modules(seed, odd_model, batch_of, latents_of, close):
+    model = odd_model(seed, num_nextn_predict_layers=2)
+    batch = batch_of(model, [0, 5, 64, 200], seed)
+    decoder = NativeDecoder(model, threads=2)
+    for module in range(2):
+        layer = model.config.num_hidden_layers + module
+        hidden_BD = torch.randn(4, model.config.hidden_size)
+        found_BD = decoder.draft(module, hidden_BD, *batch.arguments())
+        alone_BD = decoder.draft(module, hidden_BD[2:3], *batch.arguments(2))
+        assert torch.equal(found_BD[2], alone_BD[0])
+        for row in range(4):
+            cache = latents_of(batch.latents[row])
+            with torch.inference_mode():
+                tokens_BT = batch.tokens_B[row].view(1, 1)
+                expected, _ = model.mtp[module](
+                    hidden_BD[row].view(1, 1, -1), model.transformer.embed(tokens_BT),
+                    attention_context(model.config, tokens_BT, cache=cache),
+                )  # fmt: skip
+            close(found_BD[row], expected[0, 0])
+            written = batch.cache.pages_N[layer][batch.table_BP[row, cache.length // 64], cache.length % 64]
+            close(written, cache.latents_NSL[layer][-1])
+
+
+def test_what_is_not_a_number_stays_so(odd_model, batch_of):
+    model = odd_model(1)
+    batch = batch_of(model, [10, 10, 70])
+    batch.cache.pages_N[0][batch.table_BP[1, 0], 4, 0] = float("nan")
+    logits_BV, _ = NativeDecoder(model)(*batch.arguments())
+    assert logits_BV.isnan().all(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "position", "page"), [(-1, 3, 0), (99, 3, 0), (0, -1, 0), (0, 64, 0), (0, 3, -1), (0, 3, 3)]
+)
+def test_what_is_out_of_range_is_refused(tokens, position, page, odd_model, batch_of):
+    model = odd_model(1)
+    cache = batch_of(model, [3]).cache
+    before = [layer.clone() for layer in cache.pages_N]
+    with pytest.raises(IndexError):
+        NativeDecoder(model)(torch.tensor([tokens]), torch.tensor([position]), torch.tensor([[page]]), cache)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, cache.pages_N, strict=True))
+
+
+def test_long_positions_have_their_rotations(odd_model, batch_of, close):
+    model = odd_model(1)
+    batch = batch_of(model, [4095, 5000])
+    close(NativeDecoder(model, threads=2)(*batch.arguments())[0], batch.expected(model)[0])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_decodes_too(odd_model, batch_of):
+    model = odd_model(1)
+    decoder = NativeDecoder(model, threads=2)
+    expected_BV, _ = decoder(*batch_of(model, [70]).arguments())
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(decoder(*batch_of(model, [70]).arguments())[0], expected_BV) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(decoder(*batch_of(model, [70]).arguments())[0], expected_BV)
+
+
+def test_without_the_library_there_is_none_and_a_reason(monkeypatch, odd_model):
+    native.decode_library.cache_clear()
+    monkeypatch.setenv("BENTHIC_NATIVE", "0")
+    try:
+        assert native_decoder(odd_model(1)) is None
+        with pytest.raises(CannotDecodeNatively, match="BENTHIC_NATIVE"):
+            NativeDecoder(odd_model(1))
+    finally:
+        native.decode_library.cache_clear()
+
+
+def test_a_model_in_float64_is_left_to_pytorch(odd_model):
+    assert native_decoder(odd_model(1, dtype=torch.float64)) is None
