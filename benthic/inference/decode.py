@@ -10,15 +10,17 @@ drafts are verified, and preempted sequences are read again.
 Legend: B rows, P pages of the longest sequence, V vocabulary, D model width.
 """
 
-import importlib
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from benthic.inference.native_decode import native_decoder
 from benthic.inference.paged_cache import PagedCache, PagedView
+from benthic.inference.weights import round_weights
 from benthic.model import LanguageModel
 from benthic.model.transformer import attention_context
+from benthic.precision.quantise import Precision
 
 
 class Decoder(Protocol):
@@ -94,13 +96,18 @@ def read_mtp(model: LanguageModel, module: int, hidden_TD: Tensor, tokens_T: Ten
     return hidden_BTD[0]
 
 
-def decoder(model: LanguageModel) -> Decoder:
-    """The fastest way to decode with this model on this machine."""
-    try:
-        native_decode = importlib.import_module("benthic.inference.native_decode")
-    except ModuleNotFoundError:
-        return ReferenceDecoder(model)
-    native: Decoder | None = native_decode.native_decoder(model)
+def decoder(model: LanguageModel, precision: Precision | None = None) -> Decoder:
+    """The fastest way to decode with this model on this machine.
+
+    Args:
+        model: with a ``precision``, its weights are replaced by what they are worth in it, so that prompts are read
+            with the same numbers.
+        precision: that weights are kept in for decoding; by default the one they have.
+    """
+    native = native_decoder(model, precision=precision)
+    if precision is not None:
+        with torch.no_grad():
+            round_weights(model, precision)
     return native or ReferenceDecoder(model)
 
 

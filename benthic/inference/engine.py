@@ -16,6 +16,7 @@ from benthic.errors import InputError, WorkFailed
 from benthic.inference.request import Completion, EngineStats, Request, Sampling
 from benthic.inference.scheduler import Scheduler, check_prompt
 from benthic.model import LanguageModel
+from benthic.precision.quantise import Precision
 
 Prompt = str | Sequence[int]
 """Text that a document begins with, or token ids of anything, such as a conversation."""
@@ -34,7 +35,8 @@ class Engine:
         cache_gib: memory of the latent cache, in GiB.
         max_batch: prompts decoded at once.
         max_draft: tokens the MTP modules may draft ahead; 0 switches them off.
-        cache_dtype: of the cached latents; by default that of the weights.
+        cache_dtype: of the cached latents, fp32 or bf16; by default that of the weights.
+        precision: that weights are kept in for decoding, by default their own; the model's are rounded to it.
 
     Raises:
         InputError: a limit is wrong.
@@ -43,11 +45,18 @@ class Engine:
     def __init__(
         self, model: LanguageModel, tokenizer: Tokenizer, defaults: InferenceConfig | None = None, *,
         cache_gib: float = 1.0, max_batch: int = 16, max_draft: int = 3, cache_dtype: torch.dtype | None = None,
+        precision: Precision | None = None,
     ) -> None:  # fmt: skip
         self.model, self.config, self.tokenizer = model.eval(), model.config, tokenizer
         self.defaults = defaults or InferenceConfig()
         self._scheduler = Scheduler(
-            model, tokenizer, cache_gib=cache_gib, max_batch=max_batch, max_draft=max_draft, cache_dtype=cache_dtype
+            model,
+            tokenizer,
+            cache_gib=cache_gib,
+            max_batch=max_batch,
+            max_draft=max_draft,
+            cache_dtype=cache_dtype,
+            precision=precision,
         )
         self._turn = threading.Lock()
 

@@ -35,6 +35,7 @@ from benthic.inference.pages import PagePool
 from benthic.inference.request import EngineStats, FinishReason, PromptToken, Request, Sampling, Token
 from benthic.inference.sampling import log_probabilities, top_of
 from benthic.model import LanguageModel
+from benthic.precision.quantise import PRECISIONS, Precision
 
 _REPLAY = 16
 """Tokens of its own that a preempted request decodes again in one step."""
@@ -58,25 +59,30 @@ class Scheduler:
         cache_gib: memory of the latent cache.
         max_batch: requests that run at once.
         max_draft: tokens to draft ahead at most.
-        cache_dtype: of the cached latents; by default that of the weights.
+        cache_dtype: of the cached latents, fp32 or bf16; by default that of the weights.
+        precision: that weights are kept in for decoding, by default their own; the model's are rounded to it.
 
     Raises:
-        InputError: a limit is wrong, or the memory holds not even one page.
+        InputError: a limit or the precision is wrong, or the memory holds not even one page.
     """
 
     def __init__(
         self, model: LanguageModel, tokenizer: Tokenizer, *, cache_gib: float, max_batch: int, max_draft: int,
-        cache_dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype | None = None, precision: Precision | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (("max_batch", max_batch, 1), ("max_draft", max_draft, 0)):
             if value < least:
                 raise InputError(f"{name}={value}: must be at least {least}")
+        if precision not in (None, *PRECISIONS):
+            raise InputError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
+        if cache_dtype not in (None, torch.float32, torch.bfloat16):
+            raise InputError(f"cache_dtype={cache_dtype}: must be torch.float32 or torch.bfloat16")
         self.model, self.config, self.tokenizer = model.eval(), model.config, tokenizer
         self.max_batch, self.chunk = max_batch, chunk_length(model.config)
         self.pace = Pace(max_draft if len(model.mtp) else 0)
         self.cache = _cache(model, cache_gib, cache_dtype, mtp_layers=len(model.mtp) if max_draft else 0)
         use_huge_pages(model)
-        self._decoder = decoder(model)
+        self._decoder = decoder(model, precision)
         self._drafter = Drafter(model, self._decoder, self.cache)
         self._pool = PagePool(self.cache.pages)
         self._lock = threading.Lock()

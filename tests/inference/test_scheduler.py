@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from benthic.errors import InputError
-from benthic.inference.decode import decoder
+from benthic.inference.decode import ReferenceDecoder, decoder
 from benthic.inference.pace import Pace
 from benthic.inference.paged_cache import PAGE
 from benthic.inference.request import Sampling
 from benthic.inference.sampling import Sampler, log_probabilities
 from benthic.inference.scheduler import Scheduler, chunk_length
 from benthic.model import build_model
+from benthic.ops import native
 
 ROOM = 400
 """Pages that are never scarce here."""
@@ -24,9 +25,11 @@ def longer(config):
     return build_model(config, seed=3)
 
 
-@pytest.fixture
-def schedule(longer, tokenizer):
-    """A scheduler with so many pages."""
+@pytest.fixture(params=["fastest", "reference"])
+def schedule(longer, tokenizer, request, monkeypatch):
+    """A scheduler with so many pages, on the fastest decoder there is and on the reference."""
+    if request.param == "reference":
+        monkeypatch.setattr("benthic.inference.scheduler.decoder", lambda model, precision: ReferenceDecoder(model))
 
     def build(pages=ROOM, max_batch=8, max_draft=0, pace=None):
         page_bytes = (longer.config.num_hidden_layers + (2 if max_draft else 0)) * PAGE * longer.config.latent_dim * 4
@@ -392,5 +395,25 @@ def test_bytes_of_a_page_are_layers_times_latents(schedule, longer):
     assert sum(pages.nbytes for pages in schedule(pages=7).cache.pages_N) == 7 * schedule().stats().page_bytes
 
 
-def test_some_decoder_is_always_there(longer):
-    assert decoder(longer).name
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_rounded_weights_keep_the_promise_and_prompts_are_read_with_them_too(config, tokenizer, precision):
+    model = build_model(config, seed=3)
+    before = model.transformer.layers[0].ffn.down.weight.clone()
+    scheduler = Scheduler(model, tokenizer, cache_gib=0.01, max_batch=4, max_draft=0, precision=precision)
+    assert not torch.equal(model.transformer.layers[0].ffn.down.weight, before)
+    work = workload(random.Random(5), 4)
+    together = finish(scheduler, *[scheduler.submit(*each) for each in work])
+    assert together == [finish(scheduler, scheduler.submit(*each))[0] for each in work]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [({"precision": "int3"}, "int3.*int4"), ({"cache_dtype": torch.float16}, "bfloat16")]
+)
+def test_options_that_are_not_there_are_refused(longer, tokenizer, option, words):
+    with pytest.raises(InputError, match=words):
+        Scheduler(longer, tokenizer, cache_gib=1, max_batch=1, max_draft=0, **option)
+
+
+def test_without_a_compiler_the_reference_decodes(longer, monkeypatch):
+    monkeypatch.setattr(native, "decode_library", lambda: (None, "no compiler"))
+    assert isinstance(decoder(longer), ReferenceDecoder)
