@@ -19,6 +19,7 @@ from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import LanguageModel, Transformer
 from benthic.plan.memory import refuse_too_large
+from benthic.precision.quantise import Precision
 from benthic.train import loop
 from benthic.train.checkpoint import committed
 
@@ -76,6 +77,10 @@ class Engine(engine.Engine):
         path: the directory.
         dtype: of the parameters; by default the one they are stored in.
         device: where they go; by default the CPU.
+        cache_gib: memory of the latent cache, in GiB.
+        max_batch: prompts decoded at once.
+        max_draft: tokens the MTP modules may draft ahead; 0 switches them off.
+        precision: that weights are kept in for decoding: fp32, bf16, fp8, int8 or int4; by default their own.
         **settings: defaults for every request, keys of ``InferenceConfig``; over the ``[inference]`` of a run.
 
     Raises:
@@ -84,12 +89,13 @@ class Engine(engine.Engine):
 
     def __init__(
         self, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+        cache_gib: float = 1.0, max_batch: int = 16, max_draft: int = 3, precision: Precision | None = None,
         **settings: Any,
     ) -> None:  # fmt: skip
         tokenizer = Tokenizer.load(find_tokenizer(path))
         defaults = _defaults(Path(path), settings)
         model, _ = load_model(path, dtype, device)
-        super().__init__(model, tokenizer, defaults)
+        super().__init__(model, tokenizer, defaults, cache_gib=cache_gib, max_batch=max_batch, max_draft=max_draft)
 
 
 def _defaults(path: Path, settings: dict[str, Any]) -> InferenceConfig:

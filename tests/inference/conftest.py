@@ -7,6 +7,7 @@ from torch import nn
 from benthic.config.presets import PRESETS
 from benthic.config.schema import InferenceConfig
 from benthic.data.tokenizer import Tokenizer
+from benthic.inference.decode import ReferenceDecoder
 from benthic.inference.engine import Engine
 from benthic.model import build_model
 
@@ -32,6 +33,7 @@ class ScriptedModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = ScriptedTransformer(config.vocab_size, prompt_length, script)
+        self.mtp = nn.ModuleList()
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +53,9 @@ def engine(tokenizer, config):
 
 
 @pytest.fixture
-def scripted(tokenizer, config):
+def scripted(tokenizer, config, monkeypatch):
     """An engine that answers a prompt with the given tokens, and that prompt."""
+    monkeypatch.setattr("benthic.inference.scheduler.decoder", lambda model, precision: ReferenceDecoder(model))
 
     def build(script):
         prompt = [tokenizer.bos_id, 40, 41]
