@@ -18,7 +18,7 @@ from benthic.ops import native
 def rope_angles(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, P) in fp32 of the rotation at each position, YaRN applied where configured."""
     angles_TP = positions_T.float()[:, None] * _inverse_frequencies(config).to(positions_T.device)
-    factor = _cosine_factor(config.rope_scaling)
+    factor = cosine_factor(config.rope_scaling)
     return angles_TP.cos() * factor, angles_TP.sin() * factor
 
 
@@ -79,7 +79,7 @@ def _temperature(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _cosine_factor(yarn: YarnConfig | None) -> float:
+def cosine_factor(yarn: YarnConfig | None) -> float:
     if yarn is None:
         return 1.0
     if yarn.mscale and yarn.mscale_all_dim:
