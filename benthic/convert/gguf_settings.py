@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benthic.config.schema import ModelConfig, YarnConfig
 from benthic.errors import InputError
-from benthic.ops.rope import cosine_factor, softmax_scale
+from benthic.ops.rope import cosine_factor, ramp_bounds, softmax_scale
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -19,6 +19,8 @@ _LITE_LAYERS = (26, 27)
 _LITE_LAYERS_AND_VOCABULARY = (48, 128256)
 """Sizes of models without ``q_lora_rank``; where it finds them, llama.cpp does not look for the setting."""
 _USUAL_EPS = 1e-6
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""llama.cpp does not read others for this architecture."""
 
 
 def check_supported(config: ModelConfig) -> None:
@@ -37,6 +39,15 @@ def check_supported(config: ModelConfig) -> None:
             f"model.q_lora_rank={config.q_lora_rank}: llama.cpp takes models of {layers} layers for ones without it; "
             "export with --format hf"
         )
+    yarn = config.rope_scaling
+    if yarn is not None:
+        usual = yarn.model_copy(update=_BETAS)
+        theta, width = config.rope_theta, config.qk_rope_head_dim
+        if ramp_bounds(theta, width, yarn) != ramp_bounds(theta, width, usual):
+            raise InputError(
+                f"model.rope_scaling: beta_fast={yarn.beta_fast:g}, beta_slow={yarn.beta_slow:g}: llama.cpp computes "
+                "with 32 and 1; export with --format hf"
+            )
 
 
 def remarks(config: ModelConfig) -> list[str]:
@@ -105,8 +116,6 @@ def _add_yarn(writer: "GGUFWriter", config: ModelConfig, yarn: YarnConfig) -> No
     writer.add_rope_scaling_type(RopeScalingType.YARN)
     writer.add_rope_scaling_factor(yarn.factor)
     writer.add_rope_scaling_orig_ctx_len(yarn.original_max_position_embeddings)
-    writer.add_rope_scaling_yarn_beta_fast(yarn.beta_fast)
-    writer.add_rope_scaling_yarn_beta_slow(yarn.beta_slow)
     writer.add_rope_scaling_attn_factors(cosines)
     if yarn.factor > 1:
         writer.add_rope_scaling_yarn_log_mul((scores / cosines - 1) / math.log(yarn.factor))

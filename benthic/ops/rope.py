@@ -95,12 +95,12 @@ def _inverse_frequencies(config: ModelConfig) -> Tensor:
         periods = config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
         if yarn is None:
             return 1.0 / periods
-        low, high = _ramp_bounds(config.rope_theta, width, yarn)
+        low, high = ramp_bounds(config.rope_theta, width, yarn)
         ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
         return (1.0 / (yarn.factor * periods)) * ramp + (1.0 / periods) * (1 - ramp)
 
 
-def _ramp_bounds(theta: float, width: int, yarn: YarnConfig) -> tuple[float, float]:
+def ramp_bounds(theta: float, width: int, yarn: YarnConfig) -> tuple[float, float]:
     """Pair indices between which YaRN goes from keeping to interpolating (arXiv 2309.00071 section 3.2)."""
 
     def pair_turning(rotations: float) -> float:

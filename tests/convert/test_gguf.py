@@ -25,6 +25,8 @@ WIDE = {"hidden_size": 64, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_
 LEAST_BITS = {"f32": 0.0, "f16": 2e-3, "bf16": 1e-2, "q8_0": 1e-2, "q4_0": 0.2}
 """Largest error of a stored number, as a share of the tensor's largest."""
 
+FAST = YarnConfig(factor=4.0, original_max_position_embeddings=64, beta_fast=2.0)
+
 SmallConfig = Callable[..., ModelConfig]
 RandomModel = Callable[..., LanguageModel]
 
@@ -168,6 +170,7 @@ def test_a_tokenizer_that_would_cut_text_otherwise_is_refused(
         ({"n_shared_experts": 0}, "n_shared_experts=0"),
         ({"n_group": 6, "topk_group": 2}, "n_group=6"),
         ({"num_hidden_layers": 27}, "q_lora_rank=12"),
+        ({"rope_scaling": FAST, "qk_rope_head_dim": 16}, "beta_fast=2, beta_slow=1"),
         ({"num_hidden_layers": 26, "first_k_dense_replace": 26}, "q_lora_rank=12"),
     ],
 )
@@ -184,6 +187,7 @@ def test_models_that_llama_cpp_cannot_run_are_refused(
     [
         {"n_shared_experts": 0, "first_k_dense_replace": 3},
         {"n_group": 6, "topk_group": 6},
+        {"rope_scaling": FAST},
         {"num_hidden_layers": 27, "q_lora_rank": None, "first_k_dense_replace": 26},
     ],
 )
