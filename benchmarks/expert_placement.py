@@ -29,9 +29,7 @@ def main(arguments: list[str]) -> Replay:
     given = parser.parse_args(arguments)
     load_TME = read_loads(given.loads)
     slots = load_TME.shape[-1] + given.redundant
-    result = replay(
-        load_TME, window=given.window, slots=slots, gpus=given.gpus, nodes=given.nodes, groups=given.groups
-    )
+    result = replay(load_TME, window=given.window, slots=slots, gpus=given.gpus, nodes=given.nodes, groups=given.groups)
     if given.json:
         print(json.dumps(asdict(result), indent=2))
     else:

@@ -195,7 +195,7 @@ def export(
     format_: Annotated[str, typer.Option("--format", metavar="hf|gguf",
                                          help="The layout: Hugging Face, or GGUF for llama.cpp.")] = "hf",
     precision: Annotated[str | None, typer.Option(
-        "--precision", metavar="TYPE", help="Of a gguf file: f32, f16, bf16, q8_0 or q4_0; by default as stored.")] = None,
+        "--precision", metavar="TYPE", help="Of a gguf file: f32, f16, bf16, q8_0, q4_0; else as stored.")] = None,
 ) -> None:  # fmt: skip
     """Write a model as other programs read it: transformers, vLLM, SGLang, or llama.cpp."""
     if format_ not in ("hf", "gguf"):

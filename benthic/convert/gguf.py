@@ -19,6 +19,7 @@ from benthic.convert.gguf_settings import ARCHITECTURE, add_model_settings, chec
 from benthic.convert.gguf_tokenizer import add_no_tokenizer, add_tokenizer
 from benthic.convert.names import gguf_names, split_kv_b
 from benthic.convert.resolve import find_tokenizer, load_model
+from benthic.convert.shards import PRODUCER
 from benthic.errors import InputError, MissingExtra, WorkFailed
 from benthic.files import cannot_write, sync
 from benthic.model import LanguageModel
@@ -176,14 +177,10 @@ def _encoded(tensor: Tensor, planned: _Planned) -> "np.ndarray[Any, Any]":
     return data
 
 
-def _add_metadata(
-    writer: "GGUFWriter", config: ModelConfig, tokenizer_dir: Path | None, precision: Precision
-) -> None:
+def _add_metadata(writer: "GGUFWriter", config: ModelConfig, tokenizer_dir: Path | None, precision: Precision) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    from benthic import __version__
-
-    writer.add_string(_OURS.decode(), __version__)  # first, where _check_free looks for it
+    writer.add_string(_OURS.decode(), PRODUCER)  # first, where _check_free looks for it
     writer.add_type("model")
     writer.add_file_type(LlamaFileType[_FILE_TYPES[precision]])
     writer.add_quantization_version(GGML_QUANT_VERSION)

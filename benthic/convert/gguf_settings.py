@@ -57,8 +57,8 @@ def remarks(config: ModelConfig) -> list[str]:
         found.append(f"left out: {config.num_nextn_predict_layers} MTP module(s), which llama.cpp does not run")
     if config.rms_norm_eps != _USUAL_EPS:
         found.append(
-            f"llama.cpp normalises the latents, too, with rms_norm_eps={config.rms_norm_eps:g} (published code: 1e-06): "
-            "logits differ a little"
+            f"llama.cpp normalises the latents, too, with rms_norm_eps={config.rms_norm_eps:g}, the published code "
+            "with 1e-06: logits differ a little"
         )
     return found
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _BYTE_LEVEL = {"add_prefix_space": False, "trim_offsets": True, "type": "ByteLevel"}
 _DEEPSEEK_V3_WORDS = (
     "\\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",  # noqa: RUF001 - as in the published file
+    "[一-龥\u3040-ゟ゠-ヿ]+",
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )

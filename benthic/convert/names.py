@@ -56,7 +56,7 @@ def gguf_names(config: ModelConfig) -> dict[str, Place]:
 
 
 def split_kv_b(kv_b: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """The two halves of a latent's expansion as absorbed attention wants them: (H, C, N) for keys, (H, V, C) for values.
+    """The halves of a latent's expansion as absorbed attention wants them: (H, C, N) for keys, (H, V, C) for values.
 
     Args:
         kv_b: (H * (N + V), C), a head's N key rows before its V value rows.

@@ -80,6 +80,7 @@ def _temperature(factor: float, mscale: float) -> float:
 
 
 def cosine_factor(yarn: YarnConfig | None) -> float:
+    """What cosines and sines are multiplied by: the ratio of YaRN's two temperatures, 1 as published."""
     if yarn is None:
         return 1.0
     if yarn.mscale and yarn.mscale_all_dim:

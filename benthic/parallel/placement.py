@@ -1,7 +1,7 @@
 """Which GPU holds which expert, so that all have about the same to do: DeepSeek's expert-parallel load balancer.
 
-Busy experts get replicas, and replicas are packed on GPUs (V3 report section 3.4; the algorithm as DeepSeek published it
-under the name EPLB). The global policy packs replicas anywhere. The hierarchical one first packs whole groups of
+Busy experts get replicas, and replicas are packed on GPUs (V3 report section 3.4; the algorithm as DeepSeek published
+it under the name EPLB). The global policy packs replicas anywhere. The hierarchical one first packs whole groups of
 experts on nodes, so that group-limited routing sends a token to few nodes, then replicates and packs within each.
 
 Functions of loads alone, on the CPU. Shapes: M MoE layers, E experts, S slots (each holds a replica of one expert),
@@ -30,11 +30,13 @@ class Placement:
     def gpu_load(self, load_ME: Tensor) -> Tensor:
         """Load of each GPU (M, G) in fp64, if an expert's tokens are dealt to its replicas in equal parts."""
         share_ME = load_ME.double() / self.replicas_ME
-        return share_ME.gather(-1, self.expert_MS).unflatten(-1, (self.gpus, -1)).sum(-1)
+        load_MG: Tensor = share_ME.gather(-1, self.expert_MS).unflatten(-1, (self.gpus, -1)).sum(-1)
+        return load_MG
 
     def node_load(self, load_ME: Tensor) -> Tensor:
         """Load of each node (M, nodes) in fp64."""
-        return self.gpu_load(load_ME).unflatten(-1, (self.nodes, -1)).sum(-1)
+        load: Tensor = self.gpu_load(load_ME).unflatten(-1, (self.nodes, -1)).sum(-1)
+        return load
 
 
 def in_order(layers: int, experts: int, *, gpus: int, nodes: int = 1) -> Placement:
@@ -97,7 +99,7 @@ def pack(load_MN: Tensor, packs: int) -> Tensor:
 
 
 def replicate(load_ME: Tensor, slots: int) -> Tensor:
-    """Experts (M, S) that slots hold, each at least once, such that the largest load of a replica is the least possible.
+    """Experts (M, S) that slots hold, each at least once; the largest load of a replica is the least possible.
 
     Every further slot goes to the expert whose replicas have most to do.
     """

@@ -7,6 +7,7 @@ known the window itself.
 Shapes: T records, M MoE layers, E experts, W windows.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def _ratio(load_MD: Tensor) -> Tensor:
 def _moved(placements: list[Placement]) -> float:
     """A GPU's slots are a set: an expert that changes its place within a GPU does not move."""
     changed, total = 0, 0
-    for old, new in zip(placements, placements[1:], strict=False):
+    for old, new in itertools.pairwise(placements):
         per_gpu = old.expert_MS.shape[-1] // old.gpus
         for before, after in zip(old.expert_MS.view(-1, per_gpu), new.expert_MS.view(-1, per_gpu), strict=True):
             left = before.tolist()

@@ -207,9 +207,7 @@ def test_what_is_left_out_is_told(small_config: SmallConfig, random_model: Rando
     assert write_gguf(random_model(plain), plain, None, tmp_path / "m.gguf", "f32").remarks == []
 
 
-def test_numbers_too_large_for_fp16_are_refused(
-    small_config: SmallConfig, random_model: RandomModel, tmp_path: Path
-):
+def test_numbers_too_large_for_fp16_are_refused(small_config: SmallConfig, random_model: RandomModel, tmp_path: Path):
     config = small_config()
     model = random_model(config)
     model.state_dict()["transformer.layers.1.attention.o.weight"][2, 3] = 1e5
@@ -218,9 +216,7 @@ def test_numbers_too_large_for_fp16_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_replaces_only_an_export(
-    small_config: SmallConfig, random_model: RandomModel, tmp_path: Path
-):
+def test_an_export_replaces_only_an_export(small_config: SmallConfig, random_model: RandomModel, tmp_path: Path):
     config, out = small_config(), tmp_path / "m.gguf"
     write_gguf(random_model(config), config, None, out, "f32")
     smaller = write_gguf(random_model(config), config, None, out, "f16")

@@ -31,7 +31,9 @@ def test_names_are_the_librarys_for_the_published_ones(small_config: Callable[..
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= config.num_hidden_layers:
             continue  # of MTP modules
-        merged = re.sub(r"experts\.\d+\.", "experts.", name).replace("gate.e_score_correction_bias", "gate.e_score_correction.bias")
+        merged = re.sub(r"experts\.\d+\.", "experts.", name).replace(
+            "gate.e_score_correction_bias", "gate.e_score_correction.bias"
+        )
         halves = [merged.replace("kv_b_proj", half) for half in ("k_b_proj", "v_b_proj")]
         expected |= {table.get_name(one, try_suffixes=(".weight", ".bias")) for one in halves}
     assert None not in expected
@@ -43,8 +45,11 @@ def test_every_weight_but_those_of_mtp_modules_is_there_once(small_config: Calla
     config = small_config(**changes)
     state = build_model(config, device="meta").state_dict()
     held = sum(
-        (split_kv_b(place.view(state), config)[0 if "k_b" in name else 1] if re.search("attn_[kv]_b", name)
-         else place.view(state)).numel()
+        (
+            split_kv_b(place.view(state), config)[0 if "k_b" in name else 1]
+            if re.search("attn_[kv]_b", name)
+            else place.view(state)
+        ).numel()
         for name, place in gguf_names(config).items()
     )
     assert held == sum(tensor.numel() for name, tensor in state.items() if not name.startswith("mtp."))

@@ -116,7 +116,7 @@ def test_training_records_loads_when_asked(
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     capsys.readouterr()
-    arguments = "--gpus 4 --nodes 2 --groups 4 --redundant 4 --window 1".split()
+    arguments = ["--gpus", "4", "--nodes", "2", "--groups", "4", "--redundant", "4", "--window", "1"]
     script.main([str(run / "metrics.jsonl"), *arguments, "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["windows"] == 3
