@@ -54,8 +54,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 PROMPTS = [
     "the sea", "deep and", "slow fish drift", "x", "grey mud over", "Hello, I'm 12 years old!", "light\n\nwhere",
-    " cold", "The", "soft soft soft", "below the light", "dark", "and and", "a", "fish fish", "over the soft grey", "mud.",
-    "é", "in 1984 they've", "  two  spaces",
+    " cold", "The", "soft soft soft", "below the light", "dark", "and and", "a", "fish fish", "over the soft grey",
+    "mud.", "é", "in 1984 they've", "  two  spaces",
 ]  # fmt: skip
 
 SmallConfig = Callable[..., ModelConfig]
@@ -132,8 +132,8 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 TEXTS = [
     "", " ", "\n", "don't", "can'tx 'll", "a  b   c", "12345 1", "x\r\n\r\n y", "日本語 ABCあ", "naïve — “quote”",
-    "🙂🙂 ok", "<|user|> is text", "\xa0x\u3000y\u200bz", "é́", "A1b2_C-d", "...?!", "\tif x:\n\t\treturn\n", "Ω≈ç√∫", "١٢٣",
-    "ﬁ",
+    "🙂🙂 ok", "<|user|> is text", "\xa0x\u3000y\u200bz", "é́", "A1b2_C-d", "...?!", "\tif x:\n\t\treturn\n", "Ω≈ç√∫",
+    "١٢٣", "ﬁ",
 ]  # fmt: skip
 
 
