@@ -107,6 +107,25 @@ def test_a_setting_that_is_not_as_it_was_shows(
     assert difference(model, tmp_path / "m.gguf") > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize(("precision", "least"), [("bf16", 0.999), ("f16", 0.9999), ("q8_0", 0.99), ("q4_0", 0.7)])
+@torch.inference_mode()
+def test_fewer_bits_leave_nearly_the_same_logits(
+    small_config: SmallConfig, random_model: RandomModel, tmp_path: Path, precision: Any, least: float
+):
+    wide = {"hidden_size": 64, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    config = small_config(
+        **wide, moe_intermediate_size=32, intermediate_size=64, num_attention_heads=2, num_experts_per_tok=6
+    )
+    model = random_model(config)
+    write_gguf(model, config, None, tmp_path / "m.gguf", precision)
+    tokens = torch.arange(20)
+    with LlamaCpp(tmp_path / "m.gguf", context=64) as llama:
+        theirs = torch.from_numpy(llama.read(tokens.tolist()))
+    ours = model(tokens[None])[0, -1]
+    assert float(torch.cosine_similarity(ours, theirs, 0)) > least
+    assert float((ours - theirs).abs().max()) > 1e-5
+
+
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tokenizers with Benthic's and with DeepSeek-V3's way of cutting text, each trained a little."""
