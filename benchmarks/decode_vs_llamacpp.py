@@ -5,8 +5,8 @@
 
 For each precision the preset is exported to GGUF (F32, BF16, Q8_0, Q4_0). In each of five rounds Benthic's own
 benchmark (`benthic bench decode` and `prefill`) is followed by the same work in llama.cpp, on as many threads; medians
-are shown. llama.cpp runs as it comes, with an fp16 cache, and flash attention where it chooses that, but without its AMX
-kernels, which fail: see llama_peer.py. A context of 0 has one token in the cache. Where Benthic has no such
+are shown. llama.cpp runs as it comes, with an fp16 cache, and flash attention where it chooses that, but without its
+AMX kernels, which fail: see llama_peer.py. A context of 0 has one token in the cache. Where Benthic has no such
 precision, only llama.cpp is measured.
 """
 
