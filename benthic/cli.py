@@ -244,17 +244,30 @@ def import_(
     )
 
 
-@app.command(epilog="Example: benthic export runs/quickstart --format hf --out exported")
+@app.command(epilog="Example: benthic export runs/quickstart --format gguf --precision q8_0 --out quickstart.gguf")
 def export(
-    run: Run, out: Out,
-    format_: Annotated[str, typer.Option("--format", metavar="hf", help="The layout: hf, for Hugging Face.")] = "hf",
+    run: Run,
+    out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The directory (hf) or file (gguf) to write.",
+                                      parser=_directory)],
+    format_: Annotated[str, typer.Option("--format", metavar="hf|gguf",
+                                         help="The layout: Hugging Face, or GGUF for llama.cpp.")] = "hf",
+    precision: Annotated[str | None, typer.Option(
+        "--precision", metavar="TYPE", help="Of a gguf file: f32, f16, bf16, q8_0, q4_0; else as stored.")] = None,
 ) -> None:  # fmt: skip
-    """Write a model as other programs read it: transformers, vLLM, SGLang."""
-    from benthic.convert.runs import export_hf
+    """Write a model as other programs read it: transformers, vLLM, SGLang, or llama.cpp."""
+    if format_ not in ("hf", "gguf"):
+        raise InputError(f"--format {format_}: must be hf or gguf")
+    if format_ == "hf":
+        from benthic.convert.runs import export_hf
 
-    if format_ != "hf":
-        raise InputError(f"--format {format_}: must be hf")
-    export_hf(run, out)
+        if precision is not None:
+            raise InputError(f"--precision {precision}: is for --format gguf; hf keeps the model's own dtype")
+        export_hf(run, out)
+    else:
+        from benthic.convert.gguf import export_gguf, precision_named
+
+        for remark in export_gguf(run, out, precision_named(precision)).remarks:
+            print(remark)
     print(f"wrote {out}")
 
 

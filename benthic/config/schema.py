@@ -215,6 +215,8 @@ class TrainConfig(Settings):
     """A spike lies so many robust standard deviations above the median of the last 64 steps."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that metrics are sent to besides ``metrics.jsonl``."""
+    expert_load_every: Natural = 0
+    """Steps between records of every expert's load in ``metrics.jsonl``; 0 keeps none."""
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
     """Dollars an hour of this machine (of one device, where there are several) costs; the ledger adds them up."""
     optimizer: OptimizerConfig = OptimizerConfig()

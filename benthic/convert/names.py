@@ -1,4 +1,5 @@
-"""The one table of weight names, used in both directions between Benthic's parameters and published checkpoints.
+"""The one table of weight names, used in both directions between Benthic's parameters and published checkpoints,
+and the names that llama.cpp's GGUF files have for the same places.
 
 A checkpoint of ``DeepseekV3ForCausalLM`` stores each expert and each of a SwiGLU's projections by itself; Benthic
 keeps them together for grouped matrix products. So a published name stands for a *place*: a parameter, or one
@@ -19,6 +20,9 @@ from benthic.config.schema import ModelConfig
 ATTENTION = {"kv_a": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_b": "kv_b_proj", "o": "o_proj"}
 FULL_QUERY = {"q": "q_proj"}
 COMPRESSED_QUERY = {"q_a": "q_a_proj", "q_norm": "q_a_layernorm", "q_b": "q_b_proj"}
+GGUF_ATTENTION = {"kv_a": "attn_kv_a_mqa", "kv_norm": "attn_kv_a_norm", "o": "attn_output"}
+GGUF_FULL_QUERY = {"q": "attn_q"}
+GGUF_COMPRESSED_QUERY = {"q_a": "attn_q_a", "q_norm": "attn_q_a_norm", "q_b": "attn_q_b"}
 MTP = {"embed_norm": "enorm", "hidden_norm": "hnorm", "project": "eh_proj", "norm": "shared_head.norm"}
 
 
@@ -34,12 +38,33 @@ class Place(NamedTuple):
         tensor = parameters[self.parameter]
         if self.expert is not None:
             tensor = tensor[self.expert]
-        return tensor if self.rows is None else tensor[slice(*self.rows)]
+        return tensor if self.rows is None else tensor[..., slice(*self.rows), :]
 
 
 def published_names(config: ModelConfig) -> dict[str, Place]:
     """Every tensor of a checkpoint of this model, in the order of computation, with its place."""
     return dict(_model(config))
+
+
+def gguf_names(config: ModelConfig) -> dict[str, Place]:
+    """Every tensor of a GGUF file of this model without its MTP modules, in the order of computation, with its place.
+
+    All experts of a layer are one tensor there. ``attn_k_b`` and ``attn_v_b`` are parts of one parameter, ``kv_b``:
+    what :func:`split_kv_b` makes of it.
+    """
+    return dict(_gguf_model(config))
+
+
+def split_kv_b(kv_b: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """The halves of a latent's expansion as absorbed attention wants them: (H, C, N) for keys, (H, V, C) for values.
+
+    Args:
+        kv_b: (H * (N + V), C), a head's N key rows before its V value rows.
+        config: of the model.
+    """
+    split = (config.qk_nope_head_dim, config.v_head_dim)
+    key_HNC, value_HVC = kv_b.unflatten(0, (config.num_attention_heads, -1)).split(split, 1)
+    return key_HNC.transpose(1, 2), value_HVC
 
 
 def mtp_prefix(config: ModelConfig, depth: int) -> str:
@@ -113,3 +138,38 @@ def _swiglu(ours: str, theirs: str, width: int) -> Iterator[tuple[str, Place]]:
 def _renamed(names: dict[str, str], ours: str, theirs: str) -> Iterator[tuple[str, Place]]:
     for mine, published in names.items():
         yield f"{theirs}{published}.weight", Place(f"{ours}{mine}.weight")
+
+
+def _gguf_model(config: ModelConfig) -> Iterator[tuple[str, Place]]:
+    yield "token_embd.weight", Place("transformer.embed.weight")
+    query = GGUF_FULL_QUERY if config.q_lora_rank is None else GGUF_COMPRESSED_QUERY
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"transformer.layers.{layer}.", f"blk.{layer}."
+        yield f"{theirs}attn_norm.weight", Place(f"{ours}attention_norm.weight")
+        yield from _renamed(query | GGUF_ATTENTION, f"{ours}attention.", theirs)
+        yield f"{theirs}attn_k_b.weight", Place(f"{ours}attention.kv_b.weight")
+        yield f"{theirs}attn_v_b.weight", Place(f"{ours}attention.kv_b.weight")
+        yield f"{theirs}ffn_norm.weight", Place(f"{ours}ffn_norm.weight")
+        if layer < config.first_k_dense_replace:
+            yield from _gguf_swiglu(f"{ours}ffn.", theirs, "", config.intermediate_size)
+        else:
+            yield from _gguf_experts(config, f"{ours}ffn.", theirs)
+    yield "output_norm.weight", Place("transformer.norm.weight")
+    yield "output.weight", Place("transformer.head.weight")
+
+
+def _gguf_experts(config: ModelConfig, ours: str, theirs: str) -> Iterator[tuple[str, Place]]:
+    width = config.moe_intermediate_size
+    yield f"{theirs}ffn_gate_inp.weight", Place(f"{ours}router.weight")
+    yield f"{theirs}exp_probs_b.bias", Place(f"{ours}router.bias")
+    yield f"{theirs}ffn_gate_exps.weight", Place(f"{ours}experts.gate_up", rows=(0, width))
+    yield f"{theirs}ffn_up_exps.weight", Place(f"{ours}experts.gate_up", rows=(width, 2 * width))
+    yield f"{theirs}ffn_down_exps.weight", Place(f"{ours}experts.down")
+    if config.n_shared_experts:
+        yield from _gguf_swiglu(f"{ours}shared.", theirs, "_shexp", width * config.n_shared_experts)
+
+
+def _gguf_swiglu(ours: str, theirs: str, suffix: str, width: int) -> Iterator[tuple[str, Place]]:
+    yield f"{theirs}ffn_gate{suffix}.weight", Place(f"{ours}gate_up.weight", rows=(0, width))
+    yield f"{theirs}ffn_up{suffix}.weight", Place(f"{ours}gate_up.weight", rows=(width, 2 * width))
+    yield f"{theirs}ffn_down{suffix}.weight", Place(f"{ours}down.weight")

@@ -103,6 +103,12 @@ class Tokenizer:
             write_atomically(directory / name, content)
 
     @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the template that ``apply_chat`` renders, if there is one."""
+        source = self._settings.get("chat_template")
+        return source if isinstance(source, str) else None
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's content: equal means equal ids for every text."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()

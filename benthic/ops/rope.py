@@ -18,7 +18,7 @@ from benthic.ops import native
 def rope_angles(config: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, P) in fp32 of the rotation at each position, YaRN applied where configured."""
     angles_TP = positions_T.float()[:, None] * _inverse_frequencies(config).to(positions_T.device)
-    factor = _cosine_factor(config.rope_scaling)
+    factor = cosine_factor(config.rope_scaling)
     return angles_TP.cos() * factor, angles_TP.sin() * factor
 
 
@@ -79,7 +79,8 @@ def _temperature(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _cosine_factor(yarn: YarnConfig | None) -> float:
+def cosine_factor(yarn: YarnConfig | None) -> float:
+    """What cosines and sines are multiplied by: the ratio of YaRN's two temperatures, 1 as published."""
     if yarn is None:
         return 1.0
     if yarn.mscale and yarn.mscale_all_dim:
@@ -95,12 +96,12 @@ def _inverse_frequencies(config: ModelConfig) -> Tensor:
         periods = config.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
         if yarn is None:
             return 1.0 / periods
-        low, high = _ramp_bounds(config.rope_theta, width, yarn)
+        low, high = ramp_bounds(config.rope_theta, width, yarn)
         ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
         return (1.0 / (yarn.factor * periods)) * ramp + (1.0 / periods) * (1 - ramp)
 
 
-def _ramp_bounds(theta: float, width: int, yarn: YarnConfig) -> tuple[float, float]:
+def ramp_bounds(theta: float, width: int, yarn: YarnConfig) -> tuple[float, float]:
     """Pair indices between which YaRN goes from keeping to interpolating (arXiv 2309.00071 section 3.2)."""
 
     def pair_turning(rotations: float) -> float:

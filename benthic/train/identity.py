@@ -16,6 +16,7 @@ MAY_CHANGE = {
     "train.validation_tokens",
     "train.on_spike",
     "train.spike_deviations",
+    "train.expert_load_every",
     "train.price_per_hour",
     "train.track",
 }

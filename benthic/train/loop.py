@@ -300,6 +300,8 @@ class _Trainer:
         tokens = settings.batch_size * length
         flops = self._flops_before(self.state.step) - self._flops_before(self.state.step - 1)
         load_ME = report.load_ME.float()
+        every = self.config.train.expert_load_every
+        loads = {"expert_load": report.load_ME.tolist()} if every and self.state.step % every == 0 else {}
         return {
             "step": self.state.step,
             "loss": report.cross_entropy[0],
@@ -314,6 +316,7 @@ class _Trainer:
             "expert_load_max_over_mean": (load_ME.amax(1) / load_ME.mean(1)).tolist(),
             "dead_experts": int((load_ME == 0).sum()),
             "seconds": seconds,
+            **loads,
         }
 
     def _validate(self, metrics: MetricsLog, progress: Progress) -> None:

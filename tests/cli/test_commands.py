@@ -122,6 +122,18 @@ def test_export_and_import_keep_the_model(benthic, small_run, tmp_path):
     assert output(benthic("generate", tmp_path / "again", *asked)) == output(benthic("generate", small_run, *asked))
 
 
+def test_export_for_llama_cpp(benthic, small_run, tmp_path):
+    pytest.importorskip("gguf")
+    out = tmp_path / "new" / "m.gguf"
+    said = output(benthic("export", small_run, "--format", "gguf", "--precision", "q8_0", "--out", out))
+    assert "left out: 1 MTP module" in said
+    assert said.splitlines()[-1] == f"wrote {out}"
+    assert out.read_bytes()[:4] == b"GGUF"
+    larger = tmp_path / "f32.gguf"
+    output(benthic("export", small_run, "--format", "gguf", "--out", larger))
+    assert larger.stat().st_size > out.stat().st_size
+
+
 def test_plan(benthic):
     plan = json.loads(output(benthic("plan", "v3-671b", "--json")))
     assert plan.keys() >= {"total_parameters", "active_parameters", "kv_bytes_per_token", "parameters"}

@@ -128,6 +128,9 @@ def test_a_recipe_with_a_mistake(benthic, tmp_path, text, said, command):
     ("bench", "decode", "--context", "0"),
     ("generate", "nowhere", "--prompt", "x", "--set", "train.steps=3"), ("nope",), ("plan",), ("run", "--out"),
     ("plan", "tiny", "--jsn"), ("export", "nowhere", "--format", "gguf2", "--out", "out"),
+    ("export", "nowhere", "--precision", "f32", "--out", "out"),
+    ("export", "nowhere", "--format", "gguf", "--precision", "q9", "--out", "out"),
+    ("export", "nowhere", "--format", "gguf", "--out", "out"),
 ])  # fmt: skip
 def test_wrong_arguments(benthic, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,1 @@
+"""Work spread over devices, as functions applied to a model from outside."""
