@@ -72,6 +72,9 @@ class Engine(engine.Engine):
         path: the directory.
         dtype: of the parameters; by default the one they are stored in.
         device: where they go; by default the CPU.
+        cache_gib: memory of the latent cache, in GiB.
+        max_batch: prompts decoded at once.
+        max_draft: tokens the MTP modules may draft ahead; 0 switches them off.
         **settings: defaults for every request, keys of ``InferenceConfig``; over the ``[inference]`` of a run.
 
     Raises:
@@ -80,12 +83,12 @@ class Engine(engine.Engine):
 
     def __init__(
         self, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-        **settings: Any,
+        cache_gib: float = 1.0, max_batch: int = 16, max_draft: int = 3, **settings: Any,
     ) -> None:  # fmt: skip
         tokenizer = Tokenizer.load(find_tokenizer(path))
         defaults = _defaults(Path(path), settings)
         model, _ = load_model(path, dtype, device)
-        super().__init__(model, tokenizer, defaults)
+        super().__init__(model, tokenizer, defaults, cache_gib=cache_gib, max_batch=max_batch, max_draft=max_draft)
 
 
 def _defaults(path: Path, settings: dict[str, Any]) -> InferenceConfig:

@@ -14,6 +14,8 @@ class StreamDecoder:
         self._window: list[int] = []
         self._sent = 0
         """Characters of the window's text that are already out."""
+        self.holding = False
+        """Whether a character waits to be completed."""
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes, possibly empty."""
@@ -21,6 +23,7 @@ class StreamDecoder:
         text = self._tokenizer.decode(self._window)
         whole = text.rstrip(_REPLACEMENT)
         piece = whole[self._sent :]
+        self.holding = len(whole) < len(text)
         self._sent = max(self._sent, len(whole))
         if len(self._window) > _MAX_WINDOW and len(whole) == len(text):
             # The last token stays as context, for decoders that treat the start of a text differently.

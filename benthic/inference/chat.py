@@ -49,11 +49,11 @@ def converse(conversation: "Conversation", lines: Iterable[str], out: TextIO) ->
 
 
 class Conversation:
-    """Messages so far, sampling settings, and the engine's memory of what it has read."""
+    """Messages so far and sampling settings."""
 
     def __init__(self, engine: Engine, /, **sampling: Any) -> None:
         self.messages: list[dict[str, str]] = []
-        self._engine, self._context = engine, engine.new_context()
+        self._engine = engine
         self._sampling: dict[str, Any] = {}
         self.set(**sampling)
 
@@ -73,7 +73,7 @@ class Conversation:
             InputError: ``text`` is too long for the model, and the history is as before.
         """
         asked, ids = self._fitting([*self.messages, {"role": "user", "content": text}])
-        stream = self._engine.stream(ids, context=self._context, **self._sampling)
+        stream = self._engine.stream(ids, **self._sampling)
         said = ""
         try:
             for piece in stream:

@@ -10,6 +10,7 @@ drafts are verified, and preempted sequences are read again.
 Legend: B rows, P pages of the longest sequence, V vocabulary, D model width.
 """
 
+import importlib
 from typing import Protocol
 
 import torch
@@ -21,7 +22,7 @@ from benthic.model.transformer import attention_context
 
 
 class Decoder(Protocol):
-    """A way to decode with one model."""
+    """A way to decode with one model. What it returns belongs to the caller: no buffer is used again."""
 
     name: str
     """For reports: which kernels, in a few words."""
@@ -34,7 +35,7 @@ class Decoder(Protocol):
     def draft(
         self, module: int, hidden_BD: Tensor, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache
     ) -> Tensor:
-        """As :func:`draft`, without the model. A decoder may lack it; the reference then serves."""
+        """As :func:`draft`, without the model."""
 
 
 def decode(
@@ -93,6 +94,16 @@ def read_mtp(model: LanguageModel, module: int, hidden_TD: Tensor, tokens_T: Ten
     return hidden_BTD[0]
 
 
+def decoder(model: LanguageModel) -> Decoder:
+    """The fastest way to decode with this model on this machine."""
+    try:
+        native_decode = importlib.import_module("benthic.inference.native_decode")
+    except ModuleNotFoundError:
+        return ReferenceDecoder(model)
+    native: Decoder | None = native_decode.native_decoder(model)
+    return native or ReferenceDecoder(model)
+
+
 class ReferenceDecoder:
     """The PyTorch functions of this module, for one model."""
 
@@ -103,9 +114,11 @@ class ReferenceDecoder:
     def __call__(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache
     ) -> tuple[Tensor, Tensor]:
+        """As :func:`decode`."""
         return decode(self._model, tokens_B, positions_B, table_BP, cache)
 
     def draft(
         self, module: int, hidden_BD: Tensor, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache
     ) -> Tensor:
+        """As :func:`draft`."""
         return draft(self._model, module, hidden_BD, tokens_B, positions_B, table_BP, cache)

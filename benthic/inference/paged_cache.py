@@ -28,6 +28,7 @@ class PagedCache:
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         self.pages = pages
+        self.bytes_a_page = self.page_bytes(config, mtp_layers=mtp_layers, dtype=dtype)
         layers = config.num_hidden_layers + mtp_layers
         shape = (pages, PAGE, config.latent_dim)
         self.pages_N = [torch.empty(shape, dtype=dtype, device=device) for _ in range(layers)]

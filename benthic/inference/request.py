@@ -5,7 +5,7 @@ A :class:`Request` is filled by the engine's thread and read by any others, in p
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, Self
@@ -37,7 +37,7 @@ class Constraint(Protocol):
         """
 
     def accept(self, token: int) -> None:
-        """This token has come. It was allowed; a token that ends the text is told as well."""
+        """This token has come; one that ends the text is told as well."""
 
 
 class Sampling(InferenceConfig):
@@ -54,7 +54,7 @@ class Sampling(InferenceConfig):
     stop_token_ids: Annotated[tuple[_TokenId, ...], Field(max_length=256)] = ()
     """Tokens that end the text besides the tokenizer's own."""
     ignore_eos: bool = False
-    """Tokens that would end the text are tokens like others; ``stop`` strings still end it."""
+    """The tokenizer's end tokens are tokens like others; ``stop`` and ``stop_token_ids`` still end the text."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Equal seeds give equal text; by default every request differs."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -192,9 +192,9 @@ class Request:
     """
 
     def __init__(
-        self, identity: str, prompt_ids: tuple[int, ...], sampling: Sampling, on_cancel: Callable[[], None]
+        self, identity: str, prompt_ids: Sequence[int], sampling: Sampling, on_cancel: Callable[[], None]
     ) -> None:
-        self.id, self.prompt_ids, self.sampling = identity, prompt_ids, sampling
+        self.id, self.prompt_ids, self.sampling = identity, tuple(prompt_ids), sampling
         self._changed = threading.Condition()
         self._tokens: list[Token] = []
         self._result: Completion | None = None
@@ -234,7 +234,8 @@ class Request:
         at = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda seen=at: len(self._tokens) > seen or self.done)
+                while len(self._tokens) == at and not self.done:
+                    self._changed.wait()
                 new, done = self._tokens[at:], self.done
             yield from new
             at += len(new)

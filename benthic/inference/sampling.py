@@ -1,50 +1,187 @@
-"""Choosing the next token from its logits: temperature, then the k likeliest, then the nucleus."""
+"""Choosing the next token from its logits, in a way that depends on nothing but settings, seed and position.
+
+A token is drawn by the Gumbel-max trick (arXiv 1611.01144, section 2.1) in its exponential form: each token's
+probability is divided by noise of its own and the largest quotient wins, which draws exactly from the distribution. The
+noise comes from a counter-based generator keyed by the request's seed and the token's position. So a request's text
+does not depend on what else runs, on whether it was preempted, or on how many tokens were drafted ahead of it: a draft
+is a guess at this one outcome, made with the same noise, and right or wrong (drafter-invariant speculative decoding,
+arXiv 2408.07978). Rejection sampling with fresh randomness would also keep the distribution, but the text would change
+with the drafts.
+
+Legend: V vocabulary.
+"""
 
 import math
+import secrets
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from benthic.errors import WorkFailed
+from benthic.inference.request import Constraint, Sampling, TopLogprobs
+
+IntArray = npt.NDArray[Any]
+FloatArray = npt.NDArray[np.float64]
+
+_FIRST_SIZES = (64, 1024)
+"""So many of the likeliest tokens are looked at in turn, before all are sorted, for one where the cut-off lies."""
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def distribution(logits_V: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Probabilities (V,) in float32 from which the next token is drawn.
+def distribution(logits_V: Tensor, settings: Sampling) -> tuple[Tensor, Tensor]:
+    """Tokens (K,) that may come next and their probabilities (K,) in float32, which sum to 1.
 
-    ``temperature`` 0 puts everything on the likeliest token. ``top_k`` keeps the k likeliest (0 keeps all);
-    ``top_p`` then keeps the fewest likeliest whose probabilities reach that sum (nucleus sampling,
-    arXiv 1904.09751, section 3.1), never fewer than one.
+    ``temperature`` 0 leaves the likeliest alone. ``top_k`` keeps the k likeliest (0 keeps all); ``top_p`` then keeps
+    the fewest likeliest whose probabilities reach that sum (nucleus sampling, arXiv 1904.09751, section 3.1), never
+    fewer than one; ``min_p`` then those at least as likely as this share of the likeliest (arXiv 2407.01082).
     """
+    if settings.temperature == 0:
+        return logits_V.argmax(0, keepdim=True), torch.ones(1)
     logits_V = logits_V.float()
-    if temperature == 0:
-        return torch.zeros_like(logits_V).index_fill(0, logits_V.argmax(), 1.0)
     # Measured from the largest, a logit over a tiny temperature falls to minus infinity instead of overflowing.
-    scaled_V = (logits_V - logits_V.max()) / temperature
-    if 0 < top_k < len(scaled_V):
-        kept = scaled_V.topk(top_k)
-        scaled_V = torch.full_like(scaled_V, float("-inf")).scatter(0, kept.indices, kept.values)
-    probability_V = scaled_V.softmax(dim=0)
-    return _nucleus(probability_V, top_p) if top_p < 1 else probability_V
+    scaled_V = (logits_V - logits_V.max()) / settings.temperature
+    if 0 < settings.top_k < len(scaled_V):
+        values_K, index_K = scaled_V.topk(settings.top_k)
+        return _cut(values_K.softmax(0), index_K, settings)
+    probability_V = scaled_V.softmax(0)
+    if settings.top_p == 1 and settings.min_p == 0:
+        return torch.arange(len(probability_V)), probability_V
+    for size in _FIRST_SIZES:
+        values_K, index_K = probability_V.topk(min(size, len(probability_V)))
+        if values_K.sum() > settings.top_p or values_K[-1] < settings.min_p * values_K[0]:
+            return _cut(values_K, index_K, settings)
+    return _cut(*probability_V.sort(descending=True, stable=True), settings)
 
 
-def draw(
-    logits_V: Tensor, generator: torch.Generator, *, temperature: float, top_k: int = 0, top_p: float = 1.0
-) -> int:
-    """The next token's id; at temperature 0 the generator is left as it is.
+def pick(tokens_K: Tensor, probability_K: Tensor, seed: int, position: int) -> int:
+    """A token drawn from the distribution with the noise of this seed and position."""
+    tokens, probability = tokens_K.numpy(), probability_K.numpy()
+    return int(tokens[(probability / exponential_noise(seed, position, tokens)).argmax()])
 
-    Raises:
-        WorkFailed: a logit is NaN or infinite, as damaged weights make them.
+
+def exponential_noise(seed: int, position: int, tokens_K: IntArray) -> FloatArray:
+    """Exponentially distributed noise (K,), a pure function of seed, position and token.
+
+    SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014): the stream of one
+    position starts where seed and position are mixed to, and a token's number is its place in the stream.
     """
-    if not math.isfinite(logits_V.max()):
-        raise WorkFailed("the model's logits are not finite: its weights are damaged, or its precision is too low")
-    if temperature == 0:
-        return int(logits_V.argmax())
-    probability_V = distribution(logits_V, temperature=temperature, top_k=top_k, top_p=top_p)
-    return int(torch.multinomial(probability_V.to(generator.device), 1, generator=generator))
+    start = _mix(_mix(np.array([seed], np.uint64)) + np.array([position], np.uint64) * _GOLDEN)
+    bits_K = _mix(start + (tokens_K.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    uniform_K = (bits_K >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    # Never 0, so that no quotient is infinite.
+    noise_K: FloatArray = np.maximum(-np.log1p(-uniform_K), 2.0**-60)
+    return noise_K
 
 
-def _nucleus(probability_V: Tensor, top_p: float) -> Tensor:
-    ordered = probability_V.sort(descending=True, stable=True)
-    likelier_V = ordered.values.cumsum(0) - ordered.values
-    kept_V = ordered.values.where(likelier_V < top_p, 0.0)
-    return torch.zeros_like(probability_V).scatter(0, ordered.indices, kept_V / kept_V.sum())
+def _mix(x: IntArray) -> IntArray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: IntArray = x ^ (x >> np.uint64(31))
+    return mixed
+
+
+def log_probabilities(logits_V: Tensor) -> Tensor:
+    """Log-probabilities (V,), in float32 at least."""
+    return logits_V.log_softmax(dim=0, dtype=torch.promote_types(logits_V.dtype, torch.float32))
+
+
+def top_of(logprobs_V: Tensor, count: int) -> TopLogprobs:
+    """The likeliest tokens with their log-probabilities."""
+    if not count:
+        return ()
+    top = logprobs_V.topk(min(count, len(logprobs_V)))
+    return tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+
+
+class Sampler:
+    """Chooses the tokens of one request: settings, what has been said so far, and the noise of its seed."""
+
+    def __init__(self, settings: Sampling, prompt_ids: Sequence[int], vocab_size: int) -> None:
+        self._settings, self._vocab_size = settings, vocab_size
+        self._seed = secrets.randbits(63) if settings.seed is None else settings.seed
+        self._constraint: Constraint | None = settings.constraint
+        self._bias_V = _bias(settings, vocab_size)
+        self._counts_V: Tensor | None = None
+        self._seen_V: Tensor | None = None
+        if settings.presence_penalty or settings.frequency_penalty:
+            self._counts_V = torch.zeros(vocab_size)
+        if settings.repetition_penalty != 1:
+            self._seen_V = torch.zeros(vocab_size, dtype=torch.bool)
+            self._seen_V[list(prompt_ids)] = True
+
+    def choose(self, logits_V: Tensor, position: int) -> int | None:
+        """The token at ``position``, from logits (V,) in fp32 on the CPU; None if the constraint allows none.
+
+        Raises:
+            WorkFailed: a logit is NaN or infinite, as damaged weights make them.
+        """
+        if not math.isfinite(logits_V.max()):
+            raise WorkFailed("the model's logits are not finite: its weights are damaged, or its precision is too low")
+        logits_V = self._adjusted(logits_V)
+        if self._constraint is not None:
+            allowed_V = unpacked(self._constraint.mask(self._vocab_size), self._vocab_size)
+            if not allowed_V.any():
+                return None
+            logits_V = logits_V.masked_fill(~allowed_V, float("-inf"))
+        return self._draw(logits_V, position)
+
+    def guess(self, logits_V: Tensor, position: int) -> int:
+        """What :meth:`choose` would give at ``position`` if these were the model's logits; penalties lag behind."""
+        return self._draw(self._adjusted(logits_V), position)
+
+    def accept(self, token: int) -> None:
+        """This token has been chosen, and joins the text or ends it."""
+        if self._counts_V is not None:
+            self._counts_V[token] += 1
+        if self._seen_V is not None:
+            self._seen_V[token] = True
+        if self._constraint is not None:
+            self._constraint.accept(token)
+
+    def _adjusted(self, logits_V: Tensor) -> Tensor:
+        """Logits after bias and penalties."""
+        settings = self._settings
+        if self._bias_V is not None:
+            logits_V = logits_V.float() + self._bias_V
+        if self._seen_V is not None:
+            penalty, exact_V = settings.repetition_penalty, logits_V.float()
+            lowered_V = torch.where(exact_V > 0, exact_V / penalty, exact_V * penalty)
+            logits_V = torch.where(self._seen_V, lowered_V, exact_V)
+        if self._counts_V is not None:
+            logits_V = logits_V.float() - settings.frequency_penalty * self._counts_V
+            logits_V = logits_V - settings.presence_penalty * (self._counts_V > 0)
+        return logits_V
+
+    def _draw(self, logits_V: Tensor, position: int) -> int:
+        if self._settings.temperature == 0:
+            return int(logits_V.numpy().argmax())
+        return pick(*distribution(logits_V, self._settings), self._seed, position)
+
+
+def unpacked(mask: Tensor, vocab_size: int) -> Tensor:
+    """A constraint's mask as bool (V,)."""
+    if mask.dtype == torch.bool:
+        return mask
+    bits = np.unpackbits(mask.cpu().numpy().view(np.uint8), bitorder="little", count=vocab_size)
+    return torch.from_numpy(bits).bool()
+
+
+def _bias(settings: Sampling, vocab_size: int) -> Tensor | None:
+    if not settings.logit_bias:
+        return None
+    bias_V = torch.zeros(vocab_size)
+    for token, value in settings.logit_bias.items():
+        bias_V[token] = value
+    return bias_V
+
+
+def _cut(probability_K: Tensor, tokens_K: Tensor, settings: Sampling) -> tuple[Tensor, Tensor]:
+    """What ``top_p`` and ``min_p`` leave of tokens in order of probability."""
+    likelier_K = probability_K.cumsum(0) - probability_K
+    kept_K = (likelier_K < settings.top_p) & (probability_K >= settings.min_p * probability_K[0])
+    count = int(kept_K.sum())
+    return tokens_K[:count], probability_K[:count] / probability_K[:count].sum()

@@ -11,6 +11,11 @@ class StopScanner:
         self._stops = stops
         self._held = ""
 
+    @property
+    def holding(self) -> bool:
+        """Whether text waits that may turn out to be the beginning of a stop string."""
+        return bool(self._held)
+
     def push(self, piece: str) -> str:
         """Add a piece and return what can be released: text in which no stop string begins."""
         if self.stopped:

@@ -32,6 +32,7 @@ class ScriptedModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = ScriptedTransformer(config.vocab_size, prompt_length, script)
+        self.mtp = nn.ModuleList()
 
 
 @pytest.fixture(scope="session")

@@ -120,31 +120,53 @@ def test_a_conversation_reads_only_what_is_new(engine, monkeypatch):
         return hidden(tokens_BT, **context)
 
     monkeypatch.setattr(engine.model.transformer, "hidden", counting)
-    context = engine.new_context()
-    prompt = [engine.tokenizer.bos_id, *engine.tokenizer.encode("hello there")]
-    _, first = drained(engine.stream(prompt, context=context, temperature=0.0, max_new_tokens=3))
+    prompt = engine.tokenizer.encode("hello there, how are you today? I am well. " * 5)
+    assert len(prompt) > 64  # a chunk can be shared
+    _, first = drained(engine.stream(prompt, temperature=0.0, max_new_tokens=3))
     longer = [*prompt, *first.token_ids, *engine.tokenizer.encode(" well")]
     read.clear()
-    _, second = drained(engine.stream(longer, context=context, temperature=0.0, max_new_tokens=3))
-    assert read[0] < len(longer) - len(prompt) + 1
-    assert second.token_ids == engine.generate([longer], temperature=0.0, max_new_tokens=3)[0].token_ids
+    _, second = drained(engine.stream(longer, temperature=0.0, max_new_tokens=3))
+    assert read[0] == len(longer) - second.cached_tokens
+    assert second.cached_tokens == 64
+    fresh = Engine(engine.model, engine.tokenizer)
+    assert second == fresh.generate([longer], temperature=0.0, max_new_tokens=3)[0]
 
 
-def test_an_abandoned_answer_leaves_the_context_usable(engine):
-    context = engine.new_context()
+def test_an_abandoned_answer_leaves_the_engine_usable(engine):
     prompt = [engine.tokenizer.bos_id, *engine.tokenizer.encode("hello")]
-    abandoned = engine.stream(prompt, context=context, temperature=0.0)
+    abandoned = engine.stream(prompt, temperature=0.0)
     next(abandoned)
     abandoned.close()
     other = [engine.tokenizer.bos_id, *engine.tokenizer.encode("how are")]
-    _, completion = drained(engine.stream(other, context=context, temperature=0.0))
-    assert [completion.token_ids] == [c.token_ids for c in engine.generate([other], temperature=0.0)]
+    _, completion = drained(engine.stream(other, temperature=0.0))
+    assert [completion] == engine.generate([other], temperature=0.0)
+    assert engine.stats().running == engine.stats().waiting == engine.stats().pages_used == 0
 
 
-def test_the_same_prompt_again_in_a_conversation(engine):
-    context = engine.new_context()
-    answers = [drained(engine.stream("hello", context=context, temperature=0.0))[1] for _ in range(2)]
-    assert answers[0].token_ids == answers[1].token_ids
+def test_a_step_broken_off_leaves_the_engine_usable(engine, monkeypatch):
+    expected = engine.generate("hello", temperature=0.0)
+    hidden = engine.model.transformer.hidden
+
+    def interrupted(tokens_BT, **context):
+        monkeypatch.setattr(engine.model.transformer, "hidden", hidden)
+        hidden(tokens_BT, **context)
+        raise KeyboardInterrupt
+
+    stream = engine.stream("hello there", temperature=0.0)
+    monkeypatch.setattr(engine.model.transformer, "hidden", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert engine.stats().running == engine.stats().pages_used == 0
+    assert engine.generate("hello", temperature=0.0) == expected
+
+
+def test_streams_may_be_read_by_turns(engine):
+    alone = [drained(engine.stream(text, seed=3))[1] for text in ("hello", "how are you")]
+    streams = [engine.stream(text, seed=3) for text in ("hello", "how are you")]
+    first = [next(stream) for stream in streams]
+    rest = [drained(stream) for stream in streams]
+    assert [completion for _, completion in rest] == alone
+    assert [start + "".join(pieces) for start, (pieces, _) in zip(first, rest, strict=True)] == [c.text for c in alone]
 
 
 def test_a_request_overrides_the_defaults(engine):
