@@ -81,16 +81,17 @@ class TextLogprobs:
         for token in tokens:
             name = self._name(token.id)
             columns["tokens"].append(name)
-            columns["token_logprobs"].append(None if token.logprob is None else _finite(token.logprob))
+            # Of a text's first token nothing is known. OpenAI's schema allows no null there; a sum is right with 0.
+            columns["token_logprobs"].append(0.0 if token.logprob is None else _finite(token.logprob))
             columns["top_logprobs"].append(self._alternatives(name, token))
             columns["text_offset"].append(self._offset)
             self._offset += len(self._tokenizer.decode([token.id]))
         return columns
 
-    def _alternatives(self, name: str, token: Token | PromptToken) -> dict[str, float] | None:
+    def _alternatives(self, name: str, token: Token | PromptToken) -> dict[str, float]:
         """By name, the likelier one where two have the same, and in any case the token itself."""
         if token.logprob is None:
-            return None
+            return {}
         found: dict[str, float] = {}
         for index, logprob in token.top_logprobs:
             found.setdefault(self._name(index), _finite(logprob))

@@ -27,6 +27,7 @@ from benthic.serve.stream import EventStream, to_json
 
 _Request = TypeVar("_Request", ChatRequest, CompletionRequest, EmbeddingRequest)
 _Result = TypeVar("_Result")
+_Endpoint = Callable[[Request], Awaitable[Response]]
 _PREPARING = 2
 """Threads that render and tokenise."""
 _READING = 32
@@ -225,15 +226,20 @@ def _add_routes(app: FastAPI, endpoints: Endpoints) -> None:
         ("/v1/models", endpoints.models), ("/v1/models/{model:path}", endpoints.model), ("/health", endpoints.health),
         ("/ready", endpoints.ready), ("/metrics", endpoints.metrics_text), ("/status", endpoints.status),
     ):  # fmt: skip
-        app.add_api_route(path, read, methods=["GET", "HEAD"])
+        _add_readable(app, path, read)
     for path in page.FILES:
-        app.add_api_route(path, page.page, methods=["GET", "HEAD"], include_in_schema=False)
+        _add_readable(app, path, page.page, described=False)
     described = to_json(document.describe(app))
 
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")
 
-    app.add_api_route("/openapi.json", openapi, methods=["GET", "HEAD"], include_in_schema=False)
+    _add_readable(app, "/openapi.json", openapi, described=False)
+
+
+def _add_readable(app: FastAPI, path: str, endpoint: _Endpoint, *, described: bool = True) -> None:
+    app.add_api_route(path, endpoint, methods=["GET"], include_in_schema=described)
+    app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
