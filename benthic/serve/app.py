@@ -53,8 +53,8 @@ class Endpoints:
         leave = served.admit(asked.n or 1)
 
         async def prepare() -> Generation:
-            ids = await self._prepare(prompts.chat_ids, served, asked)
             grammar = await self._run(self._compiling, prompts.grammar_of, served, asked) if _formed(asked) else None
+            ids = await self._prepare(prompts.chat_ids, served, asked)
             further = {"top_logprobs": asked.top_logprobs or 0}
             given = prompts.sampling_of(served, asked, asked.limit, self._config.max_tokens, **further)
             jobs = [

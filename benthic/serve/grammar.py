@@ -38,8 +38,8 @@ class GrammarConstraint:
     def mask(self, vocab_size: int) -> Tensor:
         """Allowed tokens as bits, int32 (ceil(V / 32),), the lowest first."""
         words = torch.zeros(-(-vocab_size // 32), dtype=torch.int32)
-        packed = b"" if self.failed else self._matcher.compute_bitmask()
-        if self.failed or self._matcher.is_error():
+        packed = self._bits()
+        if packed is None:
             self.failed = True
             return words
         words.view(torch.uint8)[: len(packed)] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)[
@@ -49,8 +49,20 @@ class GrammarConstraint:
 
     def accept(self, token: int) -> None:
         """Go on by one token."""
-        if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
+        try:
+            self.failed |= not self._matcher.is_stopped() and not self._matcher.consume_token(token)
+        except Exception:  # an exception here would end the engine, and with it all other requests
             self.failed = True
+
+    def _bits(self) -> bytes | None:
+        """The library's mask; None if it has given up."""
+        if self.failed:
+            return None
+        try:
+            packed: bytes = self._matcher.compute_bitmask()
+            return None if self._matcher.is_error() else packed
+        except Exception:  # as in accept
+            return None
 
 
 Grammar = Callable[[], GrammarConstraint]

@@ -21,7 +21,8 @@ class LimitedProtocol(HttpToolsProtocol):
     header_seconds: float
     max_connections: int
     _deadline: asyncio.TimerHandle | None = None
-    _headers_read = 0
+    _headers_read: int | None = None
+    """Bytes so far, while headers are expected."""
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for headers."""
@@ -31,7 +32,7 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         if (sock := transport.get_extra_info("socket")) is not None and sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        self._expect_within(self.header_seconds)
+        self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no more."""
@@ -40,18 +41,18 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on, if there is room."""
-        if self._deadline is not None:
-            self._headers_read += len(data)
-            if self._headers_read > _MOST_HEADERS + len(data):
+        if self._headers_read is not None:
+            if self._headers_read > _MOST_HEADERS:
                 self._too_many_headers()
                 return
+            self._headers_read += len(data)
         if not self.transport.is_closing():
             super().data_received(data)
 
     def on_message_begin(self) -> None:
         """A request has begun."""
         super().on_message_begin()
-        self._expect_within(self.header_seconds)
+        self._expect_headers()
 
     def on_headers_complete(self) -> None:
         """Its headers are there."""
@@ -71,12 +72,16 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.cycle is not None and self.cycle.more_body:
             self._expect_within(_LINGER_S)
 
+    def _expect_headers(self) -> None:
+        self._expect_within(self.header_seconds)
+        self._headers_read = 0
+
     def _expect_within(self, seconds: float) -> None:
         self._nothing_expected()
         self._deadline = self.loop.call_later(seconds, self.transport.abort)
 
     def _nothing_expected(self) -> None:
-        self._headers_read = 0
+        self._headers_read = None
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
