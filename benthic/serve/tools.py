@@ -103,18 +103,27 @@ def call_of_json(text: str) -> FunctionCall | None:
 
 def schema_of_call(tools: Sequence[Tool]) -> dict[str, Any]:
     """A JSON schema of a call of one of these, as :func:`call_of_json` reads it."""
-    definitions: dict[str, Any] = {}
-    calls = []
+    calls, homes = [], {}
     for tool in tools:
-        function = tool.function
-        parameters = dict(function.parameters or {"type": "object"})
-        for name in ("$defs", "definitions"):  # references in it point to the root
-            definitions.setdefault(name, {}).update(parameters.pop(name, {}))
+        name = tool.function.name
+        homes[name] = _rehomed(tool.function.parameters or {"type": "object"}, f"#/$defs/{name}")
         calls.append({
             "type": "object", "required": ["name", "arguments"], "additionalProperties": False,
-            "properties": {"name": {"const": function.name}, "arguments": parameters},
+            "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}},
         })  # fmt: skip
-    return {"anyOf": calls, **{name: schemas for name, schemas in definitions.items() if schemas}}
+    return {"anyOf": calls, "$defs": homes}
+
+
+def _rehomed(schema: Any, home: str) -> Any:
+    """A schema as a part of another: its references to itself lead to where it is now."""
+    if isinstance(schema, list):
+        return [_rehomed(item, home) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _rehomed(value, home) for key, value in schema.items()}
+    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#"):
+        moved["$ref"] = home + reference[1:]
+    return moved
 
 
 def for_template(messages: Sequence[ChatMessage], arguments_as_text: bool) -> list[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -39,24 +39,26 @@ class Server:
     def __init__(self, *arguments, environment=None, program=PROGRAM):
         command = [*program, "serve", *map(str, arguments), "--port", "0"]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | (environment or {})
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | (environment or {})
         )
         self.log = ""
-        started = self._read_until(r"serving .* at (http://\S+)", START_SECONDS)
-        self.url = started[1]
+        # Read all the time: a full pipe would hold the server up.
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = self._wait_for(r"serving .* at (http://\S+)", START_SECONDS)
 
-    def _read_until(self, pattern, seconds):
+    def _read(self):
+        while data := os.read(self.process.stderr.fileno(), 65536):
+            self.log += data.decode(errors="replace")
+
+    def _wait_for(self, pattern, seconds):
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if (found := re.search(pattern, self.log)) is not None:
-                return found
-            ready, _, _ = select.select([self.process.stderr], [], [], 1)
-            if ready:
-                data = os.read(self.process.stderr.fileno(), 65536)
-                if not data:
-                    break
-                self.log += data.decode(errors="replace")
-        raise AssertionError(f"{pattern!r} not seen; the server said: {self.log}")
+        while (found := re.search(pattern, self.log)) is None:
+            if time.monotonic() > end or not self._reader.is_alive():
+                self.process.kill()
+                raise AssertionError(f"{pattern!r} not seen; the server said: {self.log}")
+            time.sleep(0.02)
+        return found[1]
 
     def client(self, key="none", **settings):
         """OpenAI's client, which checks every shape."""
@@ -69,12 +71,8 @@ class Server:
         return httpx.Client(base_url=self.url, timeout=120, **settings)
 
     def rest_of_log(self):
-        """What it has said so far."""
-        while select.select([self.process.stderr], [], [], 0.2)[0]:
-            data = os.read(self.process.stderr.fileno(), 65536)
-            if not data:
-                break
-            self.log += data.decode(errors="replace")
+        """What it has said so far, the last request's line included."""
+        time.sleep(0.3)
         return self.log
 
     def terminate(self, seconds=60):
@@ -83,10 +81,8 @@ class Server:
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
         finally:
-            self.rest_of_log()
+            self.process.kill()
+            self.process.wait()
+            self._reader.join()
             self.process.stderr.close()
-            self.process.stdout.close()
