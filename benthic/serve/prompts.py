@@ -101,10 +101,10 @@ def grammar_of(served: Served, asked: ChatRequest) -> Grammar | None:
     """What the answer must keep to: the form asked for, or a call of a function. Raises 400, also for other tools'
     parameters that are no schema.
     """
+    for tool in asked.usable_tools:
+        served.grammars.schema(tool.function.parameters or {}, "tools", lenient=True)
     if asked.forced_tools:
         return served.grammars.schema(tools.schema_of_call(asked.forced_tools), "tools")
-    if asked.usable_tools:
-        served.grammars.schema(tools.schema_of_call(asked.usable_tools), "tools", lenient=True)
     match asked.response_format:
         case JsonObjectFormat():
             return served.grammars.schema({"type": "object"}, "response_format")
