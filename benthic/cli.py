@@ -230,6 +230,32 @@ def generate(
         console.print_stream(engine.stream(prompt, **sampling))
 
 
+@app.command(epilog="Example: benthic serve runs/quickstart --port 8000")
+def serve(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=]RUN...", help="Runs, or exported or Hugging Face directories.")
+    ] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on; 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Port; 8000. 0 takes any that is free.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", help="Ask for this key. BENTHIC_API_KEY keeps it out of listings.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML with [serve].")] = None,
+    set_: Set = None,
+) -> None:  # fmt: skip
+    """Serve models over HTTP as OpenAI's API does, with a page to talk to them."""
+    from benthic.config.load import load_serve_config
+
+    flags = {"host": host, "port": port}
+    given = [f"serve.{key}={value}" for key, value in flags.items() if value is not None]
+    settings = load_serve_config(config, [*(set_ or ()), *given])
+
+    from benthic.serve.models import name_models
+    from benthic.serve.server import serve
+
+    serve(name_models(runs or (), settings.models), settings, api_key)
+
+
 @app.command("import", epilog="Example: benthic import downloads/moonlight --out runs/moonlight")
 def import_(
     source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A DeepseekV3ForCausalLM directory.")], out: Out,

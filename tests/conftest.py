@@ -1,12 +1,13 @@
-"""The command line in this process, and a tiny training run on prepared data, for all tests."""
+"""The command line in this process, a tiny training run on prepared data, and a server of a tiny model."""
 
 import contextlib
 import io
+import json
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -14,6 +15,9 @@ import pytest
 from benthic.cli import main
 from benthic.config.presets import PRESETS
 from benthic.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from serving import Server
 
 _TEXT = "the sea is deep and dark and cold below the light where slow fish drift over the soft grey mud"
 
@@ -87,6 +91,41 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, tiny_run_config: Callable
     out = tmp_path_factory.mktemp("prepared")
     prepare(tiny_run_config().data, 320, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def served_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights, small enough to be served at once."""
+    from serving import make_model
+
+    return make_model(tmp_path_factory.mktemp("served") / "small")
+
+
+@pytest.fixture(scope="session")
+def server(served_model: Path) -> Iterator["Server"]:
+    """`benthic serve` in a process of its own, for tests that leave it as it was."""
+    from serving import Server
+
+    running = Server(f"small={served_model}")
+    yield running
+    assert running.terminate() == 0
+
+
+@pytest.fixture
+def make_server(served_model: Path) -> Iterator[Callable[..., "Server"]]:
+    """Further servers of that model, with settings such as ``max_queue=1``."""
+    from serving import Server
+
+    made: list[Server] = []
+
+    def make(*arguments: str, environment: dict[str, str] | None = None, **settings: Any) -> Server:
+        given = [part for key, value in settings.items() for part in ("--set", f"serve.{key}={json.dumps(value)}")]
+        made.append(Server(f"small={served_model}", *given, *arguments, environment=environment))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.terminate()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from benthic.config.complain import complaint, nearest, shown, source_of
 from benthic.config.presets import PRESETS
-from benthic.config.schema import RunConfig
+from benthic.config.schema import RunConfig, ServeConfig, Settings
 from benthic.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -86,6 +86,30 @@ def section_settings(section: str, overrides: Sequence[str]) -> Tree:
             raise InputError(f"--set {key} = {shown(value)}: no such setting here; allowed are {section}.KEY")
         found[last] = value
     return found
+
+
+class _ServeFile(Settings):
+    serve: ServeConfig
+
+
+def load_serve_config(file: str | Path | None = None, overrides: Sequence[str] = ()) -> ServeConfig:
+    """``[serve]`` of a TOML file, which may hold other sections of a recipe too, with ``serve.KEY=VALUE`` over it.
+
+    Raises:
+        InputError: the file cannot be read, is not TOML, or it or ``overrides`` hold a wrong key or value.
+    """
+    tree = {} if file is None else _read_toml(Path(file))
+    for name in tree:
+        if name not in RunConfig.model_fields:
+            raise InputError(f"{file}: {name}: no such section; {nearest(name, list(RunConfig.model_fields))}")
+    section_settings("serve", overrides)  # refuses keys of other sections
+    tree = {"serve": tree.get("serve", {})}
+    for key, value in map(_parse_override, overrides):
+        _assign(tree, key, value)
+    try:
+        return _ServeFile.model_validate(_tuples(tree), strict=True).serve
+    except ValidationError as error:
+        raise InputError(complaint(error, _ServeFile, str(file), override_keys(overrides))) from None
 
 
 def dump_toml(config: RunConfig) -> str:

@@ -266,6 +266,50 @@ class InferenceConfig(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
 
 
+class ServeConfig(Settings):
+    """``benthic serve``: where it listens, who may ask, and how much. API keys are no settings: files are copied."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on. One that others reach needs an API key."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """0 takes any that is free, and says which."""
+    models: dict[str, str] = {}
+    """Models by the name that requests give, each a directory; those of the command line come first."""
+    api_key_file: str | None = None
+    """A file with one API key a line."""
+    public_without_key: bool = False
+    """Listen on an address that others reach although there is no API key."""
+    hosts: tuple[str, ...] = ()
+    """Further names that a browser may call this server by, where there is no API key."""
+    cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Memory of each model's latent cache."""
+    max_batch: Positive = 16
+    """Requests that each model works on at once."""
+    max_queue: Positive = 2048
+    """Requests that may wait for each model; further ones are refused with 429."""
+    max_tokens: Positive = 4096
+    """Largest number of new tokens that a request may ask for."""
+    max_body_mib: Annotated[float, Field(gt=0, le=1024)] = 4.0
+    """Of one request."""
+    max_connections: Positive = 4096
+    request_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """From a request's arrival to its end, waiting included."""
+    header_seconds: Annotated[float, Field(gt=0)] = 10.0
+    """For the headers of a request to arrive."""
+    body_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """For its body."""
+    stall_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """How long a client may leave a stream unread before it is cancelled."""
+    drain_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """After SIGTERM, for requests at work to finish."""
+    grammar_seconds: Annotated[float, Field(gt=0)] = 2.0
+    """To compile a JSON schema or regular expression."""
+    log_requests: bool = True
+    """A line for each request: method, path, status, duration. Never what it says."""
+    log_prompts: bool = False
+    """Also log what requests say."""
+
+
 class RunConfig(Settings):
     """A recipe: everything ``benthic run`` needs to know."""
 
@@ -274,6 +318,7 @@ class RunConfig(Settings):
     train: TrainConfig
     precision: PrecisionConfig = PrecisionConfig()
     inference: InferenceConfig = InferenceConfig()
+    serve: ServeConfig = ServeConfig()
 
     @model_validator(mode="after")
     def _sequences_fit_the_model(self) -> Self:

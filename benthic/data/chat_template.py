@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from jinja2.exceptions import SecurityError
 
 from benthic.data.template_sandbox import MAX_CHARACTERS, Sandbox, begin, size_of
@@ -44,6 +44,8 @@ class ChatTemplate:
         sandbox.filters["tojson"] = _to_json
         try:
             self._template = sandbox.compile_checked(source)
+            self.names = frozenset(meta.find_undeclared_variables(sandbox.parse(source)))
+            """Names it reads besides those it sets, such as ``messages``."""
         except (TemplateError, RecursionError) as error:
             raise InputError(f"chat template: {error}") from None
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from benthic.data.byte_level import BYTE_OF_LETTER
 from benthic.data.chat_template import CHAT_TEMPLATE, ChatTemplate, Message
 from benthic.data.document import ROLES, Document, Role, Turn
 from benthic.errors import InputError
@@ -48,6 +49,8 @@ class Tokenizer:
         template = settings.get("chat_template")
         self._template = ChatTemplate(template) if template else None
         added = backend.get_added_tokens_decoder().values()
+        self._added = frozenset(backend.get_added_tokens_decoder())
+        self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         self._special = _any_of(token.content for token in added if token.special)
         self._control = _any_of(token.content for token in added)
 
@@ -109,6 +112,11 @@ class Tokenizer:
         return source if isinstance(source, str) else None
 
     @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template reads ``tools``, and messages with calls and their results."""
+        return self._template is not None and "tools" in self._template.names
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokenizer's content: equal means equal ids for every text."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
@@ -128,6 +136,20 @@ class Tokenizer:
         """Text of ``ids`` without special tokens; the inverse of ``encode``."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters; of a control token, its name."""
+        name = self._backend.id_to_token(index)
+        if name is None:
+            return b""
+        if index in self._added:
+            return str(name).encode()
+        letters = [BYTE_OF_LETTER.get(letter) for letter in name]
+        if self._byte_level and None not in letters:
+            return bytes(letter for letter in letters if letter is not None)
+        if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):  # SentencePiece's way of writing a byte
+            return bytes.fromhex(found[1])
+        return str(self._backend.decode([index])).encode()
+
     def encode_documents(self, documents: Sequence[Document]) -> list[list[int]]:
         """Each document from begin to end token; a conversation as ``apply_chat`` renders it without a prompt."""
         texts = iter(self.encode_batch([turn.text for document in documents for turn in document.turns]))
@@ -146,8 +168,13 @@ class Tokenizer:
             ids += text
         return [*ids, self.eos_id]
 
-    def apply_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+    def apply_chat(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, *,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:  # fmt: skip
         """Ids of a conversation, ready for the assistant's next turn or, without the prompt, ended.
+
+        ``tools`` are functions the model may call, for a template that has the name (see :attr:`knows_tools`).
 
         Special-token strings inside messages stay text. Only an assistant's own message may hold tokens that its
         tokenizer adds but does not call special, such as ``</think>``, because templates look for them there.
@@ -160,6 +187,7 @@ class Tokenizer:
             bos_token=self._settings["bos_token"],
             eos_token=self._settings["eos_token"],
             add_generation_prompt=add_generation_prompt,
+            **({"tools": _guarded(tools, self._control)} if tools else {}),
         )
         return [index for piece in self._split(text) for index in piece]
 
@@ -197,7 +225,7 @@ def _guarded(value: Any, control: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return control.sub(lambda match: match[0][0] + _GUARD + match[0][1:], value.replace(_GUARD, 2 * _GUARD))
     if isinstance(value, Mapping):
-        return {key: _guarded(item, control) for key, item in value.items()}
+        return {_guarded(key, control): _guarded(item, control) for key, item in value.items()}
     return [_guarded(item, control) for item in value] if isinstance(value, list | tuple) else value
 
 

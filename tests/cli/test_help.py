@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-COMMANDS = ["run", "data", "train", "eval", "chat", "generate", "import", "export", "plan", "bench train",
+COMMANDS = ["run", "data", "train", "eval", "chat", "generate", "serve", "import", "export", "plan", "bench train",
             "bench prefill", "bench decode"]  # fmt: skip
 PROGRAM = [sys.executable, "-c", "from benthic.cli import main; main()"]
 

@@ -1,0 +1,262 @@
+"""The application: which path leads to what, and the document that describes it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from benthic import __version__
+from benthic.config.schema import ServeConfig
+from benthic.inference.request import Completion
+from benthic.serve import chat, completions, document, metrics, page, prompts
+from benthic.serve.access import SCOPE_OF_CACHE, Door, Keys, State, is_local, log
+from benthic.serve.body import Bodies
+from benthic.serve.embeddings import embed
+from benthic.serve.errors import ApiError, bad, engine_failed, too_late
+from benthic.serve.generation import ClientGone, Generation, unless_disconnected
+from benthic.serve.models import Models, Served
+from benthic.serve.requests import MAX_PROMPTS, ChatRequest, CompletionRequest, EmbeddingRequest, parse
+from benthic.serve.stream import EventStream, to_json
+
+_Request = TypeVar("_Request", ChatRequest, CompletionRequest, EmbeddingRequest)
+_Result = TypeVar("_Result")
+_Endpoint = Callable[[Request], Awaitable[Response]]
+_PREPARING = 2
+"""Threads that render and tokenise."""
+_READING = 32
+"""Requests whose bodies are parsed between two looks at everything else that waits."""
+
+
+class Endpoints:
+    """What the paths do."""
+
+    def __init__(self, models: Models, config: ServeConfig, state: State) -> None:
+        self.metrics = metrics.Metrics(models)
+        self._models, self._config, self._state = models, config, state
+        self._bodies = Bodies(int(config.max_body_mib * 2**20), config.body_seconds)
+        self._preparing = ThreadPoolExecutor(_PREPARING, "prepare")
+        self._compiling = ThreadPoolExecutor(1, "compile")
+        self._embedding = ThreadPoolExecutor(1, "embed")
+        self._turns = asyncio.Semaphore(_READING)
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        asked = await self._asked(request, ChatRequest)
+        served = self._models.find(asked.model)
+        leave = served.admit(asked.n or 1)
+
+        async def prepare() -> Generation:
+            grammar = await self._run(self._compiling, prompts.grammar_of, served, asked) if _formed(asked) else None
+            ids = await self._prepare(prompts.chat_ids, served, asked)
+            further = {"top_logprobs": asked.top_logprobs or 0}
+            given = prompts.sampling_of(served, asked, asked.limit, self._config.max_tokens, **further)
+            jobs = [
+                (ids, prompts.sampling_of_choice(served, given, asked.seed, number, grammar))
+                for number in range(asked.n or 1)
+            ]
+            return self._generation(request, served, jobs, leave)
+
+        return await self._respond(request, served, asked, prepare, leave, chat)
+
+    async def complete(self, request: Request) -> Response:
+        """Continue texts."""
+        asked = await self._asked(request, CompletionRequest)
+        served = self._models.find(asked.model)
+        wanted = len(asked.prompts) * (asked.n or 1)
+        if len(asked.prompts) > MAX_PROMPTS or wanted > served.slots:
+            raise bad(f"prompt: {wanted} choices at once; at most {min(MAX_PROMPTS, served.slots)}", "prompt")
+        leave = served.admit(wanted)
+
+        async def prepare() -> Generation:
+            given = prompts.sampling_of(
+                served, asked, asked.max_tokens, self._config.max_tokens, **completions.settings_of(asked)
+            )
+            jobs = []
+            for prompt in asked.prompts:
+                ids = await self._prepare(prompts.text_ids, served, prompt, "prompt")
+                jobs += [
+                    (ids, prompts.sampling_of_choice(served, given, asked.seed, number))
+                    for number in range(asked.n or 1)
+                ]
+            return self._generation(request, served, jobs, leave)
+
+        return await self._respond(request, served, asked, prepare, leave, completions)
+
+    async def embed(self, request: Request) -> Response:
+        """Turn texts into vectors."""
+        asked = await self._asked(request, EmbeddingRequest)
+        served = self._models.find(asked.model)
+        leave, gone = served.admit(1), Event()
+        try:
+            async with asyncio.timeout(self._config.request_seconds):
+                work = self._run(self._embedding, embed, served, asked, gone)
+                return _json(await unless_disconnected(request.receive, work))
+        except TimeoutError:
+            raise too_late(self._config.request_seconds) from None
+        finally:
+            gone.set()
+            leave()
+
+    async def models(self, request: Request) -> Response:
+        """The models there are."""
+        return _json({"object": "list", "data": [served.describe() for served in self._models]})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        return _json(self._models.find(request.path_params["model"]).describe())
+
+    async def health(self, request: Request) -> Response:
+        """Whether the process can still work."""
+        well = not any(served.engine.failed for served in self._models)
+        return _json({"status": "ok" if well else "failed"}, 200 if well else 503)
+
+    async def ready(self, request: Request) -> Response:
+        """Whether new requests are taken."""
+        well = not any(served.engine.failed for served in self._models)
+        word = "draining" if self._state.draining else "ready" if well else "failed"
+        return _json({"status": word}, 200 if word == "ready" else 503)
+
+    async def metrics_text(self, request: Request) -> Response:
+        """Figures as Prometheus text."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def status(self, request: Request) -> Response:
+        """The same for the page."""
+        return _json({"draining": self._state.draining, "models": [metrics.status(one) for one in self._models]})
+
+    def close(self) -> None:
+        """End the threads."""
+        for threads in (self._preparing, self._compiling, self._embedding):
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _asked(self, request: Request, kind: type[_Request]) -> _Request:
+        body = await self._bodies.read(request)
+        # A crowd that arrives at once is let in by turns, so that a look at /health never waits behind all of it.
+        async with self._turns:
+            await asyncio.sleep(0)
+            if self._config.log_prompts:
+                log.info("asked: %s", ascii(body.decode(errors="replace")))
+            return parse(kind, body)
+
+    def _generation(self, request: Request, served: Served, jobs: Any, leave: Callable[[], None]) -> Generation:
+        return Generation(
+            served, jobs, leave, self.metrics, deadline_s=self._config.request_seconds,
+            scope=request.scope[SCOPE_OF_CACHE],
+        )  # fmt: skip
+
+    async def _respond(
+        self, request: Request, served: Served, asked: Any, prepare: Callable[[], Awaitable[Generation]],
+        leave: Callable[[], None], shapes: Any,
+    ) -> Response:  # fmt: skip
+        """The answer of a generation in one of the two shapes, whole or streamed; its places are given back."""
+        try:
+            generation = await unless_disconnected(request.receive, prepare())
+        except BaseException:
+            leave()
+            raise
+        if asked.stream:
+            events = shapes.streamed(served, asked, generation)
+            return EventStream(events, self._config.stall_seconds, generation.close)
+        try:
+            done: list[Completion] = await unless_disconnected(request.receive, generation.completions())
+            return _json(await self._prepare(shapes.whole, served, asked, done))
+        finally:
+            generation.close()
+
+    async def _prepare(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        return await self._run(self._preparing, work, *arguments)
+
+    async def _run(self, threads: ThreadPoolExecutor, work: Callable[..., _Result], *arguments: Any) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+
+
+def _formed(asked: ChatRequest) -> bool:
+    return bool(asked.usable_tools) or asked.response_format is not None
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(to_json(content), status, media_type="application/json")
+
+
+class Application:
+    """The whole application over models that are at work, as ASGI has it."""
+
+    def __init__(self, models: Models, config: ServeConfig, keys: Keys, state: State) -> None:
+        self._endpoints = Endpoints(models, config, state)
+        app = FastAPI(
+            title="Benthic", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
+            redirect_slashes=False,
+        )  # fmt: skip
+        _add_routes(app, self._endpoints)
+        app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(ApiError, _api_error)
+        app.add_exception_handler(ClientGone, _client_gone)
+        app.add_exception_handler(Exception, _unforeseen)
+        responses = self._endpoints.metrics.responses
+        self._door = Door(
+            app, state, keys, open_paths=page.FILES,
+            hosts=config.hosts if is_local(config.host) and not keys else None,
+            log_requests=config.log_requests, count=lambda status: responses.labels(str(status)).inc(),
+        )  # fmt: skip
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        await self._door(scope, receive, send)
+
+    def close(self) -> None:
+        """End its threads."""
+        self._endpoints.close()
+
+
+def _add_routes(app: FastAPI, endpoints: Endpoints) -> None:
+    for path, endpoint, asked in (
+        ("/v1/chat/completions", endpoints.chat, ChatRequest),
+        ("/v1/completions", endpoints.complete, CompletionRequest),
+        ("/v1/embeddings", endpoints.embed, EmbeddingRequest),
+    ):
+        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra=document.takes(asked))
+    for path, read in (
+        ("/v1/models", endpoints.models), ("/v1/models/{model:path}", endpoints.model), ("/health", endpoints.health),
+        ("/ready", endpoints.ready), ("/metrics", endpoints.metrics_text), ("/status", endpoints.status),
+    ):  # fmt: skip
+        _add_readable(app, path, read)
+    for path in page.FILES:
+        _add_readable(app, path, page.page, described=False)
+    described = to_json(document.describe(app))
+
+    async def openapi(request: Request) -> Response:
+        return Response(described, media_type="application/json")
+
+    _add_readable(app, "/openapi.json", openapi, described=False)
+
+
+def _add_readable(app: FastAPI, path: str, endpoint: _Endpoint, *, described: bool = True) -> None:
+    app.add_api_route(path, endpoint, methods=["GET"], include_in_schema=described)
+    app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Paths and methods that are not there."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return ApiError(error.status_code, error.detail, code=code, headers=error.headers).response()
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    return engine_failed().response()

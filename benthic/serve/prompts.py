@@ -1,0 +1,115 @@
+"""From what a request says to token ids and sampling settings. All of it may take a while, and runs off the event
+loop.
+"""
+
+from typing import Any
+
+from benthic.errors import InputError
+from benthic.inference.request import Sampling
+from benthic.serve import tools
+from benthic.serve.errors import bad
+from benthic.serve.grammar import Grammar
+from benthic.serve.models import Served
+from benthic.serve.requests import Asked, ChatRequest, JsonObjectFormat, JsonSchemaFormat, RegexFormat
+
+_TINY = 1e-9
+"""Stands for a ``top_p`` of 0, which leaves the likeliest token alone."""
+
+
+def chat_ids(served: Served, asked: ChatRequest) -> list[int]:
+    """A conversation as the model's template renders it. Raises 400."""
+    tokenizer, offered = served.tokenizer, asked.usable_tools
+    try:
+        if not tokenizer.knows_tools:
+            return _checked(served, tokenizer.apply_chat(tools.in_words(asked.messages, offered)), "messages")
+        schemas = [tools.schema(tool) for tool in offered]
+        try:
+            ids = tokenizer.apply_chat(tools.for_template(asked.messages, arguments_as_text=False), tools=schemas)
+        except InputError:
+            if not any(message.tool_calls for message in asked.messages):
+                raise
+            ids = tokenizer.apply_chat(tools.for_template(asked.messages, arguments_as_text=True), tools=schemas)
+    except InputError as error:
+        raise bad(f"messages: {error}", "messages") from None
+    return _checked(served, ids, "messages")
+
+
+def text_ids(served: Served, prompt: str | list[int], param: str) -> list[int]:
+    """Ids of a text, after the begin token, or ids as they are. Raises 400."""
+    if not prompt:
+        raise bad(f"{param}: must not be empty", param)
+    if not isinstance(prompt, str):
+        return _checked(served, prompt, param)
+    try:
+        return _checked(served, [served.tokenizer.bos_id, *served.tokenizer.encode(prompt)], param)
+    except InputError as error:
+        raise bad(f"{param}: {error}", param) from None
+
+
+def _checked(served: Served, ids: list[int], param: str) -> list[int]:
+    if len(ids) >= served.context:
+        message = f"{param}: {len(ids)} tokens; this model takes fewer than {served.context}"
+        raise bad(message, param, "context_length_exceeded")
+    vocabulary = served.model.config.vocab_size
+    if (wrong := next((index for index in ids if index >= vocabulary), None)) is not None:
+        raise bad(f"{param}: no token {wrong}; they go up to {vocabulary - 1}", param)
+    return ids
+
+
+def sampling_of(served: Served, asked: Asked, limit: int | None, longest: int, **further: Any) -> dict[str, Any]:
+    """Settings for the engine.
+
+    Args:
+        served: the model, whose run has defaults.
+        asked: the request.
+        limit: new tokens it asks for.
+        longest: new tokens that any request may ask for.
+        **further: settings that only one kind of request has.
+    """
+    if limit is not None and limit > longest:
+        raise bad(f"max_tokens: {limit}; this server writes at most {longest}", "max_tokens")
+    given: dict[str, Any] = {"stop": asked.stops, "logit_bias": _bias(served, asked), **further}
+    given["max_new_tokens"] = min(served.defaults.max_new_tokens, longest) if limit is None else max(limit, 1)
+    for key in ("temperature", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty"):
+        if (value := getattr(asked, key)) is not None:
+            given[key] = value
+    if asked.top_p is not None:
+        given["top_p"] = max(asked.top_p, _TINY)
+    return given
+
+
+def sampling_of_choice(
+    served: Served, given: dict[str, Any], seed: int | None, number: int, grammar: Grammar | None = None
+) -> Sampling:
+    """Settings of one of several choices: with a seed each has its own, so that they differ and can be had again."""
+    own = None if seed is None else (seed + number) % 2**63
+    constraint = grammar() if grammar else None
+    try:
+        return Sampling.checked(served.defaults, given | {"seed": own, "constraint": constraint})
+    except InputError as error:
+        raise bad(str(error)) from None
+
+
+def _bias(served: Served, asked: Asked) -> dict[int, float]:
+    bias = {int(index): value for index, value in (asked.logit_bias or {}).items()}
+    if (wrong := max(bias, default=0)) >= served.model.config.vocab_size:
+        raise bad(f"logit_bias: no token {wrong}; they go up to {served.model.config.vocab_size - 1}", "logit_bias")
+    return bias
+
+
+def grammar_of(served: Served, asked: ChatRequest) -> Grammar | None:
+    """What the answer must keep to: the form asked for, or a call of a function. Raises 400, also for other tools'
+    parameters that are no schema.
+    """
+    for tool in asked.usable_tools:
+        served.grammars.schema(tool.function.parameters or {}, "tools", lenient=True)
+    if asked.forced_tools:
+        return served.grammars.schema(tools.schema_of_call(asked.forced_tools), "tools")
+    match asked.response_format:
+        case JsonObjectFormat():
+            return served.grammars.schema({"type": "object"}, "response_format")
+        case JsonSchemaFormat(json_schema=given):
+            return served.grammars.schema(given.schema_, "response_format")
+        case RegexFormat(regex=regex):
+            return served.grammars.regex(regex, "response_format")
+    return None

@@ -1,0 +1,303 @@
+// The page: what is on it, and what its controls do. Talking to the server is in api.js, the history in store.js.
+import { ApiError, models, status, stream } from "./api.js";
+import * as store from "./store.js";
+
+const $ = (id) => document.getElementById(id);
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
+const STATUS_EVERY_MS = 1000;
+
+let conversations = store.conversations();
+let current = conversations[0] ?? begin();
+let running = null; // what stops the answer being written
+let statusTimer = null;
+let lastStatus = new Map(); // of each model: when its tokens were last counted, and how many they were
+
+function begin() {
+  return { id: crypto.randomUUID?.() ?? String(Date.now()), messages: [] };
+}
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+// Conversations
+
+function showConversations() {
+  $("conversations").replaceChildren(...conversations.map((one) => {
+    const title = one.messages[0]?.content.slice(0, 60) || "empty";
+    const open = element("button", { type: "button", className: "open", textContent: title });
+    open.setAttribute("aria-current", String(one === current));
+    open.addEventListener("click", () => choose(one));
+    const drop = element("button", { type: "button", className: "drop", textContent: "×" });
+    drop.setAttribute("aria-label", `Delete: ${title}`);
+    drop.addEventListener("click", () => remove(one));
+    return element("li", {}, open, drop);
+  }));
+}
+
+function choose(conversation) {
+  running?.abort();
+  current = conversation;
+  $("history").classList.remove("open");
+  $("menu").setAttribute("aria-expanded", "false");
+  showAll();
+  $("prompt").focus();
+}
+
+function remove(conversation) {
+  conversations = conversations.filter((one) => one !== conversation);
+  store.saveConversations(conversations);
+  if (conversation === current) choose(conversations[0] ?? begin());
+  else showConversations();
+}
+
+function keep() {
+  conversations = [current, ...conversations.filter((one) => one !== current)];
+  conversations = store.saveConversations(conversations);
+  showConversations();
+}
+
+// Messages
+
+function showAll() {
+  $("messages").replaceChildren(...current.messages.map(messageItem));
+  $("error").textContent = "";
+  $("speed").textContent = "";
+  showConversations();
+  showButtons();
+  scrollDown();
+}
+
+function messageItem(message) {
+  const who = message.role === "user" ? "You" : "Model";
+  const item = element("li", { className: message.role }, element("div", { className: "who", textContent: who }));
+  item.append(element("div", { className: "said", textContent: message.content }));
+  return item;
+}
+
+function scrollDown() {
+  $("messages").scrollTop = $("messages").scrollHeight;
+}
+
+function showButtons() {
+  $("send").disabled = Boolean(running);
+  $("stop").disabled = !running;
+  $("again").disabled = Boolean(running) || !current.messages.some((one) => one.role === "assistant");
+}
+
+function sampling() {
+  const given = NUMBERS.filter((id) => $(id).value !== "").map((id) => [id, Number($(id).value)]);
+  return Object.fromEntries(given);
+}
+
+async function answer() {
+  const conversation = current;
+  const system = $("system").value.trim();
+  const asked = system ? [{ role: "system", content: system }, ...conversation.messages] : [...conversation.messages];
+  const message = { role: "assistant", content: "" };
+  const item = messageItem(message);
+  item.classList.add("busy");
+  $("messages").append(item);
+  $("error").textContent = "";
+  $("live").textContent = "The model is writing.";
+  running = new AbortController();
+  const own = running;
+  showButtons();
+  const pace = new Pace();
+  try {
+    const request = { model: $("model").value, messages: asked, ...sampling() };
+    for await (const event of stream(request, own.signal)) {
+      if (event.content) {
+        message.content += event.content;
+        pace.token();
+        const near = $("messages").scrollHeight - $("messages").scrollTop - $("messages").clientHeight < 80;
+        item.lastChild.textContent = message.content;
+        if (near && conversation === current) scrollDown();
+      }
+      if (event.usage) pace.usage(event.usage);
+      if (conversation === current) $("speed").textContent = pace.text();
+    }
+    $("live").textContent = `Answer: ${message.content.slice(0, 2000)}`;
+  } catch (error) {
+    if (own.signal.aborted) $("live").textContent = "Stopped.";
+    else if (conversation === current) tell("error", error);
+  }
+  item.classList.remove("busy");
+  if (running === own) running = null;
+  if (message.content) conversation.messages.push(message);
+  else item.remove();
+  if (conversation === current || conversations.includes(conversation)) {
+    if (conversation === current) keep();
+    else store.saveConversations(conversations);
+  }
+  showButtons();
+}
+
+// Tokens a second and drafts that came true, while an answer is written.
+class Pace {
+  #begun = performance.now();
+  #first = null;
+  #tokens = 0;
+  #usage = null;
+
+  token() {
+    this.#first ??= performance.now();
+    this.#tokens += 1;
+  }
+
+  usage(usage) {
+    this.#usage = usage;
+    this.#tokens = usage.completion_tokens;
+  }
+
+  text() {
+    if (this.#first === null) return "";
+    const seconds = (performance.now() - this.#first) / 1000;
+    const rate = this.#tokens > 1 && seconds > 0 ? `${((this.#tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
+    const wait = `first after ${((this.#first - this.#begun) / 1000).toFixed(2)} s`;
+    return [rate, wait, this.#drafts()].filter(Boolean).join(" · ");
+  }
+
+  #drafts() {
+    const details = this.#usage?.completion_tokens_details;
+    if (!details) return "";
+    const accepted = details.accepted_prediction_tokens;
+    const drafted = accepted + details.rejected_prediction_tokens;
+    return drafted ? `MTP drafts accepted ${percent(accepted / drafted)} of ${drafted}` : "no MTP drafts";
+  }
+}
+
+function percent(share) {
+  return `${Math.round(share * 100)}%`;
+}
+
+function tell(id, error) {
+  const wantsKey = error instanceof ApiError && error.status === 401;
+  $(id).textContent = wantsKey ? "This server asks for an API key: give it under Settings." : error.message;
+  if (wantsKey) showSettings(true);
+}
+
+// Status
+
+async function showStatus() {
+  try {
+    const { models: all, draining } = await status();
+    $("status-error").textContent = draining ? "The server is shutting down." : "";
+    $("status-models").replaceChildren(...all.map(statusTable));
+  } catch (error) {
+    tell("status-error", error);
+  }
+  if (!$("status").hidden) statusTimer = setTimeout(showStatus, STATUS_EVERY_MS);
+}
+
+function statusTable(one) {
+  const now = performance.now();
+  const before = lastStatus.get(one.model);
+  lastStatus.set(one.model, { now, tokens: one.generated_tokens });
+  const rate = before ? ((one.generated_tokens - before.tokens) * 1000) / (now - before.now) : 0;
+  const rows = [
+    ["Running", meter(one.running, one.max_batch), `${one.running} of ${one.max_batch}`],
+    ["Waiting", meter(one.waiting, one.max_queue), `${one.waiting} of ${one.max_queue}`],
+    ["Cache in use", meter(one.cache_usage, 1), percent(one.cache_usage)],
+    ["Cache kept for prompts to come", meter(one.cache_kept, 1), percent(one.cache_kept)],
+    ["Throughput", "", `${rate.toFixed(1)} tokens/s`],
+    ["Tokens written", "", one.generated_tokens.toLocaleString()],
+    ["Tokens read", "", one.prompt_tokens.toLocaleString()],
+    ["Of these found in the cache", "", one.prompt_tokens ? percent(one.cached_tokens / one.prompt_tokens) : "–"],
+    ["MTP drafts accepted", "", one.drafted_tokens ? percent(one.accepted_tokens / one.drafted_tokens) : "none drafted"],
+    ["Decoder", "", one.decoder],
+  ];
+  const table = element("table", {}, element("caption", { textContent: one.model }));
+  table.append(...rows.map(([name, bar, value]) => {
+    const head = element("th", { textContent: name, scope: "row" });
+    return element("tr", {}, head, element("td", {}, bar), element("td", { textContent: value }));
+  }));
+  return table;
+}
+
+function meter(value, max) {
+  const bar = element("meter", { min: 0, max, value });
+  bar.setAttribute("aria-hidden", "true");
+  return bar;
+}
+
+// Controls
+
+function showView(name) {
+  $("chat").hidden = name !== "chat";
+  $("status").hidden = name !== "status";
+  $("show-chat").setAttribute("aria-pressed", String(name === "chat"));
+  $("show-status").setAttribute("aria-pressed", String(name === "status"));
+  clearTimeout(statusTimer);
+  if (name === "status") showStatus();
+}
+
+function showSettings(open) {
+  $("settings").hidden = !open;
+  $("show-settings").setAttribute("aria-expanded", String(open));
+}
+
+async function loadModels() {
+  try {
+    const names = await models();
+    $("model").replaceChildren(...names.map((name) => element("option", { value: name, textContent: name })));
+    const saved = store.setting("model");
+    if (names.includes(saved)) $("model").value = saved;
+    $("error").textContent = "";
+  } catch (error) {
+    tell("error", error);
+  }
+}
+
+function applyTheme() {
+  document.documentElement.dataset.theme = $("theme").value;
+}
+
+for (const id of [...NUMBERS, "system", "theme", "model"]) {
+  $(id).value = store.setting(id);
+  $(id).addEventListener("change", () => store.saveSetting(id, $(id).value));
+}
+$("theme").addEventListener("change", applyTheme);
+$("key").value = store.key();
+$("key").addEventListener("change", () => {
+  store.saveKey($("key").value);
+  loadModels();
+});
+$("menu").addEventListener("click", () => {
+  $("menu").setAttribute("aria-expanded", String($("history").classList.toggle("open")));
+});
+$("new").addEventListener("click", () => choose(begin()));
+$("show-chat").addEventListener("click", () => showView("chat"));
+$("show-status").addEventListener("click", () => showView("status"));
+$("show-settings").addEventListener("click", () => showSettings($("settings").hidden));
+$("stop").addEventListener("click", () => running?.abort());
+$("again").addEventListener("click", () => {
+  while (current.messages.at(-1)?.role === "assistant") current.messages.pop();
+  showAll();
+  answer();
+});
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const content = $("prompt").value.trim();
+  if (!content || running) return;
+  current.messages.push({ role: "user", content });
+  $("prompt").value = "";
+  keep();
+  showAll();
+  answer();
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("form").requestSubmit();
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") running?.abort();
+});
+
+applyTheme();
+showAll();
+loadModels();
