@@ -27,6 +27,7 @@ from benthic.inference.weights import block_matrices, blocks_of, mtp_modules
 from benthic.model import LanguageModel
 from benthic.model.layers import RMSNorm
 from benthic.model.moe import MoE
+from benthic.model.mtp import MTPModule
 from benthic.model.transformer import Block
 from benthic.ops import native
 from benthic.ops.rope import rope_angles
@@ -125,29 +126,26 @@ class NativeDecoder:
             positions_B: int64, the index of the hidden state in its sequence.
             table_BP: as for a step. cache: as for a step.
         """
-        input_BD = torch.stack(
-            [self._weights.join(module, hidden_D, token) for hidden_D, token in zip(hidden_BD, tokens_B, strict=True)]
-        )
         layer = self._config.num_hidden_layers + module
         return self._step(
             positions_B, table_BP, cache, layers=(layer, layer + 1), norm=self._weights.norms[1 + module],
-            input_BD=input_BD.float(),
+            tokens_B=tokens_B, previous_BD=hidden_BD,
         )  # fmt: skip
 
     def _step(
         self, positions_B: Tensor, table_BP: Tensor, cache: Pages, *, layers: tuple[int, int], norm: Tensor,
-        tokens_B: Tensor | None = None, input_BD: Tensor | None = None, logits_BV: Tensor | None = None,
+        tokens_B: Tensor, previous_BD: Tensor | None = None, logits_BV: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         batch, pages = len(positions_B), cache.pages_N[layers[0]]
         hidden_BD = torch.empty(batch, self._config.hidden_size)
         # Held by name until the step is done: what follows may be copies.
         positions_B, table_BP = positions_B.long().contiguous(), table_BP.int().contiguous()
-        tokens_B = None if tokens_B is None else tokens_B.long().contiguous()
-        input_BD = None if input_BD is None else input_BD.contiguous()
+        tokens_B = tokens_B.long().contiguous()
+        previous_BD = None if previous_BD is None else previous_BD.float().contiguous()
         with self._lock:
             self._reach(int(positions_B.max()))
             request = Request(
-                batch=batch, first=layers[0], last=layers[1], tokens=_pointer(tokens_B), input=_pointer(input_BD),
+                batch=batch, first=layers[0], last=layers[1], tokens=_pointer(tokens_B), previous=_pointer(previous_BD),
                 positions=_pointer(positions_B), table=_pointer(table_BP), table_stride=table_BP.shape[1],
                 pages=_addresses(cache.pages_N), page_count=len(pages), wide=pages.dtype == torch.float32,
                 cos=_pointer(self._cos_TP), sin=_pointer(self._sin_TP), angles=len(self._cos_TP), norm=_pointer(norm),
@@ -172,15 +170,17 @@ class _Weights:
             raise CannotDecodeNatively("PyTorch decoding (the model is not on the CPU in fp32 or bf16)")
         self._precision: Precision | None = precision
         self._kept: list[Tensor] = []
-        self._embed, self._mtp = model.transformer.embed, mtp_modules(model)
-        norms = [model.transformer.norm, *(mtp.norm for mtp in self._mtp)]
+        modules = mtp_modules(model)
+        norms = [model.transformer.norm, *(mtp.norm for mtp in modules)]
         self.norms = [norm.weight.detach().float() for norm in norms]
         blocks = blocks_of(model)
         self._layers = (Layer * len(blocks))(*(self._layer(block) for block in blocks))
-        config, head = model.config, model.transformer.head.weight.detach().unsqueeze(0)
+        for layer, mtp in zip(self._layers[model.config.num_hidden_layers :], modules, strict=True):
+            self._add_projection(layer, mtp)
+        config, embed = model.config, self._as_it_is(model.transformer.embed.weight.detach())
+        head = self._matrix(model.transformer.head.weight.detach()[None], precision and head_precision(precision))
         self.model = Model(
-            layers=ctypes.cast(self._layers, ctypes.c_void_p), embed=self._as_it_is(self._embed.weight.detach()),
-            head=self._matrix(head, precision and head_precision(precision)), width=config.hidden_size,
+            layers=ctypes.cast(self._layers, ctypes.c_void_p), embed=embed, head=head, width=config.hidden_size,
             heads=config.num_attention_heads, q_rank=config.q_lora_rank or 0, c=config.kv_lora_rank,
             nope=config.qk_nope_head_dim, rope=config.qk_rope_head_dim, value=config.v_head_dim,
             groups=config.n_group, top_groups=config.topk_group, top_k=config.num_experts_per_tok,
@@ -189,13 +189,6 @@ class _Weights:
         )  # fmt: skip
         for tensor in self._kept:
             put_on_huge_pages(tensor)
-
-    def join(self, module: int, hidden_D: Tensor, token: Tensor) -> Tensor:
-        """What enters an MTP module's block (D,): by itself, for products of several rows sum in other orders."""
-        mtp = self._mtp[module]
-        embedding_1D, hidden_1D = self._embed(token[None]), hidden_D[None].to(self._embed.weight.dtype)
-        joined: Tensor = mtp.project(torch.cat((mtp.embed_norm(embedding_1D), mtp.hidden_norm(hidden_1D)), -1))
-        return joined[0]
 
     def _layer(self, block: Block) -> Layer:
         layer = Layer(attention_norm=self._norm(block.attention_norm), ffn_norm=self._norm(block.ffn_norm))
@@ -208,6 +201,10 @@ class _Weights:
             layer.router = self._as_it_is(block.ffn.router.weight.detach().float())
             layer.router_bias = self._keep(block.ffn.router.bias)
         return layer
+
+    def _add_projection(self, layer: Layer, mtp: MTPModule) -> None:
+        layer.embed_norm, layer.hidden_norm = self._norm(mtp.embed_norm), self._norm(mtp.hidden_norm)
+        layer.project = self._matrix(mtp.project.weight.detach().unsqueeze(0), self._precision)
 
     def _matrix(self, weight_SMK: Tensor, precision: Precision | None) -> Matrix:
         match precision:

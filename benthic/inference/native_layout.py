@@ -23,6 +23,8 @@ class Layer(ctypes.Structure):
     _fields_: ClassVar = [
         *_fields(_Pointer, "attention_norm q_norm kv_norm ffn_norm router_bias"),
         *_fields(Matrix, "q_a q_b kv_a key value o gate_up down router expert_gate_up expert_down"),
+        *_fields(_Pointer, "embed_norm hidden_norm"),
+        ("project", Matrix),
     ]
 
 
@@ -42,7 +44,7 @@ class Request(ctypes.Structure):
 
     _fields_: ClassVar = [
         *_fields(_Int, "batch first last"),
-        *_fields(_Pointer, "tokens input positions table"),
+        *_fields(_Pointer, "tokens previous positions table"),
         ("table_stride", _Int),
         ("pages", ctypes.POINTER(_Pointer)),
         *_fields(_Int, "page_count wide"),

@@ -67,8 +67,8 @@ def round_weights(model: LanguageModel, precision: Precision) -> LanguageModel:
     What the PyTorch forms compute with afterwards, prefill among them, are the numbers that native decoding in this
     precision reads.
     """
-    for weight_SMK, kept in _rounded_matrices(model, precision):
-        for weight_MK in weight_SMK:
+    for weight, kept in _rounded_matrices(model, precision):
+        for weight_MK in weight if weight.dim() == 3 else weight[None]:
             weight_MK.copy_(rounded(weight_MK, kept))
     return model
 
@@ -78,5 +78,5 @@ def _rounded_matrices(model: LanguageModel, precision: Precision) -> Iterator[tu
         for weight_SMK in block_matrices(block).values():
             yield weight_SMK, precision
     for mtp in mtp_modules(model):
-        yield mtp.project.weight.detach().unsqueeze(0), precision
-    yield model.transformer.head.weight.detach().unsqueeze(0), head_precision(precision)
+        yield mtp.project.weight.detach(), precision
+    yield model.transformer.head.weight.detach(), head_precision(precision)

@@ -7,6 +7,7 @@ import torch
 
 from benthic.config.presets import PRESETS
 from benthic.inference.native_decode import CannotDecodeNatively, NativeDecoder, native_decoder
+from benthic.inference.weights import round_weights
 from benthic.model import build_model
 from benthic.model.transformer import attention_context
 from benthic.ops import native
@@ -85,11 +86,13 @@ def test_bf16_weights_and_latents(seed, odd_model, batch_of, close):
     close(NativeDecoder(narrow)(*in_fp32.arguments())[0], batch_of(wide, LENGTHS, seed).expected(wide)[0])
 
 
+@pytest.mark.parametrize("precision", [None, "fp8"])
 @pytest.mark.parametrize("seed", range(4))
-def test_drafts_are_those_of_the_mtp_modules(seed, odd_model, batch_of, latents_of, close):
+def test_drafts_are_those_of_the_mtp_modules(seed, precision, odd_model, batch_of, latents_of, close):
     model = odd_model(seed, num_nextn_predict_layers=2)
     batch = batch_of(model, [0, 5, 64, 200], seed)
-    decoder = NativeDecoder(model, threads=2)
+    decoder = NativeDecoder(model, precision=precision, threads=2)
+    round_weights(model, precision or "fp32")
     for module in range(2):
         layer = model.config.num_hidden_layers + module
         hidden_BD = torch.randn(4, model.config.hidden_size)

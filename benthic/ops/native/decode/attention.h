@@ -57,13 +57,16 @@ struct AttentionShape {
     int64_t groups() const { return (heads + kHeads - 1) / kHeads; }
     int64_t c_stride() const { return round_up(c, kLanes); }
     int64_t l_stride() const { return round_up(l, kLanes); }
-    // Numbers that a part leaves: for each group of heads their sums, then for 16 lanes, two of each head, peak and total.
+    // Numbers that a part leaves: for each group of heads their sums, then for 16 lanes, two of each head, peak and
+    // total.
     int64_t group_size() const { return kHeads * c_stride() + 2 * kLanes; }
     int64_t part_size() const { return groups() * group_size(); }
 
     // Rows of a part: an eighth of the sequence in whole blocks of 32, at most 512. Fewer parts would leave threads
     // without work, more of them cost time to join.
-    static int64_t part_rows(int64_t length) { return std::min<int64_t>(8 * kPage, round_up((length + 7) / 8, kPage / 2)); }
+    static int64_t part_rows(int64_t length) {
+        return std::min<int64_t>(8 * kPage, round_up((length + 7) / 8, kPage / 2));
+    }
     static int64_t parts(int64_t length) { return (length + part_rows(length) - 1) / part_rows(length); }
 };
 
@@ -138,8 +141,8 @@ inline void soften(float* s, int64_t count, float* peak, float* total, float* fa
     store(factor, shrink);
 }
 
-// Attention of all heads to rows [from, to) of a sequence of `length`, into `out` (part_size). q (groups * 8, l_stride) is
-// scaled, zeros after its end; `wide` has room for 64 rows in fp32.
+// Attention of all heads to rows [from, to) of a sequence of `length`, into `out` (part_size). q (groups * 8, l_stride)
+// is scaled, zeros after its end; `wide` has room for 64 rows in fp32.
 inline void attend_part(const AttentionShape& shape, const Pages& pages, const int32_t* table, int64_t from, int64_t to,
                         int64_t length, const float* q, float* wide, float* out) {
     for (int64_t g = 0; g < shape.groups(); ++g) {

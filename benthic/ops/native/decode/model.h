@@ -16,6 +16,8 @@ struct Layer {
     Matrix gate_up, down;                // dense or shared experts; gate_up is a stack of two
     Matrix router;
     Matrix expert_gate_up, expert_down;  // gate, then up, of each expert
+    const float *embed_norm, *hidden_norm;  // of an MTP module, which joins an embedding and a hidden state
+    Matrix project;
 
     bool sparse() const { return router.rows > 0; }
 };
@@ -31,8 +33,8 @@ struct Model {
 // One step: a new token of each of `batch` sequences through layers [first, last).
 struct Request {
     int64_t batch, first, last;
-    const int64_t* tokens;     // or null, and
-    const float* input;        // (batch, width) what enters the first layer
+    const int64_t* tokens;
+    const float* previous;     // (batch, width) hidden states that an MTP module, layer `first`, joins to them
     const int64_t* positions;  // of the new tokens
     const int32_t* table;      // (batch, table_stride): the pages of each sequence
     int64_t table_stride;

@@ -64,7 +64,8 @@ inline F16 round(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEARES
 inline F16 swap_halves(F16 a) { return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)}; }
 // 2^n of whole numbers from -126 to 127.
 inline F16 power_of_two(F16 n) {
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23))};
 }
 // a where x >= y, else b.
 inline F16 where_not_less(F16 x, F16 y, F16 a, F16 b) {
@@ -73,7 +74,9 @@ inline F16 where_not_less(F16 x, F16 y, F16 a, F16 b) {
 inline float sum(F16 a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(F16 a) { return _mm512_reduce_max_ps(a.v); }
 
-inline F16 widen_bf16(__m256i half) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))}; }
+inline F16 widen_bf16(__m256i half) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
 inline F16 load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline F16 load_bf16_n(const uint16_t* p, int64_t n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
@@ -93,7 +96,8 @@ inline F16 sums(const F16 a[16]) {
         const __m512 p = _mm512_add_ps(_mm512_unpacklo_ps(x[0].v, x[1].v), _mm512_unpackhi_ps(x[0].v, x[1].v));
         const __m512 r = _mm512_add_ps(_mm512_unpacklo_ps(x[2].v, x[3].v), _mm512_unpackhi_ps(x[2].v, x[3].v));
         const __m512d pd = _mm512_castps_pd(p), rd = _mm512_castps_pd(r);
-        quads[q] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pd, rd)), _mm512_castpd_ps(_mm512_unpackhi_pd(pd, rd)));
+        const __m512d low = _mm512_unpacklo_pd(pd, rd), high = _mm512_unpackhi_pd(pd, rd);
+        quads[q] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
     }
     const auto fold = [](__m512 x, __m512 y) {
         return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
@@ -113,8 +117,8 @@ inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Bytes low_nibbles(Bytes a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 inline Bytes high_nibbles(Bytes a) { return {_mm512_and_si512(_mm512_srli_epi16(a.v, 4), _mm512_set1_epi8(15))}; }
 
-// acc += in each lane the four products of unsigned bytes w with the signed bytes of one x, which come both together and
-// as 16-bit numbers (even, odd).
+// acc += in each lane the four products of unsigned bytes w with the signed bytes of one x, which come both together
+// and as 16-bit numbers (even, odd).
 inline I16 dot4(I16 acc, Bytes w, int32_t x, [[maybe_unused]] int32_t even, [[maybe_unused]] int32_t odd) {
 #ifdef __AVX512VNNI__
     return {_mm512_dpbusd_epi32(acc.v, w.v, _mm512_set1_epi32(x))};

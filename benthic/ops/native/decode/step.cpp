@@ -3,8 +3,6 @@
 //
 // b sequence, h head, k place of a chosen expert among those of its token.
 
-#include <atomic>
-#include <memory>
 #include <numeric>
 
 #include "attention.h"
@@ -25,8 +23,9 @@ class Buffer {
             storage_.assign(count + 16, 0.0f);
             size_ = count;
         }
-        return reinterpret_cast<float*>(round_up(reinterpret_cast<int64_t>(storage_.data()), 64));
+        return data();
     }
+    float* data() { return reinterpret_cast<float*>(round_up(reinterpret_cast<int64_t>(storage_.data()), 64)); }
 
    private:
     std::vector<float> storage_;
@@ -57,8 +56,8 @@ struct Shared {
 
 // What a thread has for itself.
 struct Local {
-    Buffer x, normed, q_normed, nope, gate, up, wide, partial;
-    Vectors input, q_input, nope_input, latent_input, mixed_input, hidden_input, shared_input;
+    Buffer x, joined, normed, q_normed, nope, gate, up, wide, partial;
+    Vectors joined_input, input, q_input, nope_input, latent_input, mixed_input, hidden_input, shared_input;
     std::vector<int32_t> one_to_one, by_head;
     std::vector<float*> out;
     std::vector<Product> products;
@@ -75,7 +74,8 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
         squares = fma(v, v, squares);
     }
     const F16 scale = splat(1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + eps));
-    for (int64_t i = 0; i < n; i += kLanes) store_n(out + i, load_n(weight + i, n - i) * (load_n(x + i, n - i) * scale), n - i);
+    for (int64_t i = 0; i < n; i += kLanes)
+        store_n(out + i, load_n(weight + i, n - i) * (load_n(x + i, n - i) * scale), n - i);
 }
 
 // Pairs (0, 1), (2, 3), ... turned by the angles of a position.
@@ -100,7 +100,7 @@ class Step {
     void operator()(Worker& worker) {
         Local& mine = locals_[worker.index];
         prepare(mine);
-        embed(mine);
+        begin(worker, mine);
         for (int64_t layer = r_.first; layer < r_.last; ++layer) {
             attend(worker, mine, m_.layers[layer], layer);
             feed_forward(worker, mine, m_.layers[layer], layer);
@@ -135,7 +135,8 @@ class Step {
         std::iota(mine.one_to_one.begin(), mine.one_to_one.end(), 0);
         mine.by_head.resize(r_.batch * m_.heads);
         for (int64_t h = 0; h < m_.heads; ++h)
-            for (int64_t b = 0; b < r_.batch; ++b) mine.by_head[h * r_.batch + b] = static_cast<int32_t>(b * m_.heads + h);
+            for (int64_t b = 0; b < r_.batch; ++b)
+                mine.by_head[h * r_.batch + b] = static_cast<int32_t>(b * m_.heads + h);
         mine.x.of(r_.batch * padded(m_.width));
         const auto own = [&](Vectors& v, Buffer& buffer, int64_t count, int64_t width) {
             v.numbers = buffer.of(count * padded(width));
@@ -149,20 +150,36 @@ class Step {
         mine.wide.of(kPage * shape_.l);
     }
 
-    float* x(Local& mine, int64_t b) { return mine.x.of(0) + b * padded(m_.width); }
+    float* x(Local& mine, int64_t b) { return mine.x.data() + b * padded(m_.width); }
 
-    void embed(Local& mine) {
-        for (int64_t b = 0; b < r_.batch; ++b) {
-            float* to = x(mine, b);
-            if (r_.tokens == nullptr) {
-                std::copy_n(r_.input + b * m_.width, m_.width, to);
-            } else if (m_.embed.kind == Kind::fp32) {
-                std::copy_n(reinterpret_cast<const float*>(m_.embed.data) + r_.tokens[b] * m_.width, m_.width, to);
-            } else {
-                const auto* from = reinterpret_cast<const uint16_t*>(m_.embed.data) + r_.tokens[b] * m_.width;
-                for (int64_t i = 0; i < m_.width; ++i) to[i] = from_bf16(from[i]);
-            }
+    void embed(int64_t b, float* to) const {
+        if (m_.embed.kind == Kind::fp32) {
+            std::copy_n(reinterpret_cast<const float*>(m_.embed.data) + r_.tokens[b] * m_.width, m_.width, to);
+        } else {
+            const auto* from = reinterpret_cast<const uint16_t*>(m_.embed.data) + r_.tokens[b] * m_.width;
+            for (int64_t i = 0; i < m_.width; ++i) to[i] = from_bf16(from[i]);
         }
+    }
+
+    // What enters the first layer.
+    void begin(Worker& worker, Local& mine) {
+        for (int64_t b = 0; b < r_.batch; ++b) embed(b, x(mine, b));
+        if (r_.previous == nullptr) return;
+        const Layer& l = m_.layers[r_.first];
+        const int64_t stride = padded(2 * m_.width);
+        mine.joined_input.numbers = mine.joined.of(r_.batch * stride);
+        mine.joined_input.stride = stride;
+        for (int64_t b = 0; b < r_.batch; ++b) {
+            float* to = mine.joined.data() + b * stride;
+            rms_norm(x(mine, b), l.embed_norm, m_.eps, m_.width, to);
+            rms_norm(r_.previous + b * m_.width, l.hidden_norm, m_.eps, m_.width, to + m_.width);
+        }
+        if (l.project.in_panels()) mine.joined_input.quantise(r_.batch);
+        new_plan(mine);
+        plan(mine, l.project, mine.joined_input, s_.attention, padded(m_.width));
+        run_plan(worker, mine, nullptr);
+        for (int64_t b = 0; b < r_.batch; ++b)
+            std::copy_n(s_.attention.data() + b * padded(m_.width), m_.width, x(mine, b));
     }
 
     // Normalise the stream into this thread's input, rounded to int8 if a matrix asks for it.
@@ -175,14 +192,14 @@ class Step {
     void add_to_stream(Local& mine, Buffer& what) {
         for (int64_t b = 0; b < r_.batch; ++b) {
             float* to = x(mine, b);
-            const float* from = what.of(0) + b * padded(m_.width);
+            const float* from = what.data() + b * padded(m_.width);
             for (int64_t i = 0; i < m_.width; ++i) to[i] += from[i];
         }
     }
 
     // Plan a product of all sequences' vectors with one matrix, going to rows `stride` apart.
     void plan(Local& mine, const Matrix& matrix, const Vectors& vectors, Buffer& to, int64_t stride) {
-        for (int64_t b = 0; b < r_.batch; ++b) mine.out.push_back(to.of(0) + b * stride);
+        for (int64_t b = 0; b < r_.batch; ++b) mine.out.push_back(to.data() + b * stride);
         mine.products.push_back({&matrix, 0, &vectors, mine.one_to_one.data(), r_.batch, nullptr});
     }
 
@@ -231,7 +248,7 @@ class Step {
         worker.share(batch * m_.heads, 1, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i) {
                 const int64_t b = i / m_.heads, begin = parts_begin_[b], count = parts_begin_[b + 1] - begin;
-                join_parts(shape_, s_.parts.of(0) + begin * shape_.part_size(), count, i % m_.heads,
+                join_parts(shape_, s_.parts.data() + begin * shape_.part_size(), count, i % m_.heads,
                            mine.latent_input.numbers + i * mine.latent_input.stride);
             }
         });
@@ -239,7 +256,7 @@ class Step {
         new_plan(mine);
         for (int64_t h = 0; h < m_.heads; ++h) {
             for (int64_t b = 0; b < batch; ++b)
-                mine.out.push_back(s_.mixed.of(0) + b * mine.mixed_input.stride + h * m_.value);
+                mine.out.push_back(s_.mixed.data() + b * mine.mixed_input.stride + h * m_.value);
             mine.products.push_back({&l.value, h, &mine.latent_input, &mine.by_head[h * batch], batch, nullptr});
         }
         run_plan(worker, mine, begin_of(worker, l.o));
@@ -262,9 +279,9 @@ class Step {
 
     void write_cache(Worker& worker, Local& mine, const Layer& l, int64_t layer) {
         for (int64_t b = worker.index; b < r_.batch; b += worker.threads) {
-            const float* latent = s_.kv_a.of(0) + b * padded(shape_.l);
+            const float* latent = s_.kv_a.data() + b * padded(shape_.l);
             const int64_t position = r_.positions[b], angle = position * (m_.rope / 2);
-            float* row = mine.wide.of(0);
+            float* row = mine.wide.data();
             rms_norm(latent, l.kv_norm, m_.latent_eps, m_.c, row);
             rotate(latent + m_.c, r_.cos + angle, r_.sin + angle, m_.rope, 1.0f, row + m_.c);
             char* to = pages(layer).row(table(b), position);
@@ -277,7 +294,7 @@ class Step {
         }
         if (!l.q_a.rows) return;
         for (int64_t b = 0; b < r_.batch; ++b)
-            rms_norm(s_.q_a.of(0) + b * padded(m_.q_rank), l.q_norm, m_.latent_eps, m_.q_rank,
+            rms_norm(s_.q_a.data() + b * padded(m_.q_rank), l.q_norm, m_.latent_eps, m_.q_rank,
                      mine.q_input.numbers + b * mine.q_input.stride);
         if (l.q_b.in_panels()) mine.q_input.quantise(r_.batch);
         new_plan(mine);
@@ -291,10 +308,10 @@ class Step {
         new_plan(mine);
         for (int64_t h = 0; h < m_.heads; ++h) {
             for (int64_t b = 0; b < batch; ++b) {
-                const float* q = s_.q.of(0) + b * padded(l.q_b.rows) + h * (m_.nope + m_.rope);
+                const float* q = s_.q.data() + b * padded(l.q_b.rows) + h * (m_.nope + m_.rope);
                 float* nope = mine.nope_input.numbers + (b * m_.heads + h) * mine.nope_input.stride;
                 for (int64_t i = 0; i < m_.nope; ++i) nope[i] = q[i] * m_.softmax_scale;
-                float* to = s_.query.of(0) + (b * heads + h) * stride;
+                float* to = s_.query.data() + (b * heads + h) * stride;
                 const int64_t angle = r_.positions[b] * (m_.rope / 2);
                 if ((b * m_.heads + h) % worker.threads == worker.index)
                     rotate(q + m_.nope, r_.cos + angle, r_.sin + angle, m_.rope, m_.softmax_scale, to + m_.c);
@@ -321,8 +338,8 @@ class Step {
         const int64_t size = shape_.groups() * kHeads * shape_.l_stride();
         worker.share(parts_begin_[r_.batch], 1, [&](int64_t unit, int64_t) {
             const Part p = part(unit);
-            attend_part(shape_, pages(layer), table(p.b), p.from, p.to, p.length, s_.query.of(0) + p.b * size,
-                        mine.wide.of(0), s_.parts.of(0) + unit * shape_.part_size());
+            attend_part(shape_, pages(layer), table(p.b), p.from, p.to, p.length, s_.query.data() + p.b * size,
+                        mine.wide.data(), s_.parts.data() + unit * shape_.part_size());
         });
     }
 
@@ -331,7 +348,8 @@ class Step {
         const int64_t units = parts_begin_[r_.batch], first = worker.begin_of(units);
         if (first >= units) return;
         const Part p = part(first);
-        for (Ahead ahead = pages(layer).rest_of_page(table(p.b), p.from, p.length - 1); ahead.at < ahead.end;) ahead.ask();
+        Ahead ahead = pages(layer).rest_of_page(table(p.b), p.from, p.length - 1);
+        while (ahead.at < ahead.end) ahead.ask();
     }
 
     void feed_forward(Worker& worker, Local& mine, const Layer& l, int64_t layer) {
@@ -351,9 +369,9 @@ class Step {
     }
 
     void own_hidden(Local& mine, const Layer& l) {
-        mine.shared_input.numbers = (l.sparse() ? s_.shared_hidden : s_.dense_hidden).of(0);
+        mine.shared_input.numbers = (l.sparse() ? s_.shared_hidden : s_.dense_hidden).data();
         mine.shared_input.stride = padded(l.gate_up.rows);
-        mine.hidden_input.numbers = s_.hidden.of(0);
+        mine.hidden_input.numbers = s_.hidden.data();
         mine.hidden_input.stride = padded(l.expert_gate_up.rows);
         mine.gate.of(r_.batch * padded(std::max(l.gate_up.rows, l.expert_gate_up.rows)));
         mine.up.of(r_.batch * padded(std::max(l.gate_up.rows, l.expert_gate_up.rows)));
@@ -366,7 +384,7 @@ class Step {
         const int64_t width = padded(gate_up.rows);
         mine.out.clear();
         for (int64_t j = 0; j < 2 * count; ++j)
-            mine.out.push_back(j < count ? mine.gate.of(0) + j * width : mine.up.of(0) + (j - count) * width);
+            mine.out.push_back(j < count ? mine.gate.data() + j * width : mine.up.data() + (j - count) * width);
         multiply(gate_up, 2 * index, first, last, mine.input, tokens, count, mine.out.data(),
                  gate_up.at(2 * index + 1, first));
         multiply(gate_up, 2 * index + 1, first, last, mine.input, tokens, count, mine.out.data() + count, next);
@@ -387,12 +405,12 @@ class Step {
             const int32_t* all = mine.one_to_one.data();
             if (first < dense) {
                 const int64_t end = std::min(last, dense);
-                hidden_blocks(mine, l.gate_up, 0, first, end, all, r_.batch, l.gate_up.at(0, end), mine.shared_input, all,
-                              nullptr);
+                hidden_blocks(mine, l.gate_up, 0, first, end, all, r_.batch, l.gate_up.at(0, end), mine.shared_input,
+                              all, nullptr);
             }
             if (last > dense) {
                 mine.out.clear();
-                for (int64_t b = 0; b < r_.batch; ++b) mine.out.push_back(s_.logits.of(0) + b * padded(l.router.rows));
+                for (int64_t b = 0; b < r_.batch; ++b) mine.out.push_back(s_.logits.data() + b * padded(l.router.rows));
                 multiply(l.router, 0, std::max(first, dense) - dense, last - dense, mine.input, all, r_.batch,
                          mine.out.data(), nullptr);
             }
@@ -407,7 +425,7 @@ class Step {
         mine.active.clear();
         mine.scores.resize(padded(l.router.rows));
         for (int64_t b = 0; b < r_.batch; ++b) {
-            const float* logits = s_.logits.of(0) + b * padded(l.router.rows);
+            const float* logits = s_.logits.data() + b * padded(l.router.rows);
             std::copy_n(logits, padded(l.router.rows), mine.scores.begin());
             Choice* choice = &mine.choice[b * m_.top_k];
             route(rule, mine.scores.data(), l.router_bias, choice);
@@ -434,7 +452,8 @@ class Step {
                 at += high - low;
                 const char* next = matrix.at(2 * active.expert, high);
                 if (high == blocks && at < units) next = matrix.at(2 * mine.active[a + 1].expert, 0);
-                if (at == own_end) next = l.expert_down.at(mine.active[0].expert, worker.begin_of(l.expert_down.blocks()));
+                if (at == own_end)
+                    next = l.expert_down.at(mine.active[0].expert, worker.begin_of(l.expert_down.blocks()));
                 hidden_blocks(mine, matrix, active.expert, low, high, active.tokens.data(),
                               static_cast<int64_t>(active.tokens.size()), next, mine.hidden_input, active.slots.data(),
                               mine.choice.data());
@@ -455,7 +474,8 @@ class Step {
                 for (int64_t j = 0; j < count; ++j) mine.out.push_back(partial + index(j) * stride);
                 return mine.out.data();
             };
-            const char* after = last == own_end ? next : l.sparse() ? any.at(mine.active[0].expert, last) : any.at(0, last);
+            const int64_t again = l.sparse() ? mine.active[0].expert : 0;
+            const char* after = last == own_end ? next : any.at(again, last);
             if (l.sparse()) {
                 for (size_t a = 0; a < mine.active.size(); ++a) {
                     const Active& active = mine.active[a];
@@ -471,7 +491,7 @@ class Step {
                 multiply(l.down, 0, first, last, mine.shared_input, mine.one_to_one.data(), r_.batch,
                          out_of([&](int64_t b) { return slots + b; }, r_.batch), after);
             for (int64_t b = 0; b < r_.batch; ++b) {
-                float* to = s_.ffn.of(0) + b * stride;
+                float* to = s_.ffn.data() + b * stride;
                 for (int64_t i = first * kBlock; i < std::min(last * kBlock, m_.width); ++i) {
                     float total = 0.0f;
                     for (int64_t k = 0; k < slots / r_.batch; ++k) total += partial[(b * m_.top_k + k) * stride + i];
@@ -508,7 +528,7 @@ class Step {
 
 bool in_range(const Model& model, const Request& r) {
     for (int64_t b = 0; b < r.batch; ++b) {
-        if (r.tokens && (r.tokens[b] < 0 || r.tokens[b] >= model.embed.rows)) return false;
+        if (r.tokens[b] < 0 || r.tokens[b] >= model.embed.rows) return false;
         if (r.positions[b] < 0 || r.positions[b] >= r.angles || r.positions[b] / kPage >= r.table_stride) return false;
         for (int64_t p = 0; p <= r.positions[b] / kPage; ++p) {
             const int32_t page = r.table[b * r.table_stride + p];
