@@ -141,7 +141,15 @@ def test_colours_have_contrast(open_page, scheme):
     set_to(page, max_tokens=5)
     say(page, "hello")
     answered(page)
-    for selector in ("body", "#messages .user .said", "#messages .assistant .said", ".who", "#send", "#keys", "#prompt"):
+    for selector in (
+        "body",
+        "#messages .user .said",
+        "#messages .assistant .said",
+        ".who",
+        "#send",
+        "#keys",
+        "#prompt",
+    ):
         assert page.evaluate(CONTRAST, selector) >= 4.5, selector
 
 

@@ -44,7 +44,9 @@ def test_ids_and_labels():
     ids = re.findall(r'\sid="([^"]+)"', HTML)
     assert len(ids) == len(set(ids))
     page = (FOLDER / "page.js").read_text()
-    used = set(re.findall(r'\$\("([\w-]+)"\)', page)) | set(re.findall(r"\w+", re.search(r"NUMBERS = \[(.*?)\]", page)[1]))
+    used = set(re.findall(r'\$\("([\w-]+)"\)', page)) | set(
+        re.findall(r"\w+", re.search(r"NUMBERS = \[(.*?)\]", page)[1])
+    )
     assert used <= set(ids)
     referenced = re.findall(r'\s(?:for|aria-controls|aria-describedby)="([^"]+)"', HTML)
     assert set(referenced) <= set(ids)
