@@ -23,8 +23,6 @@ from benthic.evaluate.by_position import nats_by_position, with_context
 from benthic.model import LanguageModel, build_model
 from benthic.train import checkpoint
 
-LAST = 256
-
 
 def model_of(path: Path, config: ModelConfig) -> LanguageModel:
     tensors = checkpoint.load(path, groups=("model", "average")).tensors
@@ -35,7 +33,8 @@ def model_of(path: Path, config: ModelConfig) -> LanguageModel:
 
 def held_out(store: TokenStore, length: int, count: int) -> Tensor:
     batches = validation_batches(store, 1, length, max_tokens=count * length)
-    return torch.cat([batch.tokens_BS for batch in itertools.islice(batches, count)])
+    # The last may be a shorter one.
+    return torch.cat([batch.tokens_BS for batch in batches if batch.tokens_BS.shape[1] == length + 1])
 
 
 def main() -> None:
@@ -48,6 +47,7 @@ def main() -> None:
     lengths = [stage.config.train.sequence_length for stage in whole]
     store = TokenStore(run / "data", "val")
     tokens_BS = held_out(store, lengths[-1], arguments.sequences)
+    last = lengths[0] // 2
     per_byte = store.tokens / store.manifest.val.bytes / torch.log(torch.tensor(2.0)).item()
     cases = {stage.name: (checkpoint.latest(run / "checkpoints" / stage.name), stage.config.model) for stage in whole}
     if len(whole) > 1:
@@ -56,14 +56,14 @@ def main() -> None:
     buckets = list(itertools.pairwise([0, *lengths]))
     columns = "  ".join(f"{f'{low}-{high}':>10}" for low, high in buckets)
     contexts = "  ".join(f"{f'of {length}':>8}" for length in lengths)
-    print(f"{'':25}  by position: {columns}  |  last {LAST} tokens: {contexts}")
+    print(f"{'':25}  by position: {columns}  |  last {last} tokens: {contexts}")
     for name, (path, config) in cases.items():
         if path is None:
             continue
         model = model_of(path, config)
         nats = {length: nats_by_position(model, [tokens_BS[:, -length - 1 :]]) for length in lengths}
         by_position = [float(nats[lengths[-1]][low:high].mean()) * per_byte for low, high in buckets]
-        by_context = with_context(nats, LAST)
+        by_context = with_context(nats, last)
         left = "  ".join(f"{value:10.4f}" for value in by_position)
         right = "  ".join(f"{by_context[length] * per_byte:8.4f}" for length in lengths)
         print(f"{name:25}               {left}  |                   {right}", flush=True)
