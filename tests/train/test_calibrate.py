@@ -22,7 +22,7 @@ def with_precision(config, compute):
 @pytest.mark.parametrize(("fp32", "bf16", "expected"), [(1.0, 2.0, "fp32"), (2.0, 1.0, "bf16")])
 def test_auto_takes_the_faster(tiny_run_config, batches, monkeypatch, fp32, bf16, expected):
     times = {"fp32": fp32, "bf16": bf16}
-    monkeypatch.setattr(calibrate, "seconds_per_step", lambda config, batches, compute, budget=0.0: times[compute])
+    monkeypatch.setattr(calibrate, "seconds_per_step", lambda config, batches, compute, **_: times[compute])
     resolved = resolve(with_precision(tiny_run_config(), "auto"), batches)
     assert resolved.precision.compute == expected
     assert resolved.train == tiny_run_config().train
