@@ -85,13 +85,18 @@ def chosen(trials: dict[Any, tuple[float, float]], aim: float) -> Any:
 def load(outcome: Outcome) -> dict[str, float]:
     """Load of the busiest expert over the mean, after warm-up."""
     loads = outcome.steps("expert_load_max_over_mean")
-    layers = list(zip(*loads[round(WARM_UP * len(loads)) :], strict=True))
+    layers = by_layer(loads[round(WARM_UP * len(loads)) :])
     steps = [step for layer in layers for step in layer]
     return {
         "worst_window": max(max(windows(layer, WINDOW)) for layer in layers),
         "mean": fmean(steps),
         "percentile_99": quantiles(steps, n=100)[98],
     }
+
+
+def by_layer(loads: list[list[float]]) -> list[list[float]]:
+    """Each layer's loads over the steps in which it ran; the last layers may not run in all."""
+    return [[step[index] for step in loads if index < len(step)] for index in range(max(map(len, loads)))]
 
 
 def report(directory: Path, settings: dict[str, tuple[str, ...]], outcomes: dict[str, list[Outcome]]) -> None:
@@ -120,11 +125,9 @@ def draw(path: Path, outcomes: dict[str, list[Outcome]]) -> None:
     figure = new_figure(1)
     (axes,) = figure.axes
     for name, runs in outcomes.items():
-        layers = [
-            windows(layer, WINDOW)
-            for run in runs
-            for layer in zip(*run.steps("expert_load_max_over_mean"), strict=True)
-        ]
+        loads = [run.steps("expert_load_max_over_mean") for run in runs]
+        everywhere = min(len(step) for steps in loads for step in steps)
+        layers = [windows(layer, WINDOW) for steps in loads for layer in by_layer(steps)[:everywhere]]
         x = [WINDOW * (index + 0.5) for index in range(len(layers[0]))]
         (line,) = axes.plot(x, [fmean(column) for column in zip(*layers, strict=True)], label=name)
         axes.plot(x, [max(column) for column in zip(*layers, strict=True)], color=line.get_color(), linestyle=":")

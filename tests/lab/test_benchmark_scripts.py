@@ -46,6 +46,9 @@ def test_load_is_judged_after_warm_up_by_the_worst_window_of_a_layer():
     assert found["worst_window"] == pytest.approx(1.5)
     assert found["mean"] == pytest.approx((180 * 1.0 + 130 * 1.2 + 50 * 1.8) / 360)
     assert found["percentile_99"] == pytest.approx(1.8)
+    late = balance.load(with_loads(early + [[1.0]] * 100 + [[1.0, 1.6]] * 80))
+    assert late["worst_window"] == pytest.approx(1.6)
+    assert late["mean"] == pytest.approx((180 * 1.0 + 80 * 1.6) / 260)
 
 
 def test_the_weight_is_the_best_of_those_that_balance():
