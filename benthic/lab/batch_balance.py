@@ -19,10 +19,10 @@ class BatchBalanced(LanguageModel):
     """A language model whose balance loss is over the batch. It computes and stores what any other does."""
 
     def training_hidden(
-        self, tokens_BS: Tensor, document_BS: Tensor | None = None
+        self, tokens_BS: Tensor, document_BS: Tensor | None = None, *, depths: int | None = None
     ) -> tuple[list[Tensor], list[Routing]]:
         """As of any language model, but the routings are of one long sequence."""
-        states, routings = super().training_hidden(tokens_BS, document_BS)
+        states, routings = super().training_hidden(tokens_BS, document_BS, depths=depths)
         return states, [as_one_sequence(routing) for routing in routings]
 
 
