@@ -70,7 +70,7 @@ def _step_seconds(config: RunConfig, timed: int, compute: Compute) -> list[float
     optimizer = ModelOptimizer(objective.model, train.optimizer, moments_dtype(compute))
     course = Course(train.schedule, steps, train.batch_size)
     generator = torch.Generator().manual_seed(train.seed)
-    size = (train.batch_size, train.sequence_length + objective.predictions)
+    size = (train.batch_size, train.sequence_length + 1 + config.model.num_nextn_predict_layers)
     seconds = []
     for step in range(steps):
         batch = Batch(torch.randint(config.model.vocab_size, size, generator=generator), None)
