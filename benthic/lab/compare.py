@@ -23,7 +23,7 @@ from benthic.data.shards import TokenStore
 from benthic.errors import InputError, MissingExtra
 from benthic.files import read_json_object, write_atomically
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
-from benthic.train.calibrate import Trial, resolve
+from benthic.train.calibrate import Trial, parts_of_run, resolve
 from benthic.train.identity import differences
 from benthic.train.loop import train
 from benthic.train.metrics import read_metrics
@@ -137,7 +137,10 @@ class Study:
         return Outcome(read_metrics(out / "metrics.jsonl"), trained.bits_per_byte)
 
     def step_seconds(self, variants: Sequence[Variant]) -> dict[str, float]:
-        """Median processor time of a step of each, measured in turn so that a disturbance falls on all alike."""
+        """Processor time of a step of each, measured in turn so that a disturbance falls on all alike.
+
+        Medians; where the steps of a run's parts differ, each part counts by its share of the run.
+        """
         asked = {
             variant.name: [*self.settings, *variant.settings, variant.architecture.settings()] for variant in variants
         }
@@ -172,6 +175,20 @@ class Study:
         lookahead = 1 + config.model.num_nextn_predict_layers
         store = TokenStore(self.directory / "data", "train")
         return Batches(store, config.train.sequence_length, lookahead, mask_documents=config.data.mask_documents)
+
+
+def _in_turn(
+    trials: Mapping[str, Trial], parts: Mapping[str, Sequence[tuple[float, float]]]
+) -> dict[str, dict[float, list[float]]]:
+    """Processor time of single steps, by trial and weight of the MTP loss."""
+    seconds: dict[str, dict[float, list[float]]] = {name: {weight: [] for weight, _ in parts[name]} for name in trials}
+    for _ in range(_ROUNDS):
+        for name, trial in trials.items():
+            for weight, _ in parts[name]:
+                start = time.process_time()
+                trial.step(weight)
+                seconds[name][weight].append(time.process_time() - start)
+    return seconds
 
 
 def _finished(out: Path, asked: dict[str, Any], kept: dict[str, Any]) -> Outcome:

@@ -119,6 +119,20 @@ def test_steps_are_timed_once(study, monkeypatch):
     assert study().step_seconds([USUAL, DENSE]) == seconds
 
 
+def test_parts_of_a_run_count_by_their_share(study, monkeypatch):
+    late = ("train.schedule.mtp_loss_weight=0", "train.schedule.mtp_late_loss_weight=0.3")
+    late = USUAL.but(*late, "train.schedule.mtp_late_start=0.75", name="late")
+    monkeypatch.setattr(compare, "_ROUNDS", 2)
+    real = compare._in_turn
+
+    def in_turn(trials, parts):
+        assert {name: {*each} for name, each in real(trials, parts).items()} == {"usual": {0.3}, "late": {0.0, 0.3}}
+        return {"usual": {0.3: [1.0, 2.0, 9.0]}, "late": {0.0: [1.0], 0.3: [2.0]}}
+
+    monkeypatch.setattr(compare, "_in_turn", in_turn)
+    assert study().step_seconds([USUAL, late]) == {"usual": 2.0, "late": pytest.approx(1.25)}
+
+
 def test_precision_is_decided_once_for_all_runs(study, monkeypatch):
     monkeypatch.setattr("benthic.train.calibrate.seconds_per_step", lambda config, batches, mode, **_: len(mode))
     assert study("precision.compute=auto").config(DENSE).precision.compute == "fp32"
