@@ -149,16 +149,10 @@ class Study:
 
     def _time_steps(self, variants: Sequence[Variant]) -> dict[str, float]:
         trials = {variant.name: self._trial(variant) for variant in variants}
-        parts = [(name, mtp_weight) for name, trial in trials.items() for mtp_weight, _ in trial.parts]
-        seconds: dict[tuple[str, float], list[float]] = {part: [] for part in parts}
-        for _ in range(_ROUNDS):
-            for name, mtp_weight in parts:
-                start = time.process_time()
-                trials[name].step(mtp_weight)
-                seconds[name, mtp_weight].append(time.process_time() - start)
+        parts = {variant.name: parts_of_run(self.config(variant).train.schedule) for variant in variants}
         return {
-            name: sum(share * statistics.median(seconds[name, mtp_weight]) for mtp_weight, share in trial.parts)
-            for name, trial in trials.items()
+            name: sum(share * statistics.median(seconds[weight]) for weight, share in parts[name])
+            for name, seconds in _in_turn(trials, parts).items()
         }
 
     def _trial(self, variant: Variant) -> Trial:

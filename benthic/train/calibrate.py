@@ -86,11 +86,14 @@ def seconds_per_step(
 
     Where the steps of a run's parts differ, each part counts by its share of the run.
     """
-    trial = Trial(config, batches, compute, architecture)
-    return sum(share * _median_seconds(trial, mtp_weight, budget * share) for mtp_weight, share in trial.parts)
+    trial, schedule = Trial(config, batches, compute, architecture), config.train.schedule
+    return sum(
+        share * _median_seconds(trial, mtp_weight, budget * share) for mtp_weight, share in parts_of_run(schedule)
+    )
 
 
-def _parts(schedule: ScheduleConfig) -> list[tuple[float, float]]:
+def parts_of_run(schedule: ScheduleConfig) -> list[tuple[float, float]]:
+    """Weights of the MTP loss, at 0 of which a step is cheaper, each with its share of the run."""
     early, late = schedule.mtp_loss_weight, schedule.mtp_late_loss_weight
     if bool(early) == bool(late):
         return [(early, 1.0)]
@@ -115,8 +118,6 @@ class Trial:
     ) -> None:
         self._config, self._batches, self._compute = config, batches, compute
         self._state = TrainState(config, architecture)
-        self.parts = _parts(config.train.schedule)
-        """Weights of the MTP loss, at 0 of which a step is cheaper, each with its share of the run."""
         schedule = config.train.schedule.model_copy(update={"batch_ramp": 0.0})
         self._course = Course(schedule, 10**6, config.train.batch_size)
         for _ in range(_WARM_UP_STEPS):
