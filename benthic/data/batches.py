@@ -24,6 +24,11 @@ class Batch(NamedTuple):
     tokens_BS: Tensor
     document_BS: Tensor | None
 
+    def without_last(self, count: int) -> "Batch":
+        """The batch without the last ``count`` tokens of each sequence."""
+        kept = slice(None, self.tokens_BS.shape[1] - count)
+        return Batch(self.tokens_BS[:, kept], None if self.document_BS is None else self.document_BS[:, kept])
+
 
 class _Epoch(NamedTuple):
     """An epoch's shuffled documents (indices into the store), where each ends, and its shuffled sequences."""

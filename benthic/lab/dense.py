@@ -112,7 +112,7 @@ class DenseModel(Trainable):
         self.mtp = nn.ModuleList()
 
     def training_hidden(
-        self, tokens_BS: Tensor, document_BS: Tensor | None = None
+        self, tokens_BS: Tensor, document_BS: Tensor | None = None, *, depths: int | None = None
     ) -> tuple[list[Tensor], list[Routing]]:
         """States of the one prediction, the next token's."""
         hidden_BTD, routings = self.transformer.hidden(tokens_BS, document_BT=document_BS)

@@ -30,15 +30,16 @@ class LanguageModel(Trainable):
         return logits_BTV
 
     def training_hidden(
-        self, tokens_BS: Tensor, document_BS: Tensor | None = None
+        self, tokens_BS: Tensor, document_BS: Tensor | None = None, *, depths: int | None = None
     ) -> tuple[list[Tensor], list[Routing]]:
-        length = tokens_BS.shape[1] - len(self.mtp)
+        modules = self.mtp[:depths]
+        length = tokens_BS.shape[1] - len(modules)
         tokens_BT = tokens_BS[:, :length]
         document_BT = None if document_BS is None else document_BS[:, :length]
         hidden_BTD, routings = self.transformer.hidden(tokens_BT, document_BT=document_BT)
         states = [hidden_BTD]
         context = attention_context(self.config, tokens_BT, document_BT)
-        for depth, module in enumerate(self.mtp, start=1):
+        for depth, module in enumerate(modules, start=1):
             embedding_BTD = self.transformer.embed(tokens_BS[:, depth : depth + length])
             hidden_BTD, routing = module(hidden_BTD, embedding_BTD, context)
             states.append(hidden_BTD)

@@ -29,13 +29,14 @@ class Trainable(nn.Module, ABC):
 
     @abstractmethod
     def training_hidden(
-        self, tokens_BS: Tensor, document_BS: Tensor | None = None
+        self, tokens_BS: Tensor, document_BS: Tensor | None = None, *, depths: int | None = None
     ) -> tuple[list[Tensor], list[Routing]]:
-        """States ready for the head, of the main model and each MTP depth, over the first T = S - depths tokens.
+        """States ready for the head, of the main model and its first MTP modules, over the first T = S - depths tokens.
 
         Args:
-            tokens_BS: T tokens and as many more as there are MTP modules.
+            tokens_BS: T tokens and as many more as MTP modules take part.
             document_BS: document of each token; attention then stays within documents.
+            depths: MTP modules that take part; by default all.
 
         Returns:
             depths + 1 tensors (B, T, D): the k-th predicts token i + k + 1 at position i; and one

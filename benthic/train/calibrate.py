@@ -7,8 +7,9 @@ settings, so a resumed run does not measure again.
 import math
 import statistics
 import time
+from dataclasses import replace
 
-from benthic.config.schema import RunConfig
+from benthic.config.schema import RunConfig, ScheduleConfig
 from benthic.config.stages import stages
 from benthic.data.batches import Batches
 from benthic.precision.compute import Compute
@@ -74,12 +75,31 @@ def seconds_per_step(
     budget: float = 0.0,
     architecture: Architecture = DEEPSEEK_V3,
 ) -> float:
-    """Median time of a full-batch step, after warming up, over ``budget`` seconds but a few steps at least."""
+    """Time of a full-batch step, after warming up, over ``budget`` seconds but a few steps at least.
+
+    Where the steps of a run's parts differ, each part counts by its share of the run.
+    """
     trial = Trial(config, batches, compute, architecture)
+    return sum(
+        share * _median_seconds(trial, mtp_weight, budget * share)
+        for mtp_weight, share in _parts(config.train.schedule)
+        if share
+    )
+
+
+def _parts(schedule: ScheduleConfig) -> list[tuple[float, float]]:
+    """Weights of the MTP loss, at 0 of which a step is cheaper, each with its share of the run."""
+    early, late = schedule.mtp_loss_weight, schedule.mtp_late_loss_weight
+    if bool(early) == bool(late):
+        return [(early, 1.0)]
+    return [(early, schedule.mtp_late_start), (late, 1 - schedule.mtp_late_start)]
+
+
+def _median_seconds(trial: "Trial", mtp_weight: float, budget: float) -> float:
     seconds: list[float] = []
     while len(seconds) < _FEWEST_STEPS or sum(seconds) < budget:
         start = time.perf_counter()
-        trial.step()
+        trial.step(mtp_weight)
         seconds.append(time.perf_counter() - start)
     # What else runs on the machine disturbs some steps; a mean would promise too few.
     return statistics.median(seconds)
@@ -96,11 +116,12 @@ class Trial:
         schedule = config.train.schedule.model_copy(update={"batch_ramp": 0.0})
         self._course = Course(schedule, 10**6, config.train.batch_size)
         for _ in range(_WARM_UP_STEPS):
-            self.step()
+            self.step(config.train.schedule.mtp_late_loss_weight)
 
-    def step(self) -> None:
-        """Learn from the next batch."""
-        state, settings = self._state, self._course.at(self._state.step)
+    def step(self, mtp_weight: float) -> None:
+        """Learn from the next batch, with this weight of the MTP loss."""
+        state = self._state
+        settings = replace(self._course.at(state.step), mtp_weight=mtp_weight)
         batch = self._batches.at(settings.first_sequence, settings.batch_size)
         micro = self._config.train.micro_batch_size or self._config.train.batch_size
         train_step(state.objective, state.optimizer, batch, settings, micro_batch_size=micro, compute=self._compute)

@@ -39,27 +39,26 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    @property
-    def predictions(self) -> int:
-        """Tokens predicted at each position."""
-        return 1 + len(self.model.mtp)
+    def predictions(self, mtp_weight: float) -> int:
+        """Tokens predicted at each position: MTP modules that count for nothing are not run."""
+        return 1 + (len(self.model.mtp) if mtp_weight else 0)
 
     @property
     def routers(self) -> list[Router]:
-        """Routers in the order of the rows of ``load_ME``."""
+        """Routers in the order of the rows of ``load_ME``, which has none for MTP modules that did not run."""
         return [module for module in self.model.modules() if isinstance(module, Router)]
 
     def forward(self, tokens_BS: Tensor, document_BS: Tensor | None, targets_KBT: Tensor) -> Losses:
         """Losses of whole sequences.
 
         Args:
-            tokens_BS: T + 1 + D tokens of each sequence.
+            tokens_BS: T + K tokens of each sequence.
             document_BS: document of each token, if attention and prediction stay within documents.
-            targets_KBT: from :func:`prediction_targets`.
+            targets_KBT: from :func:`prediction_targets`; as many MTP modules run as it has rows beyond the first.
         """
         inputs = slice(None, tokens_BS.shape[1] - 1)
         document_BI = None if document_BS is None else document_BS[:, inputs]
-        states, routings = self.model.training_hidden(tokens_BS[:, inputs], document_BI)
+        states, routings = self.model.training_hidden(tokens_BS[:, inputs], document_BI, depths=len(targets_KBT) - 1)
         head = self.model.transformer.head.weight
         nats = [
             linear_cross_entropy(state_BTD.flatten(0, 1), head, target_BT.flatten())

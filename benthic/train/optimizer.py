@@ -22,6 +22,7 @@ from benthic.train.muon import Muon
 
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 _MUON_STATE = ("momentum",)
+_MTP = "mtp."
 
 
 class ModelOptimizer:
@@ -30,6 +31,7 @@ class ModelOptimizer:
     def __init__(self, model: Trainable, config: OptimizerConfig, moments: torch.dtype = torch.float32) -> None:
         self.config, self.moments = config, moments
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._late = {parameter for parameter, name in self._names.items() if name.startswith(_MTP)}
         matrices = _hidden_matrices(model) if config.name == "muon" else {}
         others = [parameter for parameter in self._names if parameter not in matrices]
         self._parts: list[tuple[torch.optim.Optimizer, float, tuple[str, ...]]] = [
@@ -63,7 +65,10 @@ class ModelOptimizer:
             optimizer.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """State of every parameter under ``<parameter>.<state>``; empty before the first update."""
+        """State of every parameter under ``<parameter>.<state>``; empty before the first update.
+
+        MTP modules have none until their loss counts.
+        """
         return {
             f"{self._names[parameter]}.{key}": state[key]
             for optimizer, _, keys in self._parts
@@ -77,8 +82,12 @@ class ModelOptimizer:
             for optimizer, _, _ in self._parts:
                 optimizer.state.clear()
             return
+        absent = self._late if not any(key.startswith(_MTP) for key in tensors) else set()
         for optimizer, _, keys in self._parts:
+            optimizer.state.clear()
             for parameter in _parameters(optimizer):
+                if parameter in absent:
+                    continue
                 optimizer.state[parameter] = {key: self._empty_state(key, parameter) for key in keys}
         copy_into(self.state_tensors(), tensors, source)
 

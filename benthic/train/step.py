@@ -93,7 +93,9 @@ def accumulate_gradients(
     Each micro-batch counts by its share of the targets that are not ignored, so that the sum is the loss of the
     whole batch however it is cut.
     """
-    targets_KBT = prediction_targets(batch.tokens_BS, batch.document_BS, objective.predictions)
+    predictions = objective.predictions(settings.mtp_weight)
+    batch = batch.without_last(1 + len(objective.model.mtp) - predictions)
+    targets_KBT = prediction_targets(batch.tokens_BS, batch.document_BS, predictions)
     counts_K = _counted(targets_KBT)
     parts = []
     for start in range(0, len(batch.tokens_BS), micro_batch_size):
@@ -113,7 +115,7 @@ def update_router_bias(routers: list[Router], load_ME: Tensor, speed: float) -> 
     """Raise the bias of experts below the mean load and lower it above (arXiv 2408.15664; V3 report 2.1.2)."""
     if not speed:
         return
-    for router, load_E in zip(routers, load_ME.to(torch.float32), strict=True):
+    for router, load_E in zip(routers, load_ME.to(torch.float32), strict=False):  # MTP modules, last, may not have run
         router.bias.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
 
 

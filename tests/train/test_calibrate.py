@@ -6,7 +6,7 @@ import torch
 from benthic.data.batches import Batches
 from benthic.data.shards import TokenStore
 from benthic.train import calibrate
-from benthic.train.calibrate import affordable_steps, resolve
+from benthic.train.calibrate import affordable_steps, resolve, seconds_per_step
 from benthic.train.loop import train
 
 
@@ -40,6 +40,13 @@ def test_minutes_become_steps(tiny_run_config, batches, monkeypatch):
     assert resolved.train.minutes is None
     # A validation of three batches costs as much as one step: eleven steps' time for ten.
     assert resolved.train.steps == round(240 * 10 / 11)
+
+
+def test_parts_of_a_run_count_by_their_share(tiny_run_config, batches, monkeypatch):
+    monkeypatch.setattr(calibrate, "_median_seconds", lambda trial, mtp_weight, budget: 2.0 if mtp_weight else 1.0)
+    late = {"mtp_loss_weight": 0.0, "mtp_late_loss_weight": 0.3, "mtp_late_start": 0.75}
+    assert seconds_per_step(tiny_run_config(schedule=late), batches, "fp32") == pytest.approx(1.25)
+    assert seconds_per_step(tiny_run_config(), batches, "fp32") == 2.0
 
 
 def test_a_batch_ramp_affords_more_steps(tiny_run_config):

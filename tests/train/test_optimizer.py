@@ -111,3 +111,22 @@ def test_state_of_another_optimizer_is_refused(model):
     update(model, optimizer, 1.0)
     with pytest.raises(InputError, match=r"here: tensor .*(missing|unknown)"):
         ModelOptimizer(model, OptimizerConfig(name="muon")).load_state_tensors(optimizer.state_tensors(), "here")
+
+
+def test_mtp_modules_have_no_state_before_they_count_but_all_or_none(model):
+    optimizer = ModelOptimizer(model, OptimizerConfig())
+    set_gradients(model, seed=0, scale=1.0)
+    for name, parameter in model.named_parameters():
+        if name.startswith("mtp."):
+            parameter.grad = None
+    update(model, optimizer, 1.0)
+    saved = optimizer.state_tensors()
+    assert saved
+    assert not any(key.startswith("mtp.") for key in saved)
+    again = ModelOptimizer(model, OptimizerConfig())
+    again.load_state_tensors(saved, "here")
+    assert again.state_tensors().keys() == saved.keys()
+    with pytest.raises(InputError, match="here"):
+        again.load_state_tensors(saved | {"mtp.0.project.weight.exp_avg": torch.zeros(1)}, "here")
+    with pytest.raises(InputError, match="here"):
+        again.load_state_tensors({k: v for k, v in saved.items() if "embed" not in k}, "here")

@@ -25,6 +25,7 @@ KINDS = {
         "micro_batch_size": 2,
     },
     "documents": {"mask_documents": True},
+    "mtp from the middle on": {"schedule": {"mtp_loss_weight": 0.0, "mtp_late_start": 0.5}},
 }
 MEASURED = ("tokens_per_s", "share_of_gemm_peak", "seconds", "processor_seconds")
 

@@ -1,6 +1,7 @@
 """One step: micro-batches add up, what is not finite changes nothing, and the bias evens the load."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,23 @@ def test_gradients_in_bf16_point_where_those_in_fp32_do():
         gradients.append(torch.cat([p.grad.flatten() for p in objective.parameters()]))
     assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.98
     assert not torch.equal(*gradients)
+
+
+def test_mtp_modules_that_count_for_nothing_do_not_run():
+    without, ignored = build(dtype=torch.float64), build(dtype=torch.float64)
+    settings = replace(SETTINGS, mtp_weight=0.0)
+    tokens = batch().tokens_BS
+    losses = accumulate_gradients(ignored, Batch(tokens, None), settings, micro_batch_size=4, compute="fp32")
+    without.model.mtp = torch.nn.ModuleList()
+    expected = accumulate_gradients(without, Batch(tokens[:, :-1], None), SETTINGS, micro_batch_size=4, compute="fp32")
+    for left, right in zip(losses, expected, strict=True):
+        torch.testing.assert_close(left, right)
+    gradients = dict(without.named_parameters())
+    for name, parameter in ignored.named_parameters():
+        if name.startswith("model.mtp."):
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, gradients[name].grad)
 
 
 def everything(objective: Objective, optimizer: ModelOptimizer) -> dict[str, torch.Tensor]:
