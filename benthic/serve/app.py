@@ -194,7 +194,7 @@ class Application:
             title="Benthic", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
             redirect_slashes=False,
         )  # fmt: skip
-        _add_routes(app, self._endpoints)
+        _add_routes(app, self._endpoints, [served.name for served in models])
         app.add_exception_handler(HTTPException, _http_error)
         app.add_exception_handler(ApiError, _api_error)
         app.add_exception_handler(ClientGone, _client_gone)
@@ -215,7 +215,7 @@ class Application:
         self._endpoints.close()
 
 
-def _add_routes(app: FastAPI, endpoints: Endpoints) -> None:
+def _add_routes(app: FastAPI, endpoints: Endpoints, names: list[str]) -> None:
     for path, endpoint, asked in (
         ("/v1/chat/completions", endpoints.chat, ChatRequest),
         ("/v1/completions", endpoints.complete, CompletionRequest),
@@ -229,7 +229,7 @@ def _add_routes(app: FastAPI, endpoints: Endpoints) -> None:
         _add_readable(app, path, read)
     for path in page.FILES:
         _add_readable(app, path, page.page, described=False)
-    described = to_json(document.describe(app))
+    described = to_json(document.describe(app, names))
 
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")
