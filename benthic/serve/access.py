@@ -4,6 +4,7 @@ What may pass without a key is listed; everything else, known or not, needs one.
 around it.
 """
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -29,6 +30,8 @@ SCOPE_OF_CACHE = "benthic.cache_scope"
 _LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 _DRAINING_RETRY_S = 5
+_AT_A_TIME = 16
+"""Requests let in between two looks at everything else that waits."""
 
 
 @dataclass
@@ -83,6 +86,7 @@ class Door:
         self._open = PROBES | set(open_paths)
         self._hosts = None if hosts is None else _LOCAL_NAMES | {name.lower() for name in hosts}
         self._log_requests, self._count = log_requests, count
+        self._turns = asyncio.Semaphore(_AT_A_TIME)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -92,6 +96,10 @@ class Door:
         self._state.active += not probe
         begun = time.monotonic()
         try:
+            if not probe:
+                # A crowd that arrives at once is let in by turns, so that a look at /health never waits behind it all.
+                async with self._turns:
+                    await asyncio.sleep(0)
             await self._answer(scope, receive, exchange)
         finally:
             self._state.active -= not probe

@@ -30,8 +30,6 @@ _Result = TypeVar("_Result")
 _Endpoint = Callable[[Request], Awaitable[Response]]
 _PREPARING = 2
 """Threads that render and tokenise."""
-_READING = 32
-"""Requests whose bodies are parsed between two looks at everything else that waits."""
 
 
 class Endpoints:
@@ -44,7 +42,6 @@ class Endpoints:
         self._preparing = ThreadPoolExecutor(_PREPARING, "prepare")
         self._compiling = ThreadPoolExecutor(1, "compile")
         self._embedding = ThreadPoolExecutor(1, "embed")
-        self._turns = asyncio.Semaphore(_READING)
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -138,12 +135,9 @@ class Endpoints:
 
     async def _asked(self, request: Request, kind: type[_Request]) -> _Request:
         body = await self._bodies.read(request)
-        # A crowd that arrives at once is let in by turns, so that a look at /health never waits behind all of it.
-        async with self._turns:
-            await asyncio.sleep(0)
-            if self._config.log_prompts:
-                log.info("asked: %s", ascii(body.decode(errors="replace")))
-            return parse(kind, body)
+        if self._config.log_prompts:
+            log.info("asked: %s", ascii(body.decode(errors="replace")))
+        return parse(kind, body)
 
     def _generation(self, request: Request, served: Served, jobs: Any, leave: Callable[[], None]) -> Generation:
         return Generation(
@@ -194,7 +188,7 @@ class Application:
             title="Benthic", version=__version__, docs_url=None, redoc_url=None, openapi_url=None,
             redirect_slashes=False,
         )  # fmt: skip
-        _add_routes(app, self._endpoints)
+        _add_routes(app, self._endpoints, [served.name for served in models])
         app.add_exception_handler(HTTPException, _http_error)
         app.add_exception_handler(ApiError, _api_error)
         app.add_exception_handler(ClientGone, _client_gone)
@@ -215,7 +209,7 @@ class Application:
         self._endpoints.close()
 
 
-def _add_routes(app: FastAPI, endpoints: Endpoints) -> None:
+def _add_routes(app: FastAPI, endpoints: Endpoints, names: list[str]) -> None:
     for path, endpoint, asked in (
         ("/v1/chat/completions", endpoints.chat, ChatRequest),
         ("/v1/completions", endpoints.complete, CompletionRequest),
@@ -229,7 +223,7 @@ def _add_routes(app: FastAPI, endpoints: Endpoints) -> None:
         _add_readable(app, path, read)
     for path in page.FILES:
         _add_readable(app, path, page.page, described=False)
-    described = to_json(document.describe(app))
+    described = to_json(document.describe(app, names))
 
     async def openapi(request: Request) -> Response:
         return Response(described, media_type="application/json")

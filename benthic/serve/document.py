@@ -1,5 +1,6 @@
 """The OpenAPI document: what each path takes and gives, made from the models that check it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -34,13 +35,19 @@ def takes(model: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}, "responses": refusals}
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
-    """The document of all routes that belong in it."""
+def describe(app: FastAPI, names: Sequence[str]) -> dict[str, Any]:
+    """The document of all routes that belong in it, of a server with models of these names."""
     document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    name = {"type": "string", "enum": list(names)}
+    document["paths"]["/v1/models/{model}"]["get"]["parameters"] = [
+        {"name": "model", "in": "path", "required": True, "schema": name}
+    ]
     asked: list[tuple[type[BaseModel], Any]] = [
         (model, "validation") for model in (ChatRequest, CompletionRequest, EmbeddingRequest)
     ]
     schemas = models_json_schema(asked, ref_template=_SCHEMAS + "{model}")[1]["$defs"]
+    for model, _ in asked:
+        schemas[model.__name__]["properties"]["model"] = name
     components = document.setdefault("components", {})
     components["schemas"] = {**schemas, "Error": _ERROR}
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

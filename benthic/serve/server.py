@@ -1,6 +1,7 @@
 """The process: models and socket first, then requests until it is told to stop, then those at work to their end."""
 
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -55,6 +56,8 @@ def serve(paths: Mapping[str, Path], config: ServeConfig, key: str | None = None
         models = load_models(paths, config)
         state = State()
         app = Application(models, config, keys, state)
+        gc.collect()
+        gc.freeze()  # what is there stays; going through all of it again would hold up whoever waits
         try:
             _Server(app, config, state, list(paths), sock).run([sock])
         finally:
@@ -120,7 +123,8 @@ class _Server(uvicorn.Server):
         self, app: Application, config: ServeConfig, state: State, names: list[str], sock: socket.socket
     ) -> None:
         super().__init__(uvicorn.Config(
-            app, http=protocol(config.header_seconds, config.max_connections), ws="none", lifespan="off",
+            app, http=protocol(config.header_seconds, config.max_connections), loop="asyncio", ws="none",
+            lifespan="off",
             log_config=None, access_log=False, server_header=False, proxy_headers=False, backlog=_ACCEPTED_AT_ONCE,
             timeout_graceful_shutdown=_CLOSING_S,
         ))  # fmt: skip

@@ -73,7 +73,7 @@ def test_the_openapi_document_finds_no_fault_of_the_server(make_server, tmp_path
                "--seed", "1", "--request-timeout", "60"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=1500)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "9 selected / 9 total" in done.stdout.replace("\n", " ") or "No issues found" in done.stdout, done.stdout
+    assert "9 selected / 9 total" in done.stdout
 
 
 @pytest.mark.slow
