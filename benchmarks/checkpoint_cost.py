@@ -41,6 +41,7 @@ class Training:
         """Seconds that training waited for a checkpoint to be copied."""
 
     def step(self) -> None:
+        """One optimizer step."""
         size = (self.config.train.batch_size, self.config.train.sequence_length + self.state.objective.predictions)
         batch = Batch(torch.randint(self.config.model.vocab_size, size), None)
         train_step(

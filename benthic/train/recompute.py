@@ -9,7 +9,6 @@ for bit, in whatever precision the forward pass ran.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
