@@ -30,12 +30,14 @@ VARIANTS = {
 
 def run_one(name: str, config: RunConfig) -> None:
     """Train in this process and print its peak in bytes, what it was before, and the last step's seconds."""
-    from train_vs_transformers import ours, theirs
+    if name == "transformers":
+        from train_vs_transformers import theirs as make_step
+    else:
+        from steps import training_step as make_step
 
-    if name != "transformers":
         settle_memory()  # as training does
     before = peak_bytes()
-    step = theirs(config) if name == "transformers" else ours(config)
+    step = make_step(config)
     seconds = 0.0
     for _ in range(STEPS):
         tokens_BS = torch.randint(config.model.vocab_size, (config.train.batch_size, config.train.sequence_length + 1))
