@@ -31,7 +31,9 @@ def test_any_text_can_be_written(small_run, encoding):
 def test_json_is_json_in_any_encoding(small_run, encoding):
     done = generate(small_run, encoding, "--prompt", "The sea", "--json", *WRITE)
     expected = generate(small_run, "utf-8", "--prompt", "The sea", "--json", *WRITE)
-    assert json.loads(done.stdout.decode(encoding)) == json.loads(expected.stdout)
+    found, expected = json.loads(done.stdout.decode(encoding)), json.loads(expected.stdout)
+    assert found.keys() == expected.keys()
+    assert all(found[key] == expected[key] for key in found if not key.endswith("_s"))  # but the clock's
 
 
 def test_a_prompt_that_is_no_text(small_run):

@@ -69,7 +69,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(recipe, make_run, number):
     (saved,) = committed(out / "checkpoints" / "pretrain")
     step = load(saved).state["step"]
     assert 3 <= step < 60
-    assert errors.splitlines()[-1] == f"stopped after step {step}, saved in {out}"
+    assert errors.splitlines()[-1] == f"stopped after step {step} of pretrain, saved in {out}"
     assert not (out / ".lock").exists()
     assert process("train", path, "--out", out).returncode == 0
     assert process("train", path, "--out", whole).returncode == 0

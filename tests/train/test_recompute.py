@@ -35,9 +35,11 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def losses(model: LanguageModel, compute: str, seed: int = 0, masked: bool = False):
     objective, generator = Objective(model), torch.Generator().manual_seed(seed)
-    tokens = torch.randint(320, (3, 37 + objective.predictions), generator=generator)
+    tokens = torch.randint(320, (3, 38 + len(objective.model.mtp)), generator=generator)
     document = torch.rand(tokens.shape, generator=generator).lt(0.2).cumsum(1) if masked else None
-    return compute_in(compute, objective, tokens, document, prediction_targets(tokens, document, objective.predictions))
+    return compute_in(
+        compute, objective, tokens, document, prediction_targets(tokens, document, 1 + len(objective.model.mtp))
+    )
 
 
 def gradients(model: LanguageModel, compute: str, **kinds) -> dict[str, torch.Tensor]:
