@@ -325,14 +325,15 @@ def bench_train(set_: Set = None, json_: Json = False) -> None:
     _print(asdict(bench_train(config)), json_)
 
 
-Context = Annotated[int, typer.Option("--context", min=1, help="Tokens of each sequence.")]
+Prompt = Annotated[int, typer.Option("--context", min=1, help="Tokens of each prompt.")]
+Cached = Annotated[int, typer.Option("--context", min=0, help="Tokens before the first that is decoded.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")]
 Arithmetic = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Of weights, cache and arithmetic.")]
 
 
 @bench.command("prefill", epilog="Example: benthic bench prefill --context 2048 --json")
 def bench_prefill(
-    context: Context = 512, batch: Batch = 1, precision: Arithmetic = "fp32", set_: Set = None, json_: Json = False
+    context: Prompt = 512, batch: Batch = 1, precision: Arithmetic = "fp32", set_: Set = None, json_: Json = False
 ) -> None:
     """Reading prompts with bench-400m, against the rate of a matrix product."""
     from benthic.lab.bench_inference import bench_prefill
@@ -343,7 +344,7 @@ def bench_prefill(
 
 @bench.command("decode", epilog="Example: benthic bench decode --context 2048 --json")
 def bench_decode(
-    context: Context = 128, batch: Batch = 1,
+    context: Cached = 128, batch: Batch = 1,
     precision: Annotated[AtRest, typer.Option("--precision", help="In which weights are kept.")] = "fp32",
     set_: Set = None, json_: Json = False,
 ) -> None:  # fmt: skip

@@ -125,7 +125,8 @@ def test_a_recipe_with_a_mistake(benthic, tmp_path, text, said, command):
 @pytest.mark.parametrize("arguments", [
     ("plan", "v3-671"), ("plan", "tiny", "--set", "model.n_group=3"), ("run", "quikstart", "--out", "out"),
     ("bench", "train", "--set", "train.minutes=1"), ("bench", "train", "--set", "precision.compute=auto"),
-    ("bench", "decode", "--context", "0"),
+    ("bench", "prefill", "--context", "0"),
+    ("bench", "decode", "--context", "-1"),
     ("generate", "nowhere", "--prompt", "x", "--set", "train.steps=3"), ("nope",), ("plan",), ("run", "--out"),
     ("plan", "tiny", "--jsn"), ("export", "nowhere", "--format", "gguf2", "--out", "out"),
     ("export", "nowhere", "--precision", "f32", "--out", "out"),
