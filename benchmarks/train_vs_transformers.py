@@ -4,8 +4,8 @@
     python benchmarks/train_vs_transformers.py [RECIPE] [KEY=VALUE ...]
 
 A step is forward, loss, backward, clipping and AdamW in fp32 on random tokens, by default of the recipe ``bench``:
-bench-108m, 8 sequences of 512. Steps alternate so that a busy moment falls on all. transformers is measured twice: as it
-comes, which groups the experts' products, and with its eager attention and experts.
+bench-108m, 8 sequences of 512. Steps alternate so that a busy moment falls on all. transformers is measured twice: as
+it comes, which groups the experts' products, and with its eager attention and experts.
 """
 
 import statistics
