@@ -45,11 +45,14 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A process for each core, of one thread: threads of several processes would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: setup
-	$(BIN)/pytest
+	$(PYTEST)
 
 bench: setup
 	$(BIN)/benthic bench train
