@@ -250,10 +250,10 @@ def serve(
     given = [f"serve.{key}={value}" for key, value in flags.items() if value is not None]
     settings = load_serve_config(config, [*(set_ or ()), *given])
 
+    from benthic.serve import server  # first: it tells which extra is missing
     from benthic.serve.models import name_models
-    from benthic.serve.server import serve
 
-    serve(name_models(runs or (), settings.models), settings, api_key)
+    server.serve(name_models(runs or (), settings.models), settings, api_key)
 
 
 @app.command("import", epilog="Example: benthic import downloads/moonlight --out runs/moonlight")

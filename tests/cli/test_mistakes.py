@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -137,6 +139,16 @@ def test_wrong_arguments(benthic, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     refused(benthic(*arguments))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("library", ["fastapi", "starlette", "uvicorn", "prometheus_client"])
+def test_serving_without_its_libraries(tmp_path, library):
+    program = f"import sys; sys.modules['{library}'] = None; from benthic.cli import main; main()"
+    command = [sys.executable, "-c", program, "serve", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'benthic[serve]'" in done.stderr
 
 
 def test_an_empty_corpus(benthic, tmp_path):
