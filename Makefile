@@ -58,4 +58,4 @@ bench: setup
 	$(BIN)/benthic bench train
 	$(BIN)/benthic bench prefill
 	$(BIN)/benthic bench decode
-	for script in benchmarks/*_vs_*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/*_vs_transformers.py; do $(BIN)/python $$script || exit 1; done

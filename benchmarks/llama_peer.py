@@ -8,12 +8,17 @@ weights for it: as of llama-cpp-python 0.3.36 that ends the process for f16, q8_
 """
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import llama_cpp
 import numpy as np
+
+try:
+    import llama_cpp
+except ImportError:
+    sys.exit("error: llama-cpp-python is not installed; run: pip install 'benthic[gguf,llama]'")
 
 F32, F16 = 0, 1
 AUTOMATIC, OFF = -1, 0
