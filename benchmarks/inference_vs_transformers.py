@@ -19,7 +19,8 @@ from benthic.config.presets import PRESETS
 from benthic.config.schema import ModelConfig
 from benthic.convert.config import config_to_hf
 from benthic.inference.cache import LatentCache
-from benthic.model import Transformer, build_model
+from benthic.lab.bench_inference import decode_step
+from benthic.model import build_model
 
 REPEATS = 7
 DECODE_STEPS = 8
@@ -29,20 +30,21 @@ class Ours:
     """Benthic's transformer over its latent cache."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.model: Transformer = build_model(config).transformer
+        self.model = build_model(config)
         self.config = config
 
     def prefill(self, tokens_BT: torch.Tensor) -> LatentCache:
         """Reads tokens into a new cache and computes the logits after the last."""
+        transformer = self.model.transformer
         cache = LatentCache(self.config.num_hidden_layers, 1, self.config.latent_dim, dtype=torch.float32)
-        self.step(tokens_BT, cache)
+        hidden_BTD, _ = transformer.hidden(tokens_BT, cache=cache)
+        transformer.head(hidden_BTD[:, -1]).argmax(-1)
         return cache
 
-    def step(self, tokens_BT: torch.Tensor, cache: LatentCache) -> None:
-        """Appends tokens to the cache and computes the logits after the last."""
-        hidden_BTD, _ = self.model.hidden(tokens_BT, cache=cache)
-        self.model.head(hidden_BTD[:, -1]).argmax(-1)
-        cache.advance(tokens_BT.shape[1])
+    def decoder(self, context: int) -> Callable[[torch.Tensor], object]:
+        """What decodes a token (1, 1) over a cache of this many tokens."""
+        step, _ = decode_step(self.model, context, 1, "fp32")
+        return lambda token_11: step(token_11[0])
 
 
 class Theirs:
@@ -56,6 +58,11 @@ class Theirs:
         cache = DynamicCache()
         self.step(tokens_BT, cache)
         return cache
+
+    def decoder(self, context: int) -> Callable[[torch.Tensor], object]:
+        """What decodes a token (1, 1) over a cache of this many tokens, which grows by it."""
+        cache = self.prefill(torch.randint(self.model.config.vocab_size, (1, context)))
+        return lambda token_11: self.step(token_11, cache)
 
     def step(self, tokens_BT: torch.Tensor, cache: DynamicCache) -> None:
         """Appends tokens to the cache and computes the logits after the last."""
@@ -78,12 +85,12 @@ def main(preset: str) -> None:
 
 
 def decoder(engine: Ours | Theirs, config: ModelConfig, context: int) -> Callable[[], object]:
-    """Work that decodes random tokens over a cache filled by reading random ones."""
-    cache = engine.prefill(torch.randint(config.vocab_size, (1, context)))
+    """Work that decodes random tokens."""
+    step = engine.decoder(context)
 
     def decode() -> None:
-        for token_BT in torch.randint(config.vocab_size, (DECODE_STEPS, 1, 1)):
-            engine.step(token_BT, cache)
+        for token_11 in torch.randint(config.vocab_size, (DECODE_STEPS, 1, 1)):
+            step(token_11)
 
     return decode
 

@@ -78,7 +78,7 @@ def bench_decode(config: ModelConfig, *, context: int, batch: int = 1, precision
     _check(config, context, batch, shortest=0)
     dtype = _dtype(precision)
     model = build_model(config, dtype=dtype)
-    step, kernels = _native_step(model, context, batch, precision) or _pytorch_step(model, context, batch, precision)
+    step, kernels = decode_step(model, context, batch, precision)
 
     def decode() -> None:
         for tokens_B in torch.randint(config.vocab_size, (_DECODE_STEPS, batch)):
@@ -90,13 +90,18 @@ def bench_decode(config: ModelConfig, *, context: int, batch: int = 1, precision
     return _speed(batch / seconds, context, batch, precision, limit / seconds, kernels)
 
 
+def decode_step(model: LanguageModel, context: int, batch: int, precision: Precision) -> tuple[_Step, str]:
+    """A greedy step of sequences at this context, over latents that are random, and the kernels that do it."""
+    return _native_step(model, context, batch, precision) or _pytorch_step(model, context, batch, precision)
+
+
 @dataclass
 class _Pages:
     pages_N: list[torch.Tensor]
 
 
 def _native_step(model: LanguageModel, context: int, batch: int, precision: Precision) -> tuple[_Step, str] | None:
-    """A greedy step of sequences at this context, if there is native decoding here."""
+    """In C++, if there is native decoding here."""
     decoder = native_decoder(model, precision=precision)
     if decoder is None:
         return None
