@@ -33,7 +33,8 @@ def test_json_is_json_in_any_encoding(small_run, encoding):
     expected = generate(small_run, "utf-8", "--prompt", "The sea", "--json", *WRITE)
     found, expected = json.loads(done.stdout.decode(encoding)), json.loads(expected.stdout)
     assert found.keys() == expected.keys()
-    assert all(found[key] == expected[key] for key in found if not key.endswith("_s"))  # but the clock's
+    # Clocks differ, and so does how far drafts go, which is decided by them.
+    assert all(found[key] == expected[key] for key in ("text", "token_ids", "logprobs", "finish_reason"))
 
 
 def test_a_prompt_that_is_no_text(small_run):
