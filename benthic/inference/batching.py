@@ -4,17 +4,14 @@ import atexit
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Self
-
-import torch
+from typing import Any, Self, Unpack
 
 from benthic.config.schema import InferenceConfig
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError, WorkFailed
 from benthic.inference.request import EngineStats, QueueFull, Request, Sampling
-from benthic.inference.scheduler import Scheduler
+from benthic.inference.scheduler import Options, Scheduler
 from benthic.model import LanguageModel
-from benthic.precision.quantise import Precision
 
 
 class BatchEngine:
@@ -27,35 +24,27 @@ class BatchEngine:
         model: stays on its device and in its precision.
         tokenizer: the one the model was trained with.
         defaults: settings of requests that give no others.
-        cache_gib: memory of the latent cache, in GiB.
-        max_batch: requests that run at once.
         max_queue: requests that may wait.
-        max_draft: tokens the MTP modules may draft ahead; 0 switches them off.
-        cache_dtype: of the cached latents, fp32 or bf16; by default that of the weights.
-        precision: that weights are kept in for decoding, by default their own; the model's are rounded to it.
+        **options: as :class:`~benthic.inference.scheduler.Scheduler` has them.
 
     Raises:
         InputError: the memory holds not even one page.
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, defaults: InferenceConfig | None = None, *,
-        cache_gib: float = 1.0, max_batch: int = 16, max_queue: int = 256, max_draft: int = 3,
-        cache_dtype: torch.dtype | None = None, precision: Precision | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        defaults: InferenceConfig | None = None,
+        *,
+        max_queue: int = 256,
+        **options: Unpack[Options],
+    ) -> None:
         if max_queue < 1:
             raise InputError(f"max_queue={max_queue}: must be at least 1")
         self.config, self.tokenizer, self.defaults = model.config, tokenizer, defaults or InferenceConfig()
         self.max_queue = max_queue
-        self._scheduler = Scheduler(
-            model,
-            tokenizer,
-            cache_gib=cache_gib,
-            max_batch=max_batch,
-            max_draft=max_draft,
-            cache_dtype=cache_dtype,
-            precision=precision,
-        )
+        self._scheduler = Scheduler(model, tokenizer, **options)
         self._changed = threading.Condition()
         self._closing = False
         self._stop_at: float | None = None

@@ -6,17 +6,14 @@ It is the scheduler of the batching engine with nobody else's requests in it: a 
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import Any, Unpack
 
 from benthic.config.schema import InferenceConfig
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError, WorkFailed
 from benthic.inference.request import Completion, EngineStats, Request, Sampling
-from benthic.inference.scheduler import Scheduler, check_prompt
+from benthic.inference.scheduler import Options, Scheduler, check_prompt
 from benthic.model import LanguageModel
-from benthic.precision.quantise import Precision
 
 Prompt = str | Sequence[int]
 """Text that a document begins with, or token ids of anything, such as a conversation."""
@@ -32,32 +29,22 @@ class Engine:
         model: stays on its device and in its precision.
         tokenizer: the one the model was trained with.
         defaults: settings of requests that give no others.
-        cache_gib: memory of the latent cache, in GiB.
-        max_batch: prompts decoded at once.
-        max_draft: tokens the MTP modules may draft ahead; 0 switches them off.
-        cache_dtype: of the cached latents, fp32 or bf16; by default that of the weights.
-        precision: that weights are kept in for decoding, by default their own; the model's are rounded to it.
+        **options: as :class:`~benthic.inference.scheduler.Scheduler` has them.
 
     Raises:
         InputError: a limit is wrong.
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, defaults: InferenceConfig | None = None, *,
-        cache_gib: float = 1.0, max_batch: int = 16, max_draft: int = 3, cache_dtype: torch.dtype | None = None,
-        precision: Precision | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        defaults: InferenceConfig | None = None,
+        **options: Unpack[Options],
+    ) -> None:
         self.model, self.config, self.tokenizer = model.eval(), model.config, tokenizer
         self.defaults = defaults or InferenceConfig()
-        self._scheduler = Scheduler(
-            model,
-            tokenizer,
-            cache_gib=cache_gib,
-            max_batch=max_batch,
-            max_draft=max_draft,
-            cache_dtype=cache_dtype,
-            precision=precision,
-        )
+        self._scheduler = Scheduler(model, tokenizer, **options)
         self._turn = threading.Lock()
 
     def generate(self, prompts: str | Sequence[Prompt], **sampling: Any) -> list[Completion]:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import get_args
+from typing import TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -45,6 +45,16 @@ _SCORED_AT_ONCE = 64
 """Prompt tokens whose logits are held at a time."""
 
 
+class Options(TypedDict, total=False):
+    """How much an engine takes on; what is not given is as :class:`Scheduler` has it."""
+
+    cache_gib: float
+    max_batch: int
+    max_draft: int
+    cache_dtype: torch.dtype | None
+    precision: Precision | None
+
+
 def chunk_length(config: ModelConfig) -> int:
     """Tokens of a prompt that are read at once and shared as one: an eighth of the longest text, 64 to 512."""
     return min(max(config.max_position_embeddings // 8 // PAGE, 1) * PAGE, 512)
@@ -56,9 +66,9 @@ class Scheduler:
     Args:
         model: stays on its device and in its precision.
         tokenizer: the one the model was trained with.
-        cache_gib: memory of the latent cache.
+        cache_gib: memory of the latent cache, in GiB.
         max_batch: requests that run at once.
-        max_draft: tokens to draft ahead at most.
+        max_draft: tokens the MTP modules may draft ahead; 0 switches them off.
         cache_dtype: of the cached latents, fp32 or bf16; by default that of the weights.
         precision: that weights are kept in for decoding, by default their own; the model's are rounded to it.
 
@@ -67,8 +77,8 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Tokenizer, *, cache_gib: float, max_batch: int, max_draft: int,
-        cache_dtype: torch.dtype | None = None, precision: Precision | None = None,
+        self, model: LanguageModel, tokenizer: Tokenizer, *, cache_gib: float = 1.0, max_batch: int = 16,
+        max_draft: int = 3, cache_dtype: torch.dtype | None = None, precision: Precision | None = None,
     ) -> None:  # fmt: skip
         for name, value, least in (("max_batch", max_batch, 1), ("max_draft", max_draft, 0)):
             if value < least:

@@ -4,30 +4,13 @@ import random
 import tomllib
 
 import pytest
+from recipes import refusal
 
 from benthic.config.load import dump_toml, load_preset_or_recipe, load_run_config, recipe_names
 from benthic.config.presets import PRESETS
 from benthic.errors import InputError
 
 MINIMAL = '[model]\npreset = "tiny"\n[train]\nsteps = 3\n'
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    def write(text):
-        path = tmp_path / "recipe.toml"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    return write
-
-
-def refusal(path, *overrides):
-    with pytest.raises(InputError) as caught:
-        load_run_config(path, overrides)
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
 
 
 def test_a_preset_gives_sizes_and_further_keys_go_over_it(recipe):

@@ -3,34 +3,16 @@
 import random
 
 import pytest
+from recipes import refusal
 
 from benthic.config.load import dump_toml, load_run_config, recipe_names
 from benthic.config.presets import PRESETS
 from benthic.config.schema import RunConfig, ScheduleConfig, TrainConfig
 from benthic.config.stages import held, stages
-from benthic.errors import InputError
 from benthic.train.schedule import Course
 
 MINIMAL = '[model]\npreset = "tiny"\n[train]\nsteps = 3\nsequence_length = 32\n'
 PHASES = "[[train.extend]]\nsequence_length = 64\nsteps = 5\n[[train.extend]]\nsequence_length = 96\nsteps = 7\n"
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    def write(text):
-        path = tmp_path / "recipe.toml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
-def refusal(path, *overrides):
-    with pytest.raises(InputError) as caught:
-        load_run_config(path, overrides)
-    line = str(caught.value)
-    assert "\n" not in line
-    return line
 
 
 def settings(schedule: ScheduleConfig, steps: int, step: int):

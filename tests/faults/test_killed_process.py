@@ -11,11 +11,11 @@ import sys
 
 import pytest
 import torch
+from interrupted import course
 from safetensors.torch import load_file
 
 from benthic.config.load import dump_toml
 from benthic.train.checkpoint import committed, load
-from benthic.train.metrics import read_metrics
 
 # Reads lines: a directory, the kind of moment, and three numbers. Writes the signal that ended the child, or 0.
 SERVER = """
@@ -131,20 +131,14 @@ def test_killed_twenty_times(train_until, make_run, seed):
 
 
 def assert_same_run(out, whole) -> None:
-    assert losses(out) == losses(whole)
-    assert [row["step"] for row in losses(out) if "loss" in row] == list(range(1, STEPS + 1))
+    assert course(out) == course(whole)
+    assert [row["step"] for row in course(out) if "loss" in row] == list(range(1, STEPS + 1))
     left, right = (load(committed(run / "checkpoints" / "pretrain")[-1]) for run in (out, whole))
     assert left.state == right.state
     groups = [(left.tensors[name], right.tensors[name]) for name in ("model", "optimizer", "average")]
     for ours, others in (*groups, (final_weights(out), final_weights(whole))):
         assert ours.keys() == others.keys()
         assert all(torch.equal(ours[name], others[name]) for name in others)
-
-
-def losses(out) -> list[dict]:
-    """Everything in the metrics but what a clock measured."""
-    clock = ("tokens_per_s", "share_of_gemm_peak", "seconds", "processor_seconds")
-    return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(out / "metrics.jsonl")]
 
 
 def final_weights(out) -> dict[str, torch.Tensor]:

@@ -6,13 +6,13 @@ import signal
 
 import pytest
 import torch
+from interrupted import Killed, at_step, course, kill
 
 from benthic.config.load import load_run_config
 from benthic.errors import InputError
 from benthic.train import loop
 from benthic.train.checkpoint import CheckpointFailed, committed, load, save
 from benthic.train.loop import train
-from benthic.train.metrics import read_metrics
 from benthic.train.signals import Interrupted
 
 KINDS = {
@@ -27,32 +27,10 @@ KINDS = {
     "documents": {"mask_documents": True},
     "mtp from the middle on": {"schedule": {"mtp_loss_weight": 0.0, "mtp_late_start": 0.5}},
 }
-MEASURED = ("tokens_per_s", "share_of_gemm_peak", "seconds", "processor_seconds")
-
-
-def course(out):
-    """Everything in the metrics but what a clock measured."""
-    return [
-        {key: value for key, value in row.items() if key not in MEASURED} for row in read_metrics(out / "metrics.jsonl")
-    ]
 
 
 def final(out):
     return load(committed(out / "checkpoints" / "pretrain")[-1])
-
-
-def at_step(monkeypatch, number: int, act) -> None:
-    """Do something as the given step (from 1) begins, once."""
-    original, count = loop.train_step, 0
-
-    def counted(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == number:
-            act()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "train_step", counted)
 
 
 def assert_same_run(out, whole) -> None:
@@ -62,14 +40,6 @@ def assert_same_run(out, whole) -> None:
     for group, tensors in right.tensors.items():
         for name, tensor in tensors.items():
             assert torch.equal(left.tensors[group][name], tensor), (group, name)
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill() -> None:
-    raise Killed
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from interrupted import Killed, at_step, course, kill
 
 from benthic.config.schema import YarnConfig
 from benthic.config.stages import stages
@@ -35,35 +36,6 @@ KINDS = {
     },
     "documents": {"mask_documents": True},
 }  # fmt: skip
-MEASURED = ("tokens_per_s", "share_of_gemm_peak", "seconds", "processor_seconds")
-
-
-class Killed(BaseException):
-    pass
-
-
-def kill() -> None:
-    raise Killed
-
-
-def at_step(monkeypatch, number: int, act) -> None:
-    """Do something as the given step of all stages together (from 1) begins."""
-    original, count = loop.train_step, 0
-
-    def counted(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == number:
-            act()
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "train_step", counted)
-
-
-def course(out) -> list[dict]:
-    return [
-        {key: value for key, value in row.items() if key not in MEASURED} for row in read_metrics(out / "metrics.jsonl")
-    ]
 
 
 def ended(out, stage: str):
