@@ -148,6 +148,13 @@ class ScheduleConfig(Settings):
     mtp_late_loss_weight: Annotated[float, Field(ge=0)] = 0.1
     mtp_late_start: Fraction = 10.0 / 14.8
 
+    @property
+    def last_factor(self) -> float:
+        """The share of its peak that the learning rate ends with: a moment at the very end never comes."""
+        if self.tail_start < 1:
+            return self.tail_factor
+        return self.decay_factor if self.decay_start < 1 else 1.0
+
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         moments = ("warmup", "decay_start", "decay_end", "tail_start")
@@ -243,7 +250,7 @@ class TrainConfig(Settings):
                     "the length before it"
                 )
             before = phase.sequence_length
-            if phase.learning_rate is None and not self.schedule.tail_factor:
+            if phase.learning_rate is None and not self.schedule.last_factor:
                 raise ValueError(f"extend.{number}.learning_rate must be given, for pretraining ends with a rate of 0")
         return self
 

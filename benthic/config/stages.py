@@ -69,7 +69,7 @@ def _phase(config: RunConfig, number: int) -> RunConfig:
         original_max_position_embeddings=train.sequence_length,
     )
     model = config.model.model_copy(update={"rope_scaling": yarn, "max_position_embeddings": yarn.reach})
-    rate = phase.learning_rate or train.optimizer.learning_rate * train.schedule.tail_factor
+    rate = phase.learning_rate or train.optimizer.learning_rate * train.schedule.last_factor
     share = rate / train.optimizer.learning_rate
     optimizer = train.optimizer.model_copy(
         update={"learning_rate": rate, "matrix_learning_rate": train.optimizer.matrix_learning_rate * share}

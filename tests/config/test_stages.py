@@ -90,6 +90,17 @@ def test_muons_rate_keeps_its_proportion(recipe):
     assert (given.learning_rate, given.matrix_learning_rate) == pytest.approx((2e-3, 5e-3 / 4))
 
 
+@pytest.mark.parametrize("decay", [(0.3, 0.8), (0.3, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("tail_start", [0.9, 1.0])
+def test_a_phase_goes_on_at_the_rate_that_pretraining_ends_with(recipe, decay, tail_start):
+    moments = {"decay_start": decay[0], "decay_end": decay[1], "tail_start": max(tail_start, decay[1])}
+    moments |= {"decay_factor": 0.25, "tail_factor": 0.5}
+    settings = [f"train.schedule.{key}={value}" for key, value in moments.items()]
+    config = load_run_config(recipe(MINIMAL + PHASES), [*settings, "train.optimizer.learning_rate=0.01"])
+    last = Course(config.train.schedule, 100_000, 1).at(99_999).learning_rate_factor
+    assert stages(config)[1].config.train.optimizer.learning_rate == pytest.approx(0.01 * last, rel=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_held_schedule_is_what_the_last_step_had(seed):
     rng = random.Random(seed)
