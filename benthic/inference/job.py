@@ -41,7 +41,7 @@ class Job:
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, *, number: int, priority: int, deadline_s: float | None,
-        scope: str, limit: int, vocab_size: int, chunk: int, table_width: int,
+        scope: str, limit: int, vocab_size: int, chunk: int,
     ) -> None:  # fmt: skip
         self.request, self.sampling = request, request.sampling
         self.priority, self.rank = priority, (-priority, number)
@@ -60,7 +60,7 @@ class Job:
         self.pages: list[int] = []
         """Pages it holds alone."""
         self.chunks: list[Chunk] = []
-        self.table_P = torch.full((table_width,), -1, dtype=torch.int32)
+        self.table_P = torch.full((pages_for(limit),), -1, dtype=torch.int32)
         self.page_count = 0
         self.cached_tokens = self.drafted = self.accepted = self.preemptions = 0
         self._keys, self._chunk, self._scope = list[bytes](), chunk, scope
@@ -83,8 +83,17 @@ class Job:
         """It is being worked on, perhaps again."""
         self._started = self._started or time.monotonic()
 
-    def add_pages(self, pages: Sequence[int]) -> None:
-        """Further pages for the tokens to come."""
+    def take(self, pages: Sequence[int]) -> None:
+        """Further pages of its own for the tokens to come."""
+        self._add(pages)
+        self.pages += pages
+
+    def use(self, chunk: Chunk) -> None:
+        """A chunk that others use too, for the tokens to come."""
+        self._add(chunk.pages)
+        self.chunks.append(chunk)
+
+    def _add(self, pages: Sequence[int]) -> None:
         end = self.page_count + len(pages)
         self.table_P[self.page_count : end] = torch.tensor(pages, dtype=torch.int32)
         self.page_count = end

@@ -126,7 +126,6 @@ class Scheduler:
         job = Job(
             request, self.tokenizer, number=number, priority=priority, deadline_s=deadline_s, scope=scope, limit=limit,
             vocab_size=self.config.vocab_size, chunk=self.chunk,
-            table_width=pages_for(limit + self.pace.max_depth),
         )  # fmt: skip
         with self._lock:
             self._inbox.append(job)
@@ -236,8 +235,7 @@ class Scheduler:
         while (missing := pages_for(tokens) - job.page_count) > 0:
             pages = self._pool.take(missing)
             if pages is not None:
-                job.add_pages(pages)
-                job.pages += pages
+                job.take(pages)
                 return True
             victim = max(self._running, key=lambda other: other.rank)
             if victim is job:
@@ -282,8 +280,7 @@ class Scheduler:
         chunk = self._pool.find(job.chunk_key(job.read // self.chunk))
         if chunk is None:
             return False
-        job.add_pages(chunk.pages)
-        job.chunks.append(chunk)
+        job.use(chunk)
         job.read = end
         if not job.preemptions:
             job.cached_tokens += self.chunk
@@ -378,7 +375,7 @@ class Scheduler:
             for job, ids in zip(jobs, known, strict=True)
         ]
         depths = self.pace.depths(requests, sum(map(len, known)))
-        depths = [min(depth, self._room_to_draft(job, depth)) for job, depth in zip(jobs, depths, strict=True)]
+        depths = [depth and self._room_to_draft(job, depth) for job, depth in zip(jobs, depths, strict=True)]
         self._draft_depth = sum(depths) / len(depths)
         if not any(depths):
             return [[] for _ in jobs]
@@ -403,13 +400,12 @@ class Scheduler:
         return max(0, min(job.limit - len(job.ids) - 1, self.pace.max_depth))
 
     def _room_to_draft(self, job: Job, depth: int) -> int:
-        """Drafts there are pages for, after taking what is free; nobody has to give way to a guess."""
+        """As many of these drafts as there are pages for; chunks that nobody uses give way to a guess, but no request."""
         missing = pages_for(len(job.ids) + depth) - job.page_count
-        pages = self._pool.take(missing) if depth and missing > 0 else None
-        if pages:
-            job.add_pages(pages)
-            job.pages += pages
-        return job.page_count * PAGE - len(job.ids)
+        pages = self._pool.take(missing) if missing > 0 else None
+        if pages is not None:
+            job.take(pages)
+        return max(0, min(depth, job.page_count * PAGE - len(job.ids)))
 
     def _use(self, job: Job, row: list[int], drafted: int, logits_TV: Tensor, hidden_TD: Tensor) -> None:
         """Take what decoding gave for one job's rows: tokens, as long as each row's own token turns out right."""

@@ -119,11 +119,13 @@ def workload(rng, requests):
     ]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize("seed", range(6))
 def test_the_same_to_the_last_bit_whatever_the_company_the_memory_and_the_drafts(schedule, seed):
     """Few pages, so that requests are preempted and shared chunks evicted; priorities; cancellations; random drafts."""
     rng = random.Random(seed)
-    work = workload(rng, 10)
+    # Three that cannot stay in so few pages together, whatever the dice say of the others.
+    long = Sampling(max_new_tokens=130, temperature=0.0, ignore_eos=True)
+    work = [*(([n], long) for n in range(3)), *workload(rng, 10)]
     alone = [finish(s := schedule(max_batch=1), s.submit(*each))[0] for each in work]
     scheduler = schedule(pages=rng.choice([4, 5, 6]), max_batch=rng.choice([4, 8]), max_draft=3,
                          pace=RandomDepths(3, seed))  # fmt: skip
@@ -153,6 +155,29 @@ def test_the_same_to_the_last_bit_whatever_the_company_the_memory_and_the_drafts
     assert stats.cached_tokens > 0
     assert stats.accepted_tokens > 0
     assert sum(stats.finished.values()) == len(work)
+
+
+class Never(Pace):
+    """Never drafts, though it might."""
+
+    def depths(self, requests, rows):
+        return [0 for _ in requests]
+
+
+def test_one_that_reads_again_beside_one_without_drafts_drafts_nothing(schedule):
+    """It has pages for its first rows only, far fewer than its tokens fill: less than no room for drafts."""
+    scheduler = schedule(max_batch=2, max_draft=2, pace=Never(2))
+    longer = Sampling(max_new_tokens=250, temperature=0.0, ignore_eos=True)
+    beside, again = (scheduler.submit([n], longer) for n in range(2))
+    while len(again.available()) < 3 * PAGE:
+        scheduler.step()
+    scheduler.submit([9], Sampling(max_new_tokens=2), priority=1)
+    depths = set()
+    while not (beside.done and again.done):
+        scheduler.step()
+        depths.add(scheduler.stats().draft_depth)
+    assert again.result.preemptions == 1
+    assert depths == {0.0}
 
 
 def _guess_well(scheduler, rng, expected):
