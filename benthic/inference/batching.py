@@ -28,7 +28,7 @@ class BatchEngine:
         **options: as :class:`~benthic.inference.scheduler.Scheduler` has them.
 
     Raises:
-        InputError: the memory holds not even one page.
+        InputError: a limit or an option is wrong, or the memory holds not even one page.
     """
 
     def __init__(

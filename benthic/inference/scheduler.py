@@ -112,15 +112,8 @@ class Scheduler:
         scope: str = "",
     ) -> Request:  # fmt: skip
         """Queue a prompt; raises ``InputError`` if it can never run."""
-        ids = check_prompt(self.config, prompt_ids)
-        self._check_settings(sampling)
-        limit = min(len(ids) + sampling.max_new_tokens, self.config.max_position_embeddings)
-        needed = pages_for(limit - 1)
-        if needed > self.cache.pages:
-            raise InputError(
-                f"prompt: {len(ids)} tokens and max_new_tokens={limit - len(ids)} take {needed} pages of {PAGE} "
-                f"tokens; the cache has {self.cache.pages}: ask for fewer tokens, or start with a larger cache_gib"
-            )
+        ids = list(prompt_ids)
+        limit = self.check(ids, sampling)
         number = next(self._numbers)
         request = Request(f"req-{number}", ids, sampling)
         job = Job(
@@ -130,6 +123,18 @@ class Scheduler:
         with self._lock:
             self._inbox.append(job)
         return request
+
+    def check(self, ids: Sequence[int], sampling: Sampling) -> int:
+        """Tokens that prompt and answer have at most together; raises ``InputError`` if the request can never run."""
+        check_request(self.config, ids, sampling)
+        limit = min(len(ids) + sampling.max_new_tokens, self.config.max_position_embeddings)
+        needed = pages_for(limit - 1)
+        if needed > self.cache.pages:
+            raise InputError(
+                f"prompt: {len(ids)} tokens and max_new_tokens={limit - len(ids)} take {needed} pages of {PAGE} "
+                f"tokens; the cache has {self.cache.pages}: ask for fewer tokens, or start with a larger cache_gib"
+            )
+        return limit
 
     @property
     def has_work(self) -> bool:
@@ -154,13 +159,6 @@ class Scheduler:
             decode_s=self._seconds["decode"], draft_s=self._seconds["draft"], finished=dict(self._finished),
             decoder=self._decoder.name, draft_depth=self._draft_depth,
         )  # fmt: skip
-
-    def _check_settings(self, sampling: Sampling) -> None:
-        ids = {"logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
-        for name, tokens in ids.items():
-            for token in tokens:
-                if token >= self.config.vocab_size:
-                    raise InputError(f"{name}: token id {token}; must be from 0 to {self.config.vocab_size - 1}")
 
     # ------------------------------------------------------------------ from the thread that steps
 
@@ -471,19 +469,19 @@ class Scheduler:
         job.request.deliver(tokens, job.outcome(reason, error))
 
 
-def check_prompt(config: ModelConfig, prompt_ids: Sequence[int]) -> list[int]:
-    """The ids, if the model can read them; raises ``InputError``."""
-    ids = list(prompt_ids)
+def check_request(config: ModelConfig, ids: Sequence[int], sampling: Sampling) -> None:
+    """Raises ``InputError`` if the model cannot read a prompt, or does not know a token that the settings name."""
     if not ids:
         raise InputError("prompt: must not be empty")
     if len(ids) >= config.max_position_embeddings:
         raise InputError(
             f"prompt: {len(ids)} tokens; must be fewer than max_position_embeddings={config.max_position_embeddings}"
         )
-    for token in ids:
-        if not 0 <= token < config.vocab_size:
-            raise InputError(f"prompt: token id {token}; must be from 0 to {config.vocab_size - 1}")
-    return ids
+    named = {"prompt": ids, "logit_bias": sampling.logit_bias, "stop_token_ids": sampling.stop_token_ids}
+    for name, tokens in named.items():
+        for token in tokens:
+            if not 0 <= token < config.vocab_size:
+                raise InputError(f"{name}: token id {token}; must be from 0 to {config.vocab_size - 1}")
 
 
 def _cache(model: LanguageModel, gib: float, dtype: torch.dtype | None, *, mtp_layers: int) -> PagedCache:
