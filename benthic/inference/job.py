@@ -76,8 +76,8 @@ class Job:
 
     @property
     def outstanding_pages(self) -> int:
-        """Pages it still has to take for what is known of it, and the token after that."""
-        return max(0, pages_for(len(self.ids) + 1) - self.page_count)
+        """Pages it still has to take for what is known of it, and the token after that unless it is the last."""
+        return max(0, pages_for(min(len(self.ids) + 1, self.limit - 1)) - self.page_count)
 
     def start(self) -> None:
         """It is being worked on, perhaps again."""
@@ -105,10 +105,12 @@ class Job:
         if self.drafting is not None:
             self.drafting = Drafting(len(self.drafting.waiting), self.drafting.acceptance)
 
-    def chunk_keys(self) -> Iterable[bytes]:
-        """Keys of the prompt's whole chunks, in order."""
-        for index in range(self.prompt_length // self._chunk):
-            yield self.chunk_key(index)
+    def keys_ahead(self) -> Iterable[bytes]:
+        """Keys of the chunks that it has still to read and may share with others, in order."""
+        if self.sampling.prompt_logprobs is None:
+            for end in range(self.read + self._chunk, self.prompt_length + 1, self._chunk):
+                if end < len(self.ids):  # a token is left to begin the answer from
+                    yield self.chunk_key(end // self._chunk - 1)
 
     def chunk_key(self, index: int) -> bytes:
         """Key of one whole chunk of the prompt."""

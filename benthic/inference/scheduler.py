@@ -219,14 +219,18 @@ class Scheduler:
             job.drafting = Drafting(self._drafter.modules, acceptance)
 
     def _has_room_for(self, job: Job) -> bool:
-        """Whether what is known of it fits beside what is known of the others; alone it always does."""
+        """Whether what is known of it fits beside what is known of the others; alone it always does.
+
+        Chunks that somebody uses take no room, and those that several will read take it once.
+        """
         if not self._running:
             return True
-        needed = job.outstanding_pages
-        if job.sampling.prompt_logprobs is None:
-            in_use = itertools.takewhile(self._pool.in_use, job.chunk_keys())
-            needed -= sum(self.chunk // PAGE for _ in in_use)
-        return needed <= self._pool.available - sum(other.outstanding_pages for other in self._running)
+        jobs, chunks, shared = [*self._running, job], set[bytes](), 0
+        for key in itertools.chain.from_iterable(each.keys_ahead() for each in jobs):
+            shared += key in chunks or self._pool.in_use(key)
+            chunks.add(key)
+        needed = sum(each.outstanding_pages for each in jobs) - shared * (self.chunk // PAGE)
+        return needed <= self._pool.available
 
     def _ensure(self, job: Job, tokens: int) -> bool:
         """Give a running job pages for so many tokens, at the cost of jobs that come after it if need be."""
@@ -275,7 +279,9 @@ class Scheduler:
         """Use a chunk that has been read before, if there is one and a token is left to begin the answer from."""
         if end - job.read < self.chunk or end == len(job.ids) or job.sampling.prompt_logprobs is not None:
             return False
-        chunk = self._pool.find(job.chunk_key(job.read // self.chunk))
+        # Else one request without drafts would keep them from all that begin like it, for as long as they come.
+        with_drafts = job.drafting is not None and not self.pace.given_up
+        chunk = self._pool.find(job.chunk_key(job.read // self.chunk), with_drafts=with_drafts)
         if chunk is None:
             return False
         job.use(chunk)
@@ -299,7 +305,7 @@ class Scheduler:
         if job.drafting is not None:
             job.drafting.add(start, hidden_TD)
             self._drafter.catch_up(job)
-        # The last position is read by the MTP modules when the token after it is known: until then it is not shared.
+        # A chunk that ends the text is kept for this job: the first MTP module cannot read its last position yet.
         if end - start == self.chunk and end < len(job.ids):
             self._share(job, end)
         if end == len(job.ids):

@@ -6,7 +6,7 @@ import torch
 
 from benthic.errors import InputError
 from benthic.inference.decode import ReferenceDecoder, decoder
-from benthic.inference.pace import Pace
+from benthic.inference.pace import Acceptance, Pace
 from benthic.inference.paged_cache import PAGE
 from benthic.inference.request import Sampling
 from benthic.inference.sampling import Sampler, log_probabilities
@@ -229,9 +229,44 @@ def test_the_last_token_of_a_prompt_is_always_read(schedule):
 def test_those_who_ask_the_same_at_once_share_while_they_run(schedule):
     prompt, scheduler = ids(random.Random(1), 3 * PAGE + 5), schedule(pages=10)
     requests = [scheduler.submit(prompt, Sampling(seed=n, max_new_tokens=4)) for n in range(6)]
+    scheduler.step()
+    assert scheduler.stats().running == 6
     completions = finish(scheduler, *requests)
     assert sum(completion.cached_tokens for completion in completions) == 5 * 3 * PAGE
     assert scheduler.stats().preemptions == 0  # six alone would take 24 pages
+
+
+def test_a_token_that_is_never_read_needs_no_room(schedule):
+    scheduler = schedule(pages=2)
+    requests = [scheduler.submit([n] * PAGE, Sampling(max_new_tokens=1)) for n in range(2)]
+    scheduler.step()
+    assert scheduler.stats().waiting == 0
+    assert all(result.preemptions == 0 for result in finish(scheduler, *requests))
+
+
+def test_a_chunk_that_must_be_read_again_takes_room(schedule):
+    """It is in the cache and in use, but the answer begins from its last token."""
+    scheduler = schedule(pages=3)
+    first = scheduler.submit([5] * PAGE + [3], Sampling(max_new_tokens=30, ignore_eos=True))
+    scheduler.step()
+    scheduler.step()
+    again = scheduler.submit([5] * PAGE, Sampling(max_new_tokens=30, ignore_eos=True))
+    scheduler.step()
+    assert (scheduler.stats().running, scheduler.stats().waiting) == (1, 1)
+    assert [result.preemptions for result in finish(scheduler, first, again)] == [0, 0]
+
+
+def test_one_that_drafts_reads_again_what_was_read_without_drafts_unless_they_are_given_up(schedule):
+    scheduler = schedule(max_draft=2, pace=(pace := RandomDepths(2, 0)))
+    found = []
+    for number, (drafts, given_up) in enumerate([(0, 0), (1, 1), (1, 0), (1, 0)]):
+        pace.new_request = lambda drafts=drafts: Acceptance([0.5] * 2) if drafts else None
+        pace._failed_trials = 100 * given_up
+        sampling = Sampling(max_new_tokens=20, temperature=0.0, ignore_eos=True)
+        found += finish(scheduler, scheduler.submit([7] * (PAGE + 5), sampling))
+        assert found[number] == found[0]
+    assert [result.cached_tokens for result in found] == [0, PAGE, 0, PAGE]
+    assert [result.drafted_tokens > 0 for result in found] == [False, False, True, True]
 
 
 def test_scopes_share_nothing(schedule):
