@@ -11,8 +11,9 @@ from typing import Any, Unpack
 from benthic.config.schema import InferenceConfig
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError, WorkFailed
+from benthic.inference.limits import Options
 from benthic.inference.request import Completion, EngineStats, Request, Sampling
-from benthic.inference.scheduler import Options, Scheduler
+from benthic.inference.scheduler import Scheduler
 from benthic.model import LanguageModel
 
 Prompt = str | Sequence[int]

@@ -8,16 +8,11 @@ from torch import Tensor
 
 from benthic.data.tokenizer import Tokenizer
 from benthic.inference.pace import Acceptance
-from benthic.inference.paged_cache import PAGE
+from benthic.inference.paged_cache import pages_for
 from benthic.inference.pages import Chunk, chain_key, root_key
 from benthic.inference.request import Completion, FinishReason, PromptToken, Request, Token
 from benthic.inference.sampling import Sampler
 from benthic.inference.text import TextStream
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that so many tokens fill or begin."""
-    return -(-tokens // PAGE)
 
 
 class Drafting:

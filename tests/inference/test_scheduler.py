@@ -6,11 +6,12 @@ import torch
 
 from benthic.errors import InputError
 from benthic.inference.decode import ReferenceDecoder, decoder
+from benthic.inference.limits import chunk_length
 from benthic.inference.pace import Acceptance, Pace
 from benthic.inference.paged_cache import PAGE
 from benthic.inference.request import Sampling
 from benthic.inference.sampling import Sampler, log_probabilities
-from benthic.inference.scheduler import Scheduler, chunk_length
+from benthic.inference.scheduler import Scheduler
 from benthic.model import build_model
 from benthic.ops import native
 
@@ -38,7 +39,7 @@ def schedule(longer, tokenizer, request, monkeypatch):
             longer, tokenizer, cache_gib=(pages + 0.5) * page_bytes / 2**30, max_batch=max_batch, max_draft=max_draft
         )
         assert scheduler.cache.pages == pages
-        scheduler.pace = pace or scheduler.pace
+        scheduler.speculation.pace = pace or scheduler.speculation.pace
         return scheduler
 
     return build
@@ -189,7 +190,7 @@ def test_one_that_reads_again_beside_one_without_drafts_drafts_nothing(schedule)
 
 def _guess_well(scheduler, rng, expected):
     """Replace half of the modules' guesses by what will turn out right, since modules of a fresh model guess badly."""
-    draft = scheduler._drafter.draft
+    draft = scheduler.speculation.drafter.draft
 
     def well(jobs, depths):
         drafts = draft(jobs, depths)
@@ -200,7 +201,7 @@ def _guess_well(scheduler, rng, expected):
                 guesses[: len(said) - at] = said[at : at + len(guesses)]
         return drafts
 
-    scheduler._drafter.draft = well
+    scheduler.speculation.drafter.draft = well
 
 
 def test_a_prompt_that_begins_like_an_earlier_one_is_not_read_again_and_says_the_same(schedule):
