@@ -484,4 +484,6 @@ def test_options_that_are_not_there_are_refused(longer, tokenizer, option, words
 
 def test_without_a_compiler_the_reference_decodes(longer, monkeypatch):
     monkeypatch.setattr(native, "decode_library", lambda: (None, "no compiler"))
-    assert isinstance(decoder(longer), ReferenceDecoder)
+    found = decoder(longer)
+    assert isinstance(found, ReferenceDecoder)
+    assert found.name == "no compiler"
