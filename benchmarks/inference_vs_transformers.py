@@ -3,12 +3,13 @@
     pip install 'benthic[peers]'
     python benchmarks/inference_vs_transformers.py [PRESET]
 
-Prefill reads 512 and 2048 tokens, up to the logits of the next; decode appends one token to a cache of 128 and 2048.
-Both models are random fp32 of the same sizes, and the repeats alternate so that a busy moment falls on both.
+Prefill reads 512 and 2048 tokens, up to the logits of the next; decode appends one token to a cache of 128 and 2048,
+and forgets it again. Both models are random fp32 of the same sizes, and the repeats alternate so that a busy moment
+falls on both.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -18,8 +19,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 from benthic.config.presets import PRESETS
 from benthic.config.schema import ModelConfig
 from benthic.convert.config import config_to_hf
-from benthic.inference.cache import LatentCache
-from benthic.lab.bench_inference import decode_step
+from benthic.lab.bench_inference import decode_step, prompt_reader
 from benthic.model import build_model
 
 REPEATS = 7
@@ -27,19 +27,15 @@ DECODE_STEPS = 8
 
 
 class Ours:
-    """Benthic's transformer over its latent cache."""
+    """Benthic as its engine reads and decodes."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.model = build_model(config)
-        self.config = config
 
-    def prefill(self, tokens_BT: torch.Tensor) -> LatentCache:
-        """Reads tokens into a new cache and computes the logits after the last."""
-        transformer = self.model.transformer
-        cache = LatentCache(self.config.num_hidden_layers, 1, self.config.latent_dim, dtype=torch.float32)
-        hidden_BTD, _ = transformer.hidden(tokens_BT, cache=cache)
-        transformer.head(hidden_BTD[:, -1]).argmax(-1)
-        return cache
+    def reader(self, length: int) -> Callable[[torch.Tensor], object]:
+        """What reads tokens (1, T) and computes the logits after the last."""
+        read = prompt_reader(self.model, length)
+        return lambda tokens_1T: read(tokens_1T[0].tolist())
 
     def decoder(self, context: int) -> Callable[[torch.Tensor], object]:
         """What decodes a token (1, 1) over a cache of this many tokens."""
@@ -53,18 +49,23 @@ class Theirs:
     def __init__(self, config: ModelConfig) -> None:
         self.model = DeepseekV3ForCausalLM(DeepseekV3Config(**config_to_hf(config, torch.float32, {}))).eval()
 
-    def prefill(self, tokens_BT: torch.Tensor) -> DynamicCache:
-        """Reads tokens into a new cache and computes the logits after the last."""
-        cache = DynamicCache()
-        self.step(tokens_BT, cache)
-        return cache
+    def reader(self, length: int) -> Callable[[torch.Tensor], object]:
+        """What reads tokens (1, T) into a new cache and computes the logits after the last."""
+        return lambda tokens_1T: self._step(tokens_1T, DynamicCache())
 
     def decoder(self, context: int) -> Callable[[torch.Tensor], object]:
-        """What decodes a token (1, 1) over a cache of this many tokens, which grows by it."""
-        cache = self.prefill(torch.randint(self.model.config.vocab_size, (1, context)))
-        return lambda token_11: self.step(token_11, cache)
+        """What decodes a token (1, 1) over a cache of this many tokens, and always the same."""
+        cache = DynamicCache()
+        self._step(torch.randint(self.model.config.vocab_size, (1, context)), cache)
 
-    def step(self, tokens_BT: torch.Tensor, cache: DynamicCache) -> None:
+        def decode(token_11: torch.Tensor) -> None:
+            self._step(token_11, cache)
+            cache.crop(-1)  # else it grows from step to step, by more than itself at a context of 128
+            assert cache.get_seq_length() == context
+
+        return decode
+
+    def _step(self, tokens_BT: torch.Tensor, cache: DynamicCache) -> None:
         """Appends tokens to the cache and computes the logits after the last."""
         self.model(tokens_BT, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
@@ -77,8 +78,9 @@ def main(preset: str) -> None:
     print(f"{preset}, fp32, batch 1, {torch.get_num_threads()} threads")
     print(f"{'work':<16}{'benthic tok/s':>16}{'transformers tok/s':>20}{'ratio':>8}")
     for length in (512, 2048):
-        tokens_BT = torch.randint(config.vocab_size, (1, length))
-        works = [lambda engine=engine, tokens=tokens_BT: engine.prefill(tokens) for engine in engines]
+        tokens_1T = torch.randint(config.vocab_size, (1, length))
+        readers = [engine.reader(length) for engine in engines]
+        works = [lambda read=read, tokens=tokens_1T: read(tokens) for read in readers]
         report(f"prefill {length}", length, works)
     for context in (128, 2048):
         report(f"decode at {context}", DECODE_STEPS, [decoder(engine, config, context) for engine in engines])
@@ -109,4 +111,7 @@ def report(name: str, tokens: int, works: list[Callable[[], object]]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "bench-400m")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    presets = [name for name in PRESETS if "bench" in name]
+    parser.add_argument("preset", nargs="?", default="bench-400m", choices=presets)
+    main(parser.parse_args().preset)

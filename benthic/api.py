@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from benthic.config.complain import complaint
-from benthic.config.load import load_run_config
+from benthic.config.load import inference_defaults
 from benthic.config.schema import InferenceConfig, RunConfig
 from benthic.config.stages import PRETRAIN
 from benthic.convert.huggingface import is_written_for, save_hf
@@ -103,8 +103,7 @@ class Engine(engine.Engine):
 
 
 def _defaults(path: Path, settings: dict[str, Any]) -> InferenceConfig:
-    recipe = path / "config.toml"
-    of_run = load_run_config(recipe).inference if recipe.is_file() else InferenceConfig()
+    of_run = inference_defaults(path)
     try:
         return InferenceConfig.model_validate(of_run.model_dump() | settings)
     except ValidationError as error:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from benthic.config.complain import complaint, nearest, shown, source_of
 from benthic.config.presets import PRESETS
-from benthic.config.schema import RunConfig, ServeConfig, Settings
+from benthic.config.schema import InferenceConfig, RunConfig, ServeConfig, Settings
 from benthic.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -118,6 +118,16 @@ def dump_toml(config: RunConfig) -> str:
     TOML has no null: a setting that is ``None`` is left out, and every such setting has ``None`` as its default.
     """
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def inference_defaults(directory: Path) -> InferenceConfig:
+    """``[inference]`` of a run; of any other directory with a model, what the schema says.
+
+    Raises:
+        InputError: the run's ``config.toml`` is damaged.
+    """
+    recipe = directory / "config.toml"
+    return load_run_config(recipe).inference if recipe.is_file() else InferenceConfig()
 
 
 def recipe_names() -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any, Self, Unpack
 from benthic.config.schema import InferenceConfig
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError, WorkFailed
+from benthic.inference.limits import Options
 from benthic.inference.request import EngineStats, QueueFull, Request, Sampling
-from benthic.inference.scheduler import Options, Scheduler
+from benthic.inference.scheduler import Scheduler
 from benthic.model import LanguageModel
 
 
@@ -28,7 +29,7 @@ class BatchEngine:
         **options: as :class:`~benthic.inference.scheduler.Scheduler` has them.
 
     Raises:
-        InputError: the memory holds not even one page.
+        InputError: a limit or an option is wrong, or the memory holds not even one page.
     """
 
     def __init__(

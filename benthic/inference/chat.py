@@ -72,13 +72,15 @@ class Conversation:
         self._sampling |= sampling
 
     def answer(self, text: str) -> Iterator[str]:
-        """Stream the answer; it joins the history, as far as it got.
+        """Stream the answer; from its first piece on it is in the history with the question, as far as it got.
 
         Raises:
-            InputError: ``text`` is too long for the model, and the history is as before.
+            InputError: ``text`` is too long for the model or the cache; at the call, and the history is as before.
         """
         asked, ids = self._fitting([*self.messages, {"role": "user", "content": text}])
-        stream = self._engine.stream(ids, **self._sampling)
+        return self._answer(asked, self._engine.stream(ids, **self._sampling))
+
+    def _answer(self, asked: list[dict[str, str]], stream: Iterator[str]) -> Iterator[str]:
         said = ""
         try:
             for piece in stream:

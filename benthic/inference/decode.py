@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benthic.inference.native_decode import native_decoder
+from benthic.inference.huge_pages import use_huge_pages
+from benthic.inference.native_decode import CannotDecodeNatively, NativeDecoder
 from benthic.inference.paged_cache import PagedCache, PagedView
 from benthic.inference.weights import round_weights
 from benthic.model import LanguageModel
@@ -27,7 +28,7 @@ class Decoder(Protocol):
     """A way to decode with one model. What it returns belongs to the caller: no buffer is used again."""
 
     name: str
-    """For reports: which kernels, in a few words."""
+    """For reports: which kernels, in a few words, and why no faster ones."""
 
     def __call__(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache
@@ -97,25 +98,29 @@ def read_mtp(model: LanguageModel, module: int, hidden_TD: Tensor, tokens_T: Ten
 
 
 def decoder(model: LanguageModel, precision: Precision | None = None) -> Decoder:
-    """The fastest way to decode with this model on this machine.
+    """The fastest way to decode with this model on this machine; its weights go to huge pages where there are such.
 
     Args:
         model: with a ``precision``, its weights are replaced by what they are worth in it, so that prompts are read
             with the same numbers.
         precision: that weights are kept in for decoding; by default the one they have.
     """
-    native = native_decoder(model, precision=precision)
+    found: Decoder
+    try:
+        found = NativeDecoder(model, precision=precision)
+    except CannotDecodeNatively as error:
+        found = ReferenceDecoder(model, str(error))
     if precision is not None:
-        with torch.no_grad():
-            round_weights(model, precision)
-    return native or ReferenceDecoder(model)
+        round_weights(model, precision)
+    use_huge_pages(model.parameters())
+    return found
 
 
 class ReferenceDecoder:
     """The PyTorch functions of this module, for one model."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self.name = "PyTorch, row by row"
+    def __init__(self, model: LanguageModel, name: str = "PyTorch decoding") -> None:
+        self.name = name
         self._model = model
 
     def __call__(

@@ -11,8 +11,9 @@ from typing import Any, Unpack
 from benthic.config.schema import InferenceConfig
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError, WorkFailed
+from benthic.inference.limits import Options
 from benthic.inference.request import Completion, EngineStats, Request, Sampling
-from benthic.inference.scheduler import Options, Scheduler, check_prompt
+from benthic.inference.scheduler import Scheduler
 from benthic.model import LanguageModel
 
 Prompt = str | Sequence[int]
@@ -32,7 +33,7 @@ class Engine:
         **options: as :class:`~benthic.inference.scheduler.Scheduler` has them.
 
     Raises:
-        InputError: a limit is wrong.
+        InputError: an option is wrong, or the memory holds not even one page.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Engine:
         settings = self.settings(**sampling)
         if settings.constraint is not None and len(prompts) > 1:
             raise InputError("constraint: it serves one prompt only")
-        all_ids = [check_prompt(self.config, self._ids(prompt)) for prompt in prompts]
+        all_ids = [self._checked(prompt, settings) for prompt in prompts]
         requests: list[Request] = []
         with self._cancelling(requests):
             requests += [self._scheduler.submit(ids, settings) for ids in all_ids]
@@ -76,10 +77,14 @@ class Engine:
 
         Args:
             prompt: text or token ids.
-            **sampling: as for :meth:`generate`, whose errors it raises, before the first piece.
+            **sampling: as for :meth:`generate`.
+
+        Raises:
+            InputError: as :meth:`generate`, at the call.
+            WorkFailed: the model's logits are not finite; where the pieces are read.
         """
         settings = self.settings(**sampling)
-        return self._stream(check_prompt(self.config, self._ids(prompt)), settings)
+        return self._stream(self._checked(prompt, settings), settings)
 
     def settings(self, /, **sampling: Any) -> Sampling:
         """The defaults with ``sampling`` over them; raises ``InputError`` if a key or value is wrong."""
@@ -120,6 +125,12 @@ class Engine:
         finally:
             for request in requests:
                 request.cancel()
+
+    def _checked(self, prompt: Prompt, settings: Sampling) -> list[int]:
+        """The prompt's ids, if it can run."""
+        ids = list(self._ids(prompt))
+        self._scheduler.check(ids, settings)
+        return ids
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         if isinstance(prompt, str) and prompt:

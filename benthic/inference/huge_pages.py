@@ -2,21 +2,21 @@
 
 import ctypes
 import sys
+from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 _HUGE_PAGE = 2 * 2**20
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # linux/mman.h
 
 
-def use_huge_pages(module: nn.Module) -> None:
-    """Ask Linux to put a module's large CPU parameters on huge pages; where it will not, nothing changes."""
-    for parameter in module.parameters():
-        put_on_huge_pages(parameter)
+def use_huge_pages(tensors: Iterable[Tensor]) -> None:
+    """Ask Linux to put large tensors on the CPU on huge pages, where they are; where it will not, nothing changes."""
+    for tensor in tensors:
+        _use_huge_pages(tensor)
 
 
-def put_on_huge_pages(tensor: Tensor) -> None:
-    """The same for one tensor."""
+def _use_huge_pages(tensor: Tensor) -> None:
     if sys.platform != "linux" or tensor.device.type != "cpu":
         return
     start = -(-tensor.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE

@@ -8,16 +8,11 @@ from torch import Tensor
 
 from benthic.data.tokenizer import Tokenizer
 from benthic.inference.pace import Acceptance
-from benthic.inference.paged_cache import PAGE
+from benthic.inference.paged_cache import pages_for
 from benthic.inference.pages import Chunk, chain_key, root_key
 from benthic.inference.request import Completion, FinishReason, PromptToken, Request, Token
 from benthic.inference.sampling import Sampler
 from benthic.inference.text import TextStream
-
-
-def pages_for(tokens: int) -> int:
-    """Pages that so many tokens fill or begin."""
-    return -(-tokens // PAGE)
 
 
 class Drafting:
@@ -41,7 +36,7 @@ class Job:
 
     def __init__(
         self, request: Request, tokenizer: Tokenizer, *, number: int, priority: int, deadline_s: float | None,
-        scope: str, limit: int, vocab_size: int, chunk: int, table_width: int,
+        scope: str, limit: int, vocab_size: int, chunk: int,
     ) -> None:  # fmt: skip
         self.request, self.sampling = request, request.sampling
         self.priority, self.rank = priority, (-priority, number)
@@ -60,7 +55,7 @@ class Job:
         self.pages: list[int] = []
         """Pages it holds alone."""
         self.chunks: list[Chunk] = []
-        self.table_P = torch.full((table_width,), -1, dtype=torch.int32)
+        self.table_P = torch.full((pages_for(limit),), -1, dtype=torch.int32)
         self.page_count = 0
         self.cached_tokens = self.drafted = self.accepted = self.preemptions = 0
         self._keys, self._chunk, self._scope = list[bytes](), chunk, scope
@@ -76,15 +71,24 @@ class Job:
 
     @property
     def outstanding_pages(self) -> int:
-        """Pages it still has to take for what is known of it, and the token after that."""
-        return max(0, pages_for(len(self.ids) + 1) - self.page_count)
+        """Pages it still has to take for what is known of it, and the token after that unless it is the last."""
+        return max(0, pages_for(min(len(self.ids) + 1, self.limit - 1)) - self.page_count)
 
     def start(self) -> None:
         """It is being worked on, perhaps again."""
         self._started = self._started or time.monotonic()
 
-    def add_pages(self, pages: Sequence[int]) -> None:
-        """Further pages for the tokens to come."""
+    def take(self, pages: Sequence[int]) -> None:
+        """Further pages of its own for the tokens to come."""
+        self._add(pages)
+        self.pages += pages
+
+    def use(self, chunk: Chunk) -> None:
+        """A chunk that others use too, for the tokens to come."""
+        self._add(chunk.pages)
+        self.chunks.append(chunk)
+
+    def _add(self, pages: Sequence[int]) -> None:
         end = self.page_count + len(pages)
         self.table_P[self.page_count : end] = torch.tensor(pages, dtype=torch.int32)
         self.page_count = end
@@ -96,10 +100,12 @@ class Job:
         if self.drafting is not None:
             self.drafting = Drafting(len(self.drafting.waiting), self.drafting.acceptance)
 
-    def chunk_keys(self) -> Iterable[bytes]:
-        """Keys of the prompt's whole chunks, in order."""
-        for index in range(self.prompt_length // self._chunk):
-            yield self.chunk_key(index)
+    def keys_ahead(self) -> Iterable[bytes]:
+        """Keys of the chunks that it has still to read and may share with others, in order."""
+        if self.sampling.prompt_logprobs is None:
+            for end in range(self.read + self._chunk, self.prompt_length + 1, self._chunk):
+                if end < len(self.ids):  # a token is left to begin the answer from
+                    yield self.chunk_key(end // self._chunk - 1)
 
     def chunk_key(self, index: int) -> bytes:
         """Key of one whole chunk of the prompt."""

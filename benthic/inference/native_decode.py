@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benthic.errors import WorkFailed
-from benthic.inference.huge_pages import put_on_huge_pages
+from benthic.inference.huge_pages import use_huge_pages
 from benthic.inference.native_layout import Layer, Matrix, Model, Request, check_layout
 from benthic.inference.weights import block_matrices, blocks_of, mtp_modules
 from benthic.model import LanguageModel
@@ -35,8 +35,6 @@ from benthic.precision.blocks import quantise_blocks
 from benthic.precision.panels import pack_panels
 from benthic.precision.quantise import Precision, bits_of, head_precision, quantise_groups
 
-PAGE = 64
-"""Tokens a page of the cache."""
 _FIRST_ANGLES = 4096
 _KINDS = {torch.float32: Matrix.FP32, torch.bfloat16: Matrix.BF16}
 
@@ -50,16 +48,6 @@ class Pages(Protocol):
 
 class CannotDecodeNatively(WorkFailed):
     """There is no native decoding here, or not of this model; the message says why."""
-
-
-def native_decoder(
-    model: LanguageModel, *, precision: Precision | None = None, threads: int | None = None
-) -> "NativeDecoder | None":
-    """A :class:`NativeDecoder`, or None where there cannot be one."""
-    try:
-        return NativeDecoder(model, precision=precision, threads=threads)
-    except CannotDecodeNatively:
-        return None
 
 
 class NativeDecoder:
@@ -91,7 +79,7 @@ class NativeDecoder:
             ctypes.byref(self._weights.model), ctypes.c_int64(threads or torch.get_num_threads())
         )
         weakref.finalize(self, library.decode_free, ctypes.c_void_p(self._decoder))
-        self._cos_TP = self._sin_TP = torch.empty(0, 0)
+        self._cos_TP = self._sin_TP = torch.empty(0, 0, dtype=torch.float32)
 
     @torch.inference_mode()
     def __call__(self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages) -> tuple[Tensor, Tensor]:
@@ -106,7 +94,7 @@ class NativeDecoder:
         Raises:
             IndexError: a token, a position or a page is out of range; the cache is as before.
         """
-        logits_BV = torch.empty(len(tokens_B), self._config.vocab_size)
+        logits_BV = torch.empty(len(tokens_B), self._config.vocab_size, dtype=torch.float32)
         hidden_BD = self._step(
             positions_B, table_BP, cache, layers=(0, self._config.num_hidden_layers), norm=self._weights.norms[0],
             tokens_B=tokens_B, logits_BV=logits_BV,
@@ -137,7 +125,7 @@ class NativeDecoder:
         tokens_B: Tensor, previous_BD: Tensor | None = None, logits_BV: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         batch, pages = len(positions_B), cache.pages_N[layers[0]]
-        hidden_BD = torch.empty(batch, self._config.hidden_size)
+        hidden_BD = torch.empty(batch, self._config.hidden_size, dtype=torch.float32)
         # Held by name until the step is done: what follows may be copies.
         positions_B, table_BP = positions_B.long().contiguous(), table_BP.int().contiguous()
         tokens_B = tokens_B.long().contiguous()
@@ -187,8 +175,7 @@ class _Weights:
             normalise=config.norm_topk_prob, eps=config.rms_norm_eps, latent_eps=blocks[0].attention.kv_norm.eps,
             softmax_scale=blocks[0].attention.scale, gate_scale=config.routed_scaling_factor,
         )  # fmt: skip
-        for tensor in self._kept:
-            put_on_huge_pages(tensor)
+        use_huge_pages(self._kept)
 
     def _layer(self, block: Block) -> Layer:
         layer = Layer(attention_norm=self._norm(block.attention_norm), ffn_norm=self._norm(block.ffn_norm))

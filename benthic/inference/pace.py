@@ -78,9 +78,14 @@ class Pace:
     def new_request(self) -> Acceptance | None:
         """What to expect of a new request; None if it had better do without drafts."""
         self._requests += 1
-        if not self.max_depth or (self._failed_trials >= _GIVE_UP and self._requests % _TRIAL_REQUESTS):
+        if not self.max_depth or (self.given_up and self._requests % _TRIAL_REQUESTS):
             return None
         return Acceptance(self.overall.rates)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether so many trials were in vain that most new requests do without drafts."""
+        return self._failed_trials >= _GIVE_UP
 
     def learn(self, request: Acceptance, drafted: int, accepted: int) -> None:
         """Drafts of a request have been verified."""

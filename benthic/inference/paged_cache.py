@@ -16,6 +16,11 @@ PAGE = 64
 """Tokens a page."""
 
 
+def pages_for(tokens: int) -> int:
+    """Pages that so many tokens fill or begin."""
+    return -(-tokens // PAGE)
+
+
 class PagedCache:
     """A pool of pages, one tensor per layer: ``pages_N[layer]`` is (pages, PAGE, L) and contiguous.
 
@@ -60,5 +65,4 @@ class PagedView:
         position_T = torch.arange(self.length, end)
         page_T, slot_T = self._table_P[position_T // PAGE], position_T % PAGE
         pages[page_T, slot_T] = latent_BTL[0].to(pages.dtype)
-        used = -(-end // PAGE)
-        return pages[self._table_P[:used]].flatten(0, 1)[:end].unsqueeze(0).to(self._dtype)
+        return pages[self._table_P[: pages_for(end)]].flatten(0, 1)[:end].unsqueeze(0).to(self._dtype)

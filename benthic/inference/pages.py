@@ -15,7 +15,11 @@ from dataclasses import dataclass
 
 @dataclass
 class Chunk:
-    """Pages of one chunk of a prompt, read-only once they are here."""
+    """Pages of one chunk of a prompt, of which nobody writes the transformer's layers any more.
+
+    What MTP modules have of its last positions depends on tokens after it: it is that of whoever read the chunk, and
+    may still be written. Drafts of others may be the worse for it, but nothing that is said.
+    """
 
     key: bytes
     pages: tuple[int, ...]
@@ -62,16 +66,19 @@ class PagePool:
         self._free += pages
 
     def share(self, key: bytes, pages: Sequence[int], *, has_drafts: bool) -> Chunk | None:
-        """Turn a sequence's pages into a chunk that it uses; None if there is such a chunk already."""
-        if key in self._chunks:
+        """Turn a sequence's pages into a chunk that it uses; None if there is one already that is as good."""
+        known = self._chunks.get(key)
+        if known is not None and known.has_drafts >= has_drafts:
             return None
+        if key in self._idle:
+            self._drop(key)
         chunk = self._chunks[key] = Chunk(key, tuple(pages), has_drafts)
         return chunk
 
-    def find(self, key: bytes) -> Chunk | None:
-        """The chunk of this key, which the caller now uses too."""
+    def find(self, key: bytes, *, with_drafts: bool = False) -> Chunk | None:
+        """The chunk of this key, which the caller now uses too; if need be, only one that MTP modules have read."""
         chunk = self._chunks.get(key)
-        if chunk is None:
+        if chunk is None or (with_drafts and not chunk.has_drafts):
             return None
         if chunk.users == 0:
             del self._idle[key]
@@ -84,18 +91,24 @@ class PagePool:
         return key in self._chunks and key not in self._idle
 
     def release(self, chunk: Chunk) -> None:
-        """One user less; the last leaves the chunk for whoever comes."""
+        """One user less; the last leaves the chunk for whoever comes, unless there is a better one by now."""
         chunk.users -= 1
-        if chunk.users == 0:
+        if chunk.users == 0 and self._chunks.get(chunk.key) is chunk:
             self._idle[chunk.key] = chunk
             self._idle_pages += len(chunk.pages)
+        elif chunk.users == 0:
+            self._free += chunk.pages
 
     def _evict(self) -> None:
-        key, chunk = self._idle.popitem(last=False)
+        self._drop(next(iter(self._idle)))
+        self.evictions += 1
+
+    def _drop(self, key: bytes) -> None:
+        """Forget a chunk that nobody uses."""
+        chunk = self._idle.pop(key)
         del self._chunks[key]
         self._idle_pages -= len(chunk.pages)
         self._free += chunk.pages
-        self.evictions += 1
 
 
 def chain_key(before: bytes, ids: Sequence[int]) -> bytes:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -27,6 +27,7 @@ _TopLogprobs = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
 _TokenId = Annotated[int, Field(ge=0)]
 
 
+@runtime_checkable
 class Constraint(Protocol):
     """A grammar that says which tokens may come next. It belongs to one request; the engine calls it in order."""
 
@@ -71,8 +72,8 @@ class Sampling(InferenceConfig):
     """Alternatives to report for each token."""
     prompt_logprobs: _TopLogprobs | None = None
     """Score the prompt's own tokens too, with so many alternatives each; the prompt is then read whole."""
-    constraint: Any = None
-    """A :class:`Constraint`; one object serves one request."""
+    constraint: Constraint | None = None
+    """One object serves one request."""
 
     @classmethod
     def checked(cls, defaults: InferenceConfig, given: dict[str, Any]) -> Self:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benthic.errors import WorkFailed
-from benthic.inference.request import Constraint, Sampling, TopLogprobs
+from benthic.inference.request import Sampling, TopLogprobs
 
 IntArray = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float64]
@@ -103,7 +103,7 @@ class Sampler:
     def __init__(self, settings: Sampling, prompt_ids: Sequence[int], vocab_size: int) -> None:
         self._settings, self._vocab_size = settings, vocab_size
         self._seed = secrets.randbits(63) if settings.seed is None else settings.seed
-        self._constraint: Constraint | None = settings.constraint
+        self._constraint = settings.constraint
         self._bias_V = _bias(settings, vocab_size)
         self._counts_V: Tensor | None = None
         self._seen_V: Tensor | None = None
@@ -117,7 +117,7 @@ class Sampler:
         """The token at ``position``, from logits (V,) in fp32 on the CPU; None if the constraint allows none.
 
         Raises:
-            WorkFailed: a logit is NaN or infinite, as damaged weights make them.
+            WorkFailed: a logit is NaN or plus infinity, or all are minus infinity, as damaged weights make them.
         """
         if not math.isfinite(logits_V.max()):
             raise WorkFailed("the model's logits are not finite: its weights are damaged, or its precision is too low")

@@ -1,7 +1,9 @@
 """Speed of inference here: reading a prompt against the best matrix product, decoding against memory bandwidth.
 
-The weights are random, and so are the tokens and the latents that fill the cache: a step's time hardly depends on
-what they are, except that random tokens choose different experts, as text does, and defeat the processor's caches.
+What is timed is what the engine does: prompts read in its chunks, one prompt after another, and steps of the decoder
+that it would choose, over the same paged cache. The weights are random, and so are the tokens and the latents that
+fill the cache: a step's time hardly depends on what they are, except that random tokens choose different experts, as
+text does, and defeat the processor's caches. MTP modules take no part.
 """
 
 import statistics
@@ -14,11 +16,12 @@ import torch
 
 from benthic.config.schema import ModelConfig
 from benthic.errors import InputError
-from benthic.inference.cache import LatentCache
+from benthic.inference.decode import decoder
 from benthic.inference.huge_pages import use_huge_pages
-from benthic.inference.native_decode import PAGE, native_decoder
-from benthic.inference.weights import round_weights
-from benthic.model import LanguageModel, Transformer, build_model
+from benthic.inference.limits import chunk_length
+from benthic.inference.paged_cache import PagedCache, pages_for
+from benthic.inference.prefill import read_chunk
+from benthic.model import LanguageModel, build_model
 from benthic.ops import native
 from benthic.plan.counts import main_model
 from benthic.plan.decode import decode_bytes
@@ -27,7 +30,6 @@ from benthic.plan.machine import measure_bandwidth_gb_s, measure_gemm_gflops
 from benthic.precision.quantise import Precision
 
 Arithmetic = Literal["fp32", "bf16"]
-_Step = Callable[[torch.Tensor], torch.Tensor]
 _DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16}
 """Of weights that stay as they are, and of the cache, where that is not fp32."""
 _REPEATS = 7
@@ -50,7 +52,8 @@ class InferenceSpeed:
     share_of_limit: float
     """Least time the work can take, by arithmetic (prefill) or by memory traffic (decode), over the time it took."""
     accepted_per_step: float
-    """Tokens that each step yields."""
+    """Tokens that a sequence gains by a step: 1, since nothing is drafted. A fresh model's guesses would all be wrong;
+    what drafts bring to a trained one, its engine counts (``EngineStats.accepted_tokens``)."""
     kernels: str
     """What did the work."""
 
@@ -58,13 +61,13 @@ class InferenceSpeed:
 def bench_prefill(
     config: ModelConfig, *, context: int, batch: int = 1, precision: Arithmetic = "fp32"
 ) -> InferenceSpeed:
-    """Reads prompts of ``context`` tokens, up to the logits of the token after each."""
+    """Reads prompts of ``context`` tokens one by one, up to the logits of the token after each."""
     _check(config, context, batch)
-    transformer = build_model(config, dtype=_dtype(precision)).transformer
+    read = prompt_reader(build_model(config, dtype=_dtype(precision)), context)
 
     def prefill() -> None:
-        tokens_BT = torch.randint(config.vocab_size, (batch, context))
-        _next_tokens(transformer, tokens_BT, _empty_cache(transformer, batch))
+        for ids in torch.randint(config.vocab_size, (batch, context)).tolist():
+            read(ids)
 
     seconds = _median_seconds(prefill)
     head = 2 * main_model(config).head
@@ -90,44 +93,36 @@ def bench_decode(config: ModelConfig, *, context: int, batch: int = 1, precision
     return _speed(batch / seconds, context, batch, precision, limit / seconds, kernels)
 
 
-def decode_step(model: LanguageModel, context: int, batch: int, precision: Precision) -> tuple[_Step, str]:
-    """A greedy step of sequences at this context, over latents that are random, and the kernels that do it."""
-    return _native_step(model, context, batch, precision) or _pytorch_step(model, context, batch, precision)
+def prompt_reader(model: LanguageModel, context: int) -> Callable[[list[int]], torch.Tensor]:
+    """What reads a prompt of up to this many tokens as the engine does: ids in, the greedy token after them out."""
+    transformer, chunk = model.transformer, chunk_length(model.config)
+    use_huge_pages(model.parameters())
+    cache = PagedCache(model.config, pages_for(context), dtype=transformer.embed.weight.dtype)
+    table_P = torch.arange(cache.pages, dtype=torch.int32)
+
+    def read(ids: list[int]) -> torch.Tensor:
+        for start in range(0, len(ids), chunk):
+            hidden_TD = read_chunk(transformer, cache, table_P, start, ids[start : start + chunk])
+        next_token: torch.Tensor = transformer.head(hidden_TD[-1]).argmax(-1)
+        return next_token
+
+    return read
 
 
-@dataclass
-class _Pages:
-    pages_N: list[torch.Tensor]
+def decode_step(
+    model: LanguageModel, context: int, batch: int, precision: Precision
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+    """A greedy step of sequences at this context, over latents that are random, and the kernels that do it.
 
-
-def _native_step(model: LanguageModel, context: int, batch: int, precision: Precision) -> tuple[_Step, str] | None:
-    """In C++, if there is native decoding here."""
-    decoder = native_decoder(model, precision=precision)
-    if decoder is None:
-        return None
-    config, dtype = model.config, model.transformer.embed.weight.dtype
-    table_BP = torch.arange(batch * (context // PAGE + 1), dtype=torch.int32).view(batch, -1)
-    shape = (table_BP.numel(), PAGE, config.latent_dim)
-    cache = _Pages([torch.randn(shape, dtype=dtype) for _ in range(config.num_hidden_layers)])
+    The model's weights are replaced by what they are worth in ``precision``, as the engine does.
+    """
+    decode = decoder(model, precision)
+    table_BP = torch.arange(batch * pages_for(context + 1), dtype=torch.int32).view(batch, -1)
+    cache = PagedCache(model.config, table_BP.numel(), dtype=model.transformer.embed.weight.dtype)
+    for pages in cache.pages_N:
+        pages.normal_()
     positions_B = torch.full((batch,), context)
-    return lambda tokens_B: decoder(tokens_B, positions_B, table_BP, cache)[0].argmax(-1), decoder.name
-
-
-def _pytorch_step(model: LanguageModel, context: int, batch: int, precision: Precision) -> tuple[_Step, str]:
-    """The same in plain PyTorch, with rounded weights in the dtype they had."""
-    config, transformer = model.config, round_weights(model, precision).transformer
-    use_huge_pages(transformer)
-    cache = _empty_cache(transformer, batch)
-    for layer in range(config.num_hidden_layers):
-        cache.append(layer, torch.randn(batch, context, config.latent_dim, dtype=transformer.embed.weight.dtype))
-    cache.advance(context)
-
-    def step(tokens_B: torch.Tensor) -> torch.Tensor:
-        next_B = _next_tokens(transformer, tokens_B[:, None], cache)
-        cache.truncate(context)
-        return next_B
-
-    return step, native.decode_library()[1]
+    return lambda tokens_B: decode(tokens_B, positions_B, table_BP, cache)[0].argmax(-1), decode.name
 
 
 def _dtype(precision: Precision) -> torch.dtype:
@@ -140,19 +135,6 @@ def _check(config: ModelConfig, context: int, batch: int, *, shortest: int = 1) 
                          "less than max_position_embeddings")  # fmt: skip
     if batch < 1:
         raise InputError(f"batch={batch}: must be at least 1")
-
-
-def _empty_cache(transformer: Transformer, batch: int) -> LatentCache:
-    config, dtype = transformer.config, transformer.embed.weight.dtype
-    return LatentCache(config.num_hidden_layers, batch, config.latent_dim, dtype=dtype)
-
-
-def _next_tokens(transformer: Transformer, tokens_BT: torch.Tensor, cache: LatentCache) -> torch.Tensor:
-    """A greedy step as the engine does it."""
-    hidden_BTD, _ = transformer.hidden(tokens_BT, cache=cache)
-    cache.advance(tokens_BT.shape[1])
-    next_B: torch.Tensor = transformer.head(hidden_BTD[:, -1]).argmax(-1)
-    return next_B
 
 
 @torch.inference_mode()

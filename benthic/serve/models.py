@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benthic.config.load import load_run_config
+from benthic.config.load import inference_defaults
 from benthic.config.schema import InferenceConfig, ServeConfig
 from benthic.convert.resolve import find_tokenizer, load_model
 from benthic.data.tokenizer import Tokenizer
@@ -104,8 +104,7 @@ def load_models(paths: Mapping[str, Path], config: ServeConfig) -> Models:
 def _load(name: str, path: Path, config: ServeConfig) -> Served:
     folder = find_tokenizer(path)
     tokenizer = Tokenizer.load(folder)
-    recipe = path / "config.toml"
-    defaults = load_run_config(recipe).inference if recipe.is_file() else InferenceConfig()
+    defaults = inference_defaults(path)
     model, _ = load_model(path)
     engine = BatchEngine(
         model.eval(), tokenizer, defaults, cache_gib=config.cache_gib, max_batch=config.max_batch,

@@ -214,7 +214,7 @@ def test_an_engine_that_fails_says_so_to_everyone(batch, monkeypatch):
     def broken():
         raise RuntimeError("disk on fire")
 
-    monkeypatch.setattr(engine._scheduler, "_decode", broken)
+    monkeypatch.setattr(engine._scheduler._stepping, "step", broken)
     for request in (first, queued):
         result = request.wait(60)
         assert result.finish_reason == "error"

@@ -3,8 +3,11 @@ import sys
 
 import pytest
 
+from benthic.errors import InputError
 from benthic.inference.chat import Conversation, chat, converse
 from benthic.inference.engine import Engine
+from benthic.inference.paged_cache import PAGE
+from benthic.model import build_model
 
 
 @pytest.fixture
@@ -84,6 +87,19 @@ def test_a_mistake_is_told_and_changes_nothing(talk, line, words):
     undisturbed, _ = talk("hello")
     assert conversation.messages == undisturbed.messages
     assert talk(line, "hello")[1].endswith(talk("hello")[1])
+
+
+def test_a_refused_message_is_refused_at_the_call_and_leaves_the_history(config, tokenizer):
+    page = config.num_hidden_layers * PAGE * config.latent_dim * 4
+    engine = Engine(build_model(config, seed=3), tokenizer, cache_gib=2.5 * page / 2**30, max_draft=0)
+    conversation = Conversation(engine, temperature=0.0, max_new_tokens=6)
+    list(conversation.answer("hello"))
+    before = list(conversation.messages)
+    assert len(before) == 2
+    conversation.set(max_new_tokens=200)
+    with pytest.raises(InputError, match="cache_gib"):
+        conversation.answer("how are you")
+    assert conversation.messages == before
 
 
 def test_the_oldest_exchanges_make_room(talk, engine):

@@ -190,6 +190,8 @@ def test_a_request_overrides_the_defaults(engine):
         ("hello", {"seed": -3}, ["seed", "-3"]),
         ("hello", {"seed": 2**64}, ["seed"]),
         ("hello", {"stop": ("",)}, ["stop"]),
+        ("hello", {"constraint": 5}, ["constraint", "5", "Constraint"]),
+        ("hello", {"logit_bias": {300: 1.0}}, ["logit_bias", "300"]),
         ("hello", {"temprature": 1}, ["temprature", "temperature"]),
     ],
 )

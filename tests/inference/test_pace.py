@@ -89,10 +89,10 @@ def test_new_requests_do_without_after_many_vain_trials_but_some_still_try():
 
 
 def test_never_beyond_what_is_of_use():
-    pace = Pace(3)
+    pace, rng = Pace(3), random.Random(0)
     for _ in range(200):
-        caps = [random.randrange(4) for _ in range(5)]
-        acceptances = [random.choice([None, Acceptance([0.9] * 3)]) for _ in caps]
+        caps = [rng.randrange(4) for _ in range(5)]
+        acceptances = [rng.choice([None, Acceptance([0.9] * 3)]) for _ in caps]
         depths = pace.depths(list(zip(acceptances, caps, strict=True)), 5)
         assert all(0 <= d <= cap and (a or d == 0) for d, cap, a in zip(depths, caps, acceptances, strict=True))
 

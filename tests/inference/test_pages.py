@@ -35,12 +35,12 @@ def act_at_random(pool, alone, shared, rng):
         pool.give_back(alone.pop(rng.randrange(len(alone))))
     elif action == "share" and alone:
         pages = alone.pop(rng.randrange(len(alone)))
-        chunk = pool.share(rng.choice(keys), pages, has_drafts=False)
+        chunk = pool.share(rng.choice(keys), pages, has_drafts=rng.random() < 0.5)
         if chunk is None:
             alone.append(pages)
         else:
             shared.append(chunk)
-    elif action == "find" and (chunk := pool.find(rng.choice(keys))):
+    elif action == "find" and (chunk := pool.find(rng.choice(keys), with_drafts=rng.random() < 0.5)):
         shared.append(chunk)
     elif action == "release" and shared:
         pool.release(shared.pop(rng.randrange(len(shared))))
@@ -82,6 +82,22 @@ def test_a_used_chunk_is_never_evicted():
     pool.release(chunk)
     assert not pool.in_use(b"a")
     assert (pool.used, pool.cached, pool.available) == (1, 1, 1)
+
+
+def test_a_chunk_with_drafts_takes_the_place_of_one_without():
+    pool = PagePool(4)
+    for plain_is_used in (True, False):
+        plain = pool.share(b"a", pool.take(1), has_drafts=False)
+        assert pool.find(b"a", with_drafts=True) is None
+        if not plain_is_used:
+            pool.release(plain)
+        better = pool.share(b"a", pool.take(1), has_drafts=True)
+        assert pool.share(b"a", pool.take(1), has_drafts=False) is None
+        assert pool.find(b"a") is pool.find(b"a", with_drafts=True) is better
+        if plain_is_used:
+            pool.release(plain)
+        assert (pool.used, pool.cached) == (2, 0)
+        pool = PagePool(4)
 
 
 def test_keys_tell_apart_tokens_order_beginnings_and_scopes():

@@ -1,15 +1,17 @@
 import random
+from collections import Counter
 
 import pytest
 import torch
 
 from benthic.errors import InputError
 from benthic.inference.decode import ReferenceDecoder, decoder
-from benthic.inference.pace import Pace
+from benthic.inference.limits import chunk_length
+from benthic.inference.pace import Acceptance, Pace
 from benthic.inference.paged_cache import PAGE
 from benthic.inference.request import Sampling
 from benthic.inference.sampling import Sampler, log_probabilities
-from benthic.inference.scheduler import Scheduler, chunk_length
+from benthic.inference.scheduler import Scheduler
 from benthic.model import build_model
 from benthic.ops import native
 
@@ -37,7 +39,7 @@ def schedule(longer, tokenizer, request, monkeypatch):
             longer, tokenizer, cache_gib=(pages + 0.5) * page_bytes / 2**30, max_batch=max_batch, max_draft=max_draft
         )
         assert scheduler.cache.pages == pages
-        scheduler.pace = pace or scheduler.pace
+        scheduler.speculation.pace = pace or scheduler.speculation.pace
         return scheduler
 
     return build
@@ -119,9 +121,20 @@ def workload(rng, requests):
     ]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 4, 5])
-def test_the_same_to_the_last_bit_whatever_the_company_the_memory_and_the_drafts(schedule, seed):
+def test_the_same_to_the_last_bit_whatever_the_company_the_memory_and_the_drafts(schedule):
     """Few pages, so that requests are preempted and shared chunks evicted; priorities; cancellations; random drafts."""
+    happened = Counter()
+    for seed in range(6):
+        stats = _together_as_alone(schedule, seed)
+        happened += Counter({name: getattr(stats, name) for name in HAPPENS})
+    assert set(happened) == HAPPENS
+
+
+HAPPENS = {"preemptions", "evictions", "cached_tokens", "accepted_tokens"}
+
+
+def _together_as_alone(schedule, seed):
+    """Figures of an engine that has said of a random workload what each request is told alone."""
     rng = random.Random(seed)
     work = workload(rng, 10)
     alone = [finish(s := schedule(max_batch=1), s.submit(*each))[0] for each in work]
@@ -143,21 +156,41 @@ def test_the_same_to_the_last_bit_whatever_the_company_the_memory_and_the_drafts
             assert expected.token_ids[: len(found.token_ids)] == found.token_ids
             assert expected.logprobs[: len(found.token_ids)] == found.logprobs
         else:
-            assert found == expected
+            assert found == expected, seed
         assert "".join(token.text for token in request) == found.text
         assert [token.id for token in request] == list(found.token_ids)
     stats = scheduler.stats()
     assert (stats.pages_used, stats.running, stats.waiting) == (0, 0, 0)
-    assert stats.preemptions > 0
-    assert stats.evictions > 0
-    assert stats.cached_tokens > 0
-    assert stats.accepted_tokens > 0
     assert sum(stats.finished.values()) == len(work)
+    return stats
+
+
+class Never(Pace):
+    """Never drafts, though it might."""
+
+    def depths(self, requests, rows):
+        return [0 for _ in requests]
+
+
+def test_one_that_reads_again_beside_one_without_drafts_drafts_nothing(schedule):
+    """It has pages for its first rows only, far fewer than its tokens fill: less than no room for drafts."""
+    scheduler = schedule(max_batch=2, max_draft=2, pace=Never(2))
+    longer = Sampling(max_new_tokens=250, temperature=0.0, ignore_eos=True)
+    beside, again = (scheduler.submit([n], longer) for n in range(2))
+    while len(again.available()) < 3 * PAGE:
+        scheduler.step()
+    scheduler.submit([9], Sampling(max_new_tokens=2), priority=1)
+    depths = set()
+    while not (beside.done and again.done):
+        scheduler.step()
+        depths.add(scheduler.stats().draft_depth)
+    assert again.result.preemptions == 1
+    assert depths == {0.0}
 
 
 def _guess_well(scheduler, rng, expected):
     """Replace half of the modules' guesses by what will turn out right, since modules of a fresh model guess badly."""
-    draft = scheduler._drafter.draft
+    draft = scheduler.speculation.drafter.draft
 
     def well(jobs, depths):
         drafts = draft(jobs, depths)
@@ -168,7 +201,7 @@ def _guess_well(scheduler, rng, expected):
                 guesses[: len(said) - at] = said[at : at + len(guesses)]
         return drafts
 
-    scheduler._drafter.draft = well
+    scheduler.speculation.drafter.draft = well
 
 
 def test_a_prompt_that_begins_like_an_earlier_one_is_not_read_again_and_says_the_same(schedule):
@@ -197,9 +230,44 @@ def test_the_last_token_of_a_prompt_is_always_read(schedule):
 def test_those_who_ask_the_same_at_once_share_while_they_run(schedule):
     prompt, scheduler = ids(random.Random(1), 3 * PAGE + 5), schedule(pages=10)
     requests = [scheduler.submit(prompt, Sampling(seed=n, max_new_tokens=4)) for n in range(6)]
+    scheduler.step()
+    assert scheduler.stats().running == 6
     completions = finish(scheduler, *requests)
     assert sum(completion.cached_tokens for completion in completions) == 5 * 3 * PAGE
     assert scheduler.stats().preemptions == 0  # six alone would take 24 pages
+
+
+def test_a_token_that_is_never_read_needs_no_room(schedule):
+    scheduler = schedule(pages=2)
+    requests = [scheduler.submit([n] * PAGE, Sampling(max_new_tokens=1)) for n in range(2)]
+    scheduler.step()
+    assert scheduler.stats().waiting == 0
+    assert all(result.preemptions == 0 for result in finish(scheduler, *requests))
+
+
+def test_a_chunk_that_must_be_read_again_takes_room(schedule):
+    """It is in the cache and in use, but the answer begins from its last token."""
+    scheduler = schedule(pages=3)
+    first = scheduler.submit([5] * PAGE + [3], Sampling(max_new_tokens=30, ignore_eos=True))
+    scheduler.step()
+    scheduler.step()
+    again = scheduler.submit([5] * PAGE, Sampling(max_new_tokens=30, ignore_eos=True))
+    scheduler.step()
+    assert (scheduler.stats().running, scheduler.stats().waiting) == (1, 1)
+    assert [result.preemptions for result in finish(scheduler, first, again)] == [0, 0]
+
+
+def test_one_that_drafts_reads_again_what_was_read_without_drafts_unless_they_are_given_up(schedule):
+    scheduler = schedule(max_draft=2, pace=(pace := RandomDepths(2, 0)))
+    found = []
+    for number, (drafts, given_up) in enumerate([(0, 0), (1, 1), (1, 0), (1, 0)]):
+        pace.new_request = lambda drafts=drafts: Acceptance([0.5] * 2) if drafts else None
+        pace._failed_trials = 100 * given_up
+        sampling = Sampling(max_new_tokens=20, temperature=0.0, ignore_eos=True)
+        found += finish(scheduler, scheduler.submit([7] * (PAGE + 5), sampling))
+        assert found[number] == found[0]
+    assert [result.cached_tokens for result in found] == [0, PAGE, 0, PAGE]
+    assert [result.drafted_tokens > 0 for result in found] == [False, False, True, True]
 
 
 def test_scopes_share_nothing(schedule):
@@ -416,4 +484,6 @@ def test_options_that_are_not_there_are_refused(longer, tokenizer, option, words
 
 def test_without_a_compiler_the_reference_decodes(longer, monkeypatch):
     monkeypatch.setattr(native, "decode_library", lambda: (None, "no compiler"))
-    assert isinstance(decoder(longer), ReferenceDecoder)
+    found = decoder(longer)
+    assert isinstance(found, ReferenceDecoder)
+    assert found.name == "no compiler"

@@ -27,7 +27,7 @@ def model(request, config):
 
 def build(model, tokenizer, max_draft=0, cache_gib=0.05):
     scheduler = Scheduler(model, tokenizer, cache_gib=cache_gib, max_batch=64, max_draft=max_draft)
-    scheduler.pace = Always(max_draft)
+    scheduler.speculation.pace = Always(max_draft)
     return scheduler
 
 
@@ -80,7 +80,7 @@ def test_drafts_are_those_of_the_modules_over_the_whole_text(model, tokenizer, l
     """Depth 3: the modules in turn, and the last repeated; after a prompt, decoding, and a shared beginning."""
     prompt = [random.Random(length).randrange(280) for _ in range(length)]
     scheduler = build(model, tokenizer, max_draft=3)
-    draft, checked = scheduler._drafter.draft, []
+    draft, checked = scheduler.speculation.drafter.draft, []
 
     def checking(jobs, depths):
         drafts = draft(jobs, depths)
@@ -89,7 +89,7 @@ def test_drafts_are_those_of_the_modules_over_the_whole_text(model, tokenizer, l
             checked.append(depth)
         return drafts
 
-    scheduler._drafter.draft = checking
+    scheduler.speculation.drafter.draft = checking
     sampling = Sampling(temperature=0.0, max_new_tokens=12, ignore_eos=True)
     run(scheduler, (prompt, sampling))
     run(scheduler, ([*prompt, 3], sampling))
@@ -125,7 +125,7 @@ def test_sampled_tokens_follow_the_model_with_drafts_accepted_and_refused(config
             for job, depth in zip(jobs, depths, strict=True)
         ]
 
-    scheduler._drafter.draft = guessing
+    scheduler.speculation.drafter.draft = guessing
     runs = 500
     results = run(scheduler, *[(prompt, Sampling(seed=n, **settings)) for n in range(runs)])
     accepted, drafted = (sum(getattr(r, name) for r in results) for name in ("accepted_tokens", "drafted_tokens"))

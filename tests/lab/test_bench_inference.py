@@ -1,9 +1,11 @@
 import pytest
+import torch
 
 from benthic.config.presets import PRESETS
 from benthic.errors import InputError
 from benthic.lab import bench_inference
 from benthic.lab.bench_inference import bench_decode, bench_prefill
+from benthic.model import build_model
 from benthic.ops import native
 from benthic.plan.decode import decode_bytes
 
@@ -56,12 +58,30 @@ def test_wrong_sizes_are_refused(bench, context, batch, words):
 @pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
 def test_decodes_with_weights_in_fewer_bits(precision, there, monkeypatch):
     if not there:
-        monkeypatch.setattr(bench_inference, "native_decoder", lambda model, precision: None)
+        monkeypatch.setattr(native, "decode_library", lambda: (None, "PyTorch decoding (a reason)"))
     monkeypatch.setattr(bench_inference, "_median_seconds", lambda work: work() or 0.5)
     config = PRESETS["nano"]
     speed = bench_decode(config, context=100, precision=precision)
     assert speed.precision == precision
     assert speed.share_of_limit == pytest.approx(decode_bytes(config, 100, precision=precision) / 10e9 / (0.5 / 16))
+
+
+@torch.inference_mode()
+def test_a_prompt_is_read_in_the_engines_chunks_and_right(monkeypatch):
+    config = PRESETS["tiny"].model_copy(update={"max_position_embeddings": 512, "initializer_range": 0.3})
+    model, chunks = build_model(config, seed=1), []
+    read_chunk = bench_inference.read_chunk
+
+    def noting(transformer, cache, table_P, start, ids):
+        chunks.append((start, len(ids)))
+        return read_chunk(transformer, cache, table_P, start, ids)
+
+    monkeypatch.setattr(bench_inference, "read_chunk", noting)
+    read = bench_inference.prompt_reader(model, 150)
+    for length in (150, 64):
+        ids = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        assert int(read(ids)) == int(model(torch.tensor([ids]))[0, -1].argmax())
+    assert chunks == [(0, 64), (64, 64), (128, 22), (0, 64)]
 
 
 def test_only_a_prompt_needs_tokens():
@@ -73,8 +93,7 @@ def test_only_a_prompt_needs_tokens():
 @pytest.mark.parametrize("there", [True, False])
 def test_decoding_falls_back_on_pytorch_and_says_so(there, monkeypatch):
     if not there:
-        monkeypatch.setattr(bench_inference, "native_decoder", lambda model, precision: None)
-        monkeypatch.setattr(bench_inference.native, "decode_library", lambda: (None, "PyTorch decoding (a reason)"))
+        monkeypatch.setattr(native, "decode_library", lambda: (None, "PyTorch decoding (a reason)"))
     elif native.decode_library()[0] is None:
         pytest.skip("no native decoding here")
     kernels = bench_decode(PRESETS["tiny"], context=70, batch=2).kernels

@@ -7,7 +7,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from benthic.config.presets import PRESETS
-from benthic.inference.cache import LatentCache
 from benthic.model import LanguageModel, build_model, mla
 from benthic.model.layers import RMSNorm
 from benthic.model.transformer import Block
@@ -15,6 +14,7 @@ from benthic.ops import native
 from benthic.train.compute import compute_in
 from benthic.train.objective import Objective, prediction_targets
 from benthic.train.recompute import recompute_activations
+from tests.support.models import SequenceLatents
 
 TINY = PRESETS["tiny"]
 CONFIGS = {
@@ -137,10 +137,9 @@ def test_inference_is_the_same(kernels):
     model, tokens = build_model(TINY), torch.randint(320, (1, 9), generator=torch.Generator().manual_seed(1))
 
     def logits(of: LanguageModel) -> list[torch.Tensor]:
-        cache = LatentCache(TINY.num_hidden_layers, 1, TINY.latent_dim, dtype=torch.float32)
+        cache = SequenceLatents.empty(TINY)
         results = [of(tokens), of(tokens[:, :8], cache=cache)]
-        cache.advance(8)
-        return [*results, of(tokens[:, 8:], cache=cache)]
+        return [*results, of(tokens[:, 8:], cache=SequenceLatents(cache.latents_NSL))]
 
     with torch.no_grad():
         expected = logits(copy.deepcopy(model))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benthic.config.presets import PRESETS
-from benthic.inference.native_decode import CannotDecodeNatively, NativeDecoder, native_decoder
+from benthic.inference.native_decode import CannotDecodeNatively, NativeDecoder
 from benthic.inference.weights import round_weights
 from benthic.model import build_model
 from benthic.model.transformer import attention_context
@@ -154,7 +154,6 @@ def test_without_the_library_there_is_none_and_a_reason(monkeypatch, odd_model):
     native.decode_library.cache_clear()
     monkeypatch.setenv("BENTHIC_NATIVE", "0")
     try:
-        assert native_decoder(odd_model(1)) is None
         with pytest.raises(CannotDecodeNatively, match="BENTHIC_NATIVE"):
             NativeDecoder(odd_model(1))
     finally:
@@ -162,4 +161,5 @@ def test_without_the_library_there_is_none_and_a_reason(monkeypatch, odd_model):
 
 
 def test_a_model_in_float64_is_left_to_pytorch(odd_model):
-    assert native_decoder(odd_model(1, dtype=torch.float64)) is None
+    with pytest.raises(CannotDecodeNatively, match="fp32 or bf16"):
+        NativeDecoder(odd_model(1, dtype=torch.float64))
