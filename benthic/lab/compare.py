@@ -17,16 +17,17 @@ from typing import Any, NamedTuple
 
 from benthic.config.load import load_run_config
 from benthic.config.schema import RunConfig
-from benthic.data.batches import Batches
+from benthic.data.batches import Batches, training_batches
 from benthic.data.prepare import prepare
 from benthic.data.shards import TokenStore
 from benthic.errors import InputError, MissingExtra
 from benthic.files import read_json_object, write_atomically
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
-from benthic.train.calibrate import Trial, parts_of_run, resolve
+from benthic.train.calibrate import parts_of_run, resolve
 from benthic.train.identity import differences
 from benthic.train.loop import train
 from benthic.train.metrics import read_metrics
+from benthic.train.trial import Trial
 
 _ROUNDS = 15
 """Steps of each variant that are timed, in turn."""
@@ -90,8 +91,7 @@ class Study:
     def __init__(self, directory: Path, settings: Sequence[str] = (), recipe: str = "quickstart") -> None:
         self.directory, self.recipe, self.settings = directory, recipe, tuple(settings)
         config = load_run_config(recipe, self.settings)
-        if not (directory / "data" / "manifest.json").exists():
-            prepare(config.data, config.model.vocab_size, directory)
+        prepare(config.data, config.model.vocab_size, directory)
         if config.precision.compute == "auto":
             compute = self.once("precision", {"settings": self.settings}, lambda: self._fastest(config))
             self.settings = (*self.settings, f"precision.compute={compute}")
@@ -158,7 +158,7 @@ class Study:
     def _trial(self, variant: Variant) -> Trial:
         config = self.config(variant)
         assert config.precision.compute != "auto"
-        return Trial(config, self._batches(config), config.precision.compute, variant.architecture)
+        return Trial(config, self._batches(config), config.precision.compute, variant.architecture).warm_up()
 
     def _fastest(self, config: RunConfig) -> str:
         train_once = config.train.model_copy(update={"steps": 1, "minutes": None})
@@ -166,9 +166,7 @@ class Study:
         return resolve(asked, self._batches(asked)).precision.compute
 
     def _batches(self, config: RunConfig) -> Batches:
-        lookahead = 1 + config.model.num_nextn_predict_layers
-        store = TokenStore(self.directory / "data", "train")
-        return Batches(store, config.train.sequence_length, lookahead, mask_documents=config.data.mask_documents)
+        return training_batches(config, TokenStore(self.directory / "data", "train"))
 
 
 def _in_turn(
