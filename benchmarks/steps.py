@@ -32,15 +32,15 @@ def recipe_parser(doc: str | None, default: str = "bench", *, choose: Sequence[s
     return parser
 
 
-def config_of(given: argparse.Namespace, *further: str) -> RunConfig:
+def config_of(given: argparse.Namespace, *further: str, auto: Compute = "fp32") -> RunConfig:
     """The recipe that was given, with ``further`` settings over what was given besides.
 
-    ``precision.compute=auto`` stands for fp32, in which figures of different machines have most in common.
+    What ``precision.compute=auto`` would find out by measuring is ``auto``.
     """
     config = load_run_config(given.recipe, [*given.overrides, *further])
     if config.precision.compute != "auto":
         return config
-    return config.model_copy(update={"precision": config.precision.model_copy(update={"compute": "fp32"})})
+    return config.model_copy(update={"precision": config.precision.model_copy(update={"compute": auto})})
 
 
 def compute_of(config: RunConfig) -> Compute:

@@ -67,7 +67,7 @@ def refuse_what_it_lacks(config: RunConfig) -> None:
 
 
 def fresh_model(config: RunConfig, implementation: dict[str, str]) -> Any:
-    """transformers' model of these sizes, with its own choice of kernels where ``implementation`` names none."""
+    """Its model of these sizes, with its own choice of kernels where ``implementation`` names none."""
     try:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError as error:

@@ -22,9 +22,7 @@ class BackgroundWriter:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._thread = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="checkpoint", initializer=self._begin
-        )
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=self._begin)
         self._clock: int | None = None
         self._writing: Future[Path] | None = None
 
