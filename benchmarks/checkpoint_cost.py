@@ -21,7 +21,7 @@ from benthic.console import mistakes_in_one_line
 from benthic.train.background import BackgroundWriter
 from benthic.train.checkpoint import committed
 from benthic.train.memory import settle_memory
-from benthic.train.trial import RandomBatches, Trial
+from benthic.train.trial import RandomSequences, Trial
 
 WINDOW_STEPS = 12
 PAIRS = 6
@@ -32,7 +32,7 @@ class Training:
     """Steps of a run on random tokens, with or without a checkpoint at the start of a window of them."""
 
     def __init__(self, config: RunConfig, root: Path) -> None:
-        self.trial = Trial(config, RandomBatches(config), compute_of(config))
+        self.trial = Trial(config, RandomSequences(config), compute_of(config))
         self.writer = BackgroundWriter(root)
         self.waits: list[float] = []
         """Seconds that training waited for a checkpoint to be copied."""

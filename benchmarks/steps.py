@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from benthic.config.load import load_run_config
 from benthic.config.schema import RunConfig
 from benthic.precision.compute import Compute
-from benthic.train.trial import RandomBatches, Trial
+from benthic.train.trial import RandomSequences, Trial
 
 WARM_UP_STEPS = 2
 Step = Callable[[], None]
@@ -51,7 +51,7 @@ def compute_of(config: RunConfig) -> Compute:
 
 def training_step(config: RunConfig) -> Step:
     """A step of a fresh model on random tokens, as `benthic train` takes it."""
-    return Trial(config, RandomBatches(config), compute_of(config)).step
+    return Trial(config, RandomSequences(config), compute_of(config)).step
 
 
 def seconds_in_turns(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:

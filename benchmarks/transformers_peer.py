@@ -17,7 +17,7 @@ from benthic.config.schema import RunConfig
 from benthic.convert.config import config_to_hf
 from benthic.errors import InputError, MissingExtra
 from benthic.train.optimizer import adamw
-from benthic.train.trial import RandomBatches
+from benthic.train.trial import RandomSequences
 
 WITHOUT_MTP = "model.num_nextn_predict_layers=0"
 
@@ -32,7 +32,7 @@ def peer_step(config: RunConfig, **implementation: str) -> Step:
     train, optimizing = config.train, config.train.optimizer
     refuse_what_it_lacks(config)
     model = fresh_model(config, implementation)
-    parameters, batches = list(model.parameters()), RandomBatches(config)
+    parameters, batches = list(model.parameters()), RandomSequences(config)
     optimizer = adamw(parameters, optimizing)
     in_bf16 = compute_of(config) == "bf16"
     taken = 0

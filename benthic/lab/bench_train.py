@@ -10,7 +10,7 @@ from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
 from benthic.train.memory import settle_memory
-from benthic.train.trial import RandomBatches, Trial, heaviest_mtp
+from benthic.train.trial import RandomSequences, Trial, heaviest_mtp
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def bench_train(config: RunConfig) -> TrainSpeed:
 
 
 def _step_seconds(config: RunConfig, timed: int, compute: Compute) -> list[float]:
-    trial = Trial(config, RandomBatches(config), compute).warm_up()
+    trial = Trial(config, RandomSequences(config), compute).warm_up()
     seconds = []
     for _ in range(timed):
         start = time.perf_counter()

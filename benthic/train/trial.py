@@ -23,14 +23,14 @@ _ANY_DECAY = 0.999
 """An average costs the same whatever its decay, which ``train.ema_span`` leaves open until the steps are known."""
 
 
-class Source(Protocol):
+class Sequences(Protocol):
     """Where batches come from."""
 
     def at(self, index: int, count: int) -> Batch:
         """Sequences ``index`` to ``index + count``."""
 
 
-class RandomBatches:
+class RandomSequences:
     """Random tokens, the same from every object of these settings: they load all experts alike."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -47,7 +47,7 @@ class Trial:
     """A model with all that a step changes, and the batches it takes one after another."""
 
     def __init__(
-        self, config: RunConfig, batches: Source, compute: Compute, architecture: Architecture = DEEPSEEK_V3
+        self, config: RunConfig, batches: Sequences, compute: Compute, architecture: Architecture = DEEPSEEK_V3
     ) -> None:
         train = config.train
         if train.ema_span is not None:

@@ -8,7 +8,7 @@ from benthic.data.shards import TokenStore
 from benthic.train import trial
 from benthic.train.state import TrainState
 from benthic.train.step import train_step
-from benthic.train.trial import RandomBatches, Trial, heaviest_mtp
+from benthic.train.trial import RandomSequences, Trial, heaviest_mtp
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_steps_are_full_batches_in_order(tiny_run_config, prepared, taken):
 def test_mtp_runs_as_it_does_where_it_weighs_most(tiny_run_config, taken, model, weights, heaviest):
     config = tiny_run_config(model=model, schedule=weights)
     assert heaviest_mtp(config) == heaviest
-    made = Trial(config, RandomBatches(config), "fp32")
+    made = Trial(config, RandomSequences(config), "fp32")
     made.step()
     made.step(0.0)
     assert [settings.mtp_weight for _, settings, _ in taken] == [heaviest, 0.0]
@@ -67,16 +67,16 @@ def test_mtp_runs_as_it_does_where_it_weighs_most(tiny_run_config, taken, model,
 @pytest.mark.parametrize("average", [{"ema_decay": 0.9}, {"ema_span": 0.5}])
 def test_an_average_is_kept_where_the_run_keeps_one(tiny_run_config, average):
     config = tiny_run_config(**average)
-    made = Trial(config, RandomBatches(config), "fp32")
+    made = Trial(config, RandomSequences(config), "fp32")
     before = {name: tensor.clone() for name, tensor in made.state.average.tensors.items()}
     made.step()
     assert any(not torch.equal(made.state.average.tensors[name], tensor) for name, tensor in before.items())
-    assert Trial(tiny_run_config(), RandomBatches(config), "fp32").state.average is None
+    assert Trial(tiny_run_config(), RandomSequences(config), "fp32").state.average is None
 
 
 def test_precision_is_that_asked_for(tiny_run_config, taken):
     config = tiny_run_config()
-    made = Trial(config, RandomBatches(config), "fp8")
+    made = Trial(config, RandomSequences(config), "fp8")
     made.step()
     assert taken[0][2]["compute"] == "fp8"
     moments = {name: tensor for name, tensor in made.state.optimizer.state_tensors().items() if "exp_avg" in name}
@@ -85,7 +85,7 @@ def test_precision_is_that_asked_for(tiny_run_config, taken):
 
 def test_weights_stay_near_their_start_and_learn_all_the_same(tiny_run_config):
     config = tiny_run_config()
-    made, fresh = Trial(config, RandomBatches(config), "fp32").warm_up(), TrainState(config)
+    made, fresh = Trial(config, RandomSequences(config), "fp32").warm_up(), TrainState(config)
     moved = [
         (ours - theirs).abs().max().item()
         for ours, theirs in zip(made.state.model.parameters(), fresh.model.parameters(), strict=True)
@@ -95,10 +95,10 @@ def test_weights_stay_near_their_start_and_learn_all_the_same(tiny_run_config):
 
 def test_random_batches_are_the_same_for_all_sides(tiny_run_config):
     config = tiny_run_config()
-    first, second = (RandomBatches(config).at(8, 4).tokens_BS for _ in range(2))
+    first, second = (RandomSequences(config).at(8, 4).tokens_BS for _ in range(2))
     assert torch.equal(first, second)
     assert first.shape == (4, 32 + 1 + config.model.num_nextn_predict_layers)
-    assert not torch.equal(first, RandomBatches(config).at(12, 4).tokens_BS)
+    assert not torch.equal(first, RandomSequences(config).at(12, 4).tokens_BS)
     assert 0 <= first.min() < first.max() < config.model.vocab_size
 
 
