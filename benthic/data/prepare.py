@@ -67,14 +67,6 @@ def damage(out: Path) -> InputError | None:
     return None
 
 
-def check_tokenizer(out: Path, manifest: Manifest) -> str:
-    """The fingerprint of ``out/tokenizer``; raises ``InputError`` if the data was prepared with another."""
-    found = Tokenizer.load(out / "tokenizer").fingerprint
-    if found != manifest.tokenizer_sha256:
-        raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
-    return found
-
-
 def refuse_model_directory(out: Path) -> None:
     """Raise ``InputError`` if ``out`` is, or holds, a model that another tokenizer or training would not fit."""
     if (out / "config.json").exists():
@@ -139,6 +131,14 @@ def _prepared_before(config: DataConfig, vocab_size: int, out: Path) -> Manifest
             "prepared; choose another directory or delete this one"
         )
     return manifest
+
+
+def check_tokenizer(out: Path, manifest: Manifest) -> str:
+    """The fingerprint of ``out/tokenizer``; raises ``InputError`` if the data was prepared with another."""
+    found = Tokenizer.load(out / "tokenizer").fingerprint
+    if found != manifest.tokenizer_sha256:
+        raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
+    return found
 
 
 def _files_changed(config: DataConfig, manifest: Manifest) -> bool | None:
