@@ -10,7 +10,7 @@ RUN ?= runs/quickstart
 
 .PHONY: help setup quickstart check test test-all bench
 help:
-	@echo "make quickstart   train a small model on this machine's CPU, about ten minutes, and say how to talk to it"
+	@echo "make quickstart   train a small model on this machine's CPU, about a quarter of an hour, and say how to talk to it"
 	@echo "make setup        a virtual environment in $(VENV) with all that the tests need"
 	@echo "make check        lint, format, types and import order"
 	@echo "make test         the fast tests; make test-all runs every test"

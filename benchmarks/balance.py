@@ -16,16 +16,15 @@ Runs are kept in DIR: called again, the script goes on where it stopped. It writ
 --set KEY=VALUE changes any setting of all runs.
 """
 
-import json
 from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
 
-from benthic.files import write_atomically
+from benthic.console import mistakes_in_one_line
 from benthic.lab.batch_balance import BatchBalance
-from benthic.lab.compare import Outcome, Study, Variant, new_figure, study_parser, summary, told, windows
+from benthic.lab.compare import KEPT_SHORT, Outcome, Study, Variant, positive, study_parser
+from benthic.lab.figures import figures, new_figure, summary, told, windows
 
-ALL = ("train.checkpoint_every=250", "train.keep_checkpoints=1")
 WARM_UP, WINDOW = 0.1, 50
 BAR = 1.5
 WEIGHTS = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -40,28 +39,20 @@ LOSSES = {
 
 def main() -> None:
     parser = study_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--tune-steps", type=int, default=250)
+    parser.add_argument("--steps", type=positive, default=1000)
+    parser.add_argument("--tune-steps", type=positive, default=250)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["batch-loss"])
     arguments = parser.parse_args()
-    study = Study(arguments.directory, (*ALL, *arguments.settings))
+    study = Study(arguments.directory, (*KEPT_SHORT, *arguments.settings))
     variants = [BIAS, *(tuned(study, LOSSES[name], arguments.tune_steps) for name in arguments.losses)]
-    outcomes: dict[str, list[Outcome]] = {variant.name: [] for variant in variants}
-    for seed in range(arguments.seeds):
-        for variant in variants:
-            outcomes[variant.name].append(study.run(lasting(variant, arguments.steps), seed))
-    report(arguments.directory, {variant.name: variant.settings for variant in variants}, outcomes)
-
-
-def lasting(variant: Variant, steps: int) -> Variant:
-    return variant.but(f"train.steps={steps}", f"train.validate_every={steps}")
+    report(study, [variant.lasting(arguments.steps) for variant in variants], arguments.seeds)
 
 
 def tuned(study: Study, loss: Variant, steps: int) -> Variant:
     """The variant with the weight that short runs speak for."""
 
     def trial(variant: Variant, name: str) -> Outcome:
-        return study.run(lasting(variant.but(name=f"tune-{name}"), steps), TUNE_SEED)
+        return study.run(variant.but(name=f"tune-{name}").lasting(steps), TUNE_SEED)
 
     aim = 1.05 * load(trial(BIAS, BIAS.name))["mean"]
     trials = {}
@@ -99,37 +90,36 @@ def by_layer(loads: list[list[float]]) -> list[list[float]]:
     return [[step[index] for step in loads if index < len(step)] for index in range(max(map(len, loads)))]
 
 
-def report(directory: Path, settings: dict[str, tuple[str, ...]], outcomes: dict[str, list[Outcome]]) -> None:
-    loads = {name: [load(run) for run in runs] for name, runs in outcomes.items()}
-    figures = {
-        name: {
-            "settings": settings[name],
-            "bits_per_byte": summary([run.bits_per_byte for run in runs]),
-            **{key: summary([each[key] for each in loads[name]]) for key in loads[name][0]},
+def report(study: Study, variants: list[Variant], seeds: int) -> None:
+    outcomes = study.compare(variants, seeds)
+    loads = {variant: [load(run) for run in runs] for variant, runs in outcomes.items()}
+    study.write("balance", {
+        variant: {
+            **figures(outcomes[variant]),
+            **{key: summary([run[key] for run in loads[variant]]) for key in loads[variant][0]},
         }
-        for name, runs in outcomes.items()
-    }
-    write_atomically(directory / "balance.json", json.dumps(figures, indent=1))
-    draw(directory / "balance.svg", outcomes)
-    for name, runs in outcomes.items():
-        worst, mean = ([each[key] for each in loads[name]] for key in ("worst_window", "mean"))
+        for variant in variants
+    })  # fmt: skip
+    draw(study.directory / "balance.svg", outcomes)
+    for variant, runs in outcomes.items():
+        worst, mean = ([run[key] for run in loads[variant]] for key in ("worst_window", "mean"))
         verdict = "within" if max(worst) <= BAR else "ABOVE"
         print(
-            f"{name}: load in the worst window {told(worst, 3)} ({verdict} {BAR}), on average {told(mean, 3)}; "
+            f"{variant.name}: load in the worst window {told(worst, 3)} ({verdict} {BAR}), on average {told(mean, 3)}; "
             f"{told([run.bits_per_byte for run in runs])} bits per byte"
         )
 
 
-def draw(path: Path, outcomes: dict[str, list[Outcome]]) -> None:
+def draw(path: Path, outcomes: dict[Variant, list[Outcome]]) -> None:
     """Load over the run, mean over layers and seeds, and its worst layer and seed."""
     figure = new_figure(1)
     (axes,) = figure.axes
-    for name, runs in outcomes.items():
+    for variant, runs in outcomes.items():
         loads = [run.steps("expert_load_max_over_mean") for run in runs]
         everywhere = min(len(step) for steps in loads for step in steps)
         layers = [windows(layer, WINDOW) for steps in loads for layer in by_layer(steps)[:everywhere]]
         x = [WINDOW * (index + 0.5) for index in range(len(layers[0]))]
-        (line,) = axes.plot(x, [fmean(column) for column in zip(*layers, strict=True)], label=name)
+        (line,) = axes.plot(x, [fmean(column) for column in zip(*layers, strict=True)], label=variant.name)
         axes.plot(x, [max(column) for column in zip(*layers, strict=True)], color=line.get_color(), linestyle=":")
     axes.axhline(BAR, color="grey", linewidth=0.8)
     axes.set(xlabel="step", ylabel="busiest expert over the mean", title="Mean and (dotted) worst of layers and seeds")
@@ -139,4 +129,5 @@ def draw(path: Path, outcomes: dict[str, list[Outcome]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -7,38 +7,35 @@ The first table is by position: how well tokens are predicted that far into a se
 tokens, so the second is of the same tokens throughout, the last of each sequence, with more or less text before them.
 """
 
-import argparse
 import itertools
 from pathlib import Path
 
 import torch
+from steps import script_parser
 from torch import Tensor
 
 from benthic.config.load import load_run_config
-from benthic.config.schema import ModelConfig
 from benthic.config.stages import stages
+from benthic.console import mistakes_in_one_line
+from benthic.convert.resolve import load_checkpoint
 from benthic.data.batches import validation_batches
 from benthic.data.shards import TokenStore
+from benthic.errors import InputError
 from benthic.evaluate.by_position import nats_by_position, with_context
-from benthic.model import LanguageModel, build_model
 from benthic.train import checkpoint
-
-
-def model_of(path: Path, config: ModelConfig) -> LanguageModel:
-    tensors = checkpoint.load(path, groups=("model", "average")).tensors
-    model = build_model(config, device="meta").to_empty(device="cpu")
-    model.load_state_dict(tensors["model"] | tensors.get("average", {}))
-    return model.eval()
 
 
 def held_out(store: TokenStore, length: int, count: int) -> Tensor:
     batches = validation_batches(store, 1, length, max_tokens=count * length)
     # The last may be a shorter one.
-    return torch.cat([batch.tokens_BS for batch in batches if batch.tokens_BS.shape[1] == length + 1])
+    whole = [batch.tokens_BS for batch in batches if batch.tokens_BS.shape[1] == length + 1]
+    if not whole:
+        raise InputError(f"the held-out text has {store.tokens} tokens, not one sequence of {length}")
+    return torch.cat(whole)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--sequences", type=int, default=64, help="held-out sequences of the longest stage's length")
     arguments = parser.parse_args()
@@ -60,7 +57,7 @@ def main() -> None:
     for name, (path, config) in cases.items():
         if path is None:
             continue
-        model = model_of(path, config)
+        model, _ = load_checkpoint(config, path)
         nats = {length: nats_by_position(model, [tokens_BS[:, -length - 1 :]]) for length in lengths}
         by_position = [float(nats[lengths[-1]][low:high].mean()) * per_byte for low, high in buckets]
         by_context = with_context(nats, last)
@@ -70,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -2,28 +2,28 @@
 
     pip install 'benthic[quickstart,plots]'
     OMP_NUM_THREADS=1 python benchmarks/dense.py DIR [--minutes 9 | --steps N] [--seeds 3] [--set KEY=VALUE ...]
-    OMP_NUM_THREADS=1 python benchmarks/dense.py DIR --tune [--minutes 3]
+    OMP_NUM_THREADS=1 python benchmarks/dense.py DIR --tune [--minutes 9 | --steps N]
 
 Both are trained by the same trainer on the same data. A step of each is timed first, in turn, and each gets as many
 steps as fit into the minutes (or as the recipe's --steps take), so that its schedule ends where its time does. Time is
 the processor time of training steps. Runs are kept in DIR: called again after an interruption, the script goes on where
 it stopped. It writes DIR/dense.json and DIR/dense.svg.
 
---tune, in a directory of its own, trains candidates for the baseline's sizes and rate instead, one seed of each, for as
-many minutes of training each.
+--tune, in a directory of its own, trains the recipe and candidates for the baseline's sizes and rate instead, one seed
+of each, each for as much time.
 """
 
-import json
-from pathlib import Path
+import argparse
 
-from benthic.files import write_atomically
-from benthic.lab.compare import Outcome, Study, Variant, curve, draw_curves, study_parser, summary, told
+from benthic.console import mistakes_in_one_line
+from benthic.lab.compare import KEPT_SHORT, Study, Variant, positive, study_parser
 from benthic.lab.dense import Dense, DenseSizes
+from benthic.lab.figures import draw_curves, figures, told
 
-ALL = ("train.checkpoint_every=250", "train.keep_checkpoints=1")
 VALIDATIONS = 16
 RECIPE = Variant("recipe")
-WIDTH, LAYERS, HIDDEN, RATE = 256, 5, 768, 5e-3
+BASELINE = (256, 5, 768, 5e-3)
+"""Width, layers, width of the feed-forward and Muon's rate, as :data:`CANDIDATES` are."""
 CANDIDATES = (
     (256, 5, 768, 5e-3), (256, 5, 768, 1e-2), (192, 5, 576, 5e-3),
     (256, 3, 768, 5e-3), (320, 4, 960, 5e-3), (384, 3, 1152, 5e-3),
@@ -46,53 +46,42 @@ def baseline(width: int, layers: int, hidden: int, rate: float, name: str = "") 
 def main() -> None:
     parser = study_parser(__doc__)
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=9.0)
-    length.add_argument("--steps", type=int, help="of the recipe; the baseline gets as many as take the same time")
+    length.add_argument("--minutes", type=minutes, default=9.0, help="of training, for each run; by default 9")
+    length.add_argument("--steps", type=positive, help="of the recipe; others get as many as take the same time")
     parser.add_argument("--tune", action="store_true")
     arguments = parser.parse_args()
-    study = Study(arguments.directory, (*ALL, *arguments.settings))
-    variants = [RECIPE, baseline(WIDTH, LAYERS, HIDDEN, RATE, "dense")]
+    study = Study(arguments.directory, (*KEPT_SHORT, *arguments.settings))
+    variants = [RECIPE, baseline(*BASELINE, "dense")]
     if arguments.tune:
         variants = [RECIPE, *(baseline(*candidate) for candidate in CANDIDATES)]
     variants = at_equal_time(study, variants, arguments.minutes, arguments.steps)
-    outcomes: dict[str, list[Outcome]] = {variant.name: [] for variant in variants}
-    for seed in range(1 if arguments.tune else arguments.seeds):
-        for variant in variants:
-            outcomes[variant.name].append(study.run(variant, seed))
-    report(arguments.directory, outcomes)
+    report(study, variants, seeds=1 if arguments.tune else arguments.seeds)
+
+
+def minutes(text: str) -> float:
+    """An option's minutes."""
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
+    return value
 
 
 def at_equal_time(study: Study, variants: list[Variant], minutes: float, steps: int | None) -> list[Variant]:
     """Each variant with its number of steps."""
     seconds = study.step_seconds(variants)
     budget = 60 * minutes if steps is None else steps * seconds[RECIPE.name]
-    return [timed(variant, budget / seconds[variant.name]) for variant in variants]
+    return [variant.lasting(max(1, round(budget / seconds[variant.name])), VALIDATIONS) for variant in variants]
 
 
-def timed(variant: Variant, steps: float) -> Variant:
-    count = max(1, round(steps))
-    return variant.but(f"train.steps={count}", f"train.validate_every={max(1, count // VALIDATIONS)}")
-
-
-def report(directory: Path, outcomes: dict[str, list[Outcome]]) -> None:
-    figures = {
-        name: {
-            "bits_per_byte": summary([run.bits_per_byte for run in runs]),
-            "processor_seconds": summary([run.seconds for run in runs]),
-            "wall_seconds": summary([sum(run.steps("seconds")) for run in runs]),
-            "steps": len(runs[0].steps("loss")),
-            "tokens": runs[0].steps("tokens")[-1],
-            "curve": [point._asdict() for point in curve(runs)],
-        }
-        for name, runs in outcomes.items()
-    }
-    write_atomically(directory / "dense.json", json.dumps(figures, indent=1))
-    curves = {name: curve(runs) for name, runs in outcomes.items()}
-    draw_curves(directory / "dense.svg", curves, "Validation at equal training time", ["seconds"])
-    for name, runs in outcomes.items():
-        bits, seconds = (told(values, 4) for values in ([r.bits_per_byte for r in runs], [r.seconds for r in runs]))
-        print(f"{name}: {bits} bits per byte after {seconds} s, {figures[name]['tokens']} tokens")
+def report(study: Study, variants: list[Variant], seeds: int) -> None:
+    outcomes = study.compare(variants, seeds)
+    sides = {variant: figures(runs) for variant, runs in outcomes.items()}
+    study.write("dense", sides)
+    draw_curves(study.directory / "dense.svg", outcomes, "Validation at equal training time", ["seconds"])
+    for variant, told_of in sides.items():
+        bits, seconds = (told(told_of[key]["values"]) for key in ("bits_per_byte", "processor_seconds"))
+        print(f"{variant.name}: {bits} bits per byte after {seconds} s, {told_of['tokens']} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

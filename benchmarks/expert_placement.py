@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from benthic.errors import InputError
+from benthic.console import mistakes_in_one_line
 from benthic.parallel.replay import Balance, Replay, read_loads, replay
 
 
@@ -51,7 +51,5 @@ def report(result: Replay) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with mistakes_in_one_line():
         main(sys.argv[1:])
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")

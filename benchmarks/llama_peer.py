@@ -8,17 +8,18 @@ weights for it: as of llama-cpp-python 0.3.36 that ends the process for f16, q8_
 """
 
 import ctypes
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from benthic.errors import MissingExtra
+
 try:
     import llama_cpp
-except ImportError:
-    sys.exit("error: llama-cpp-python is not installed; run: pip install 'benthic[gguf,llama]'")
+except ImportError as error:
+    raise MissingExtra("llama-cpp-python", "gguf,llama") from error
 
 F32, F16 = 0, 1
 AUTOMATIC, OFF = -1, 0

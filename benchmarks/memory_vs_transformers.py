@@ -3,21 +3,24 @@
     pip install 'benthic[peers]'
     python benchmarks/memory_vs_transformers.py [RECIPE] [KEY=VALUE ...]
 
-Each takes two steps in a process of its own, by default the recipe ``bench``: bench-108m, 8 sequences of 512 in
-fp32 with AdamW. Peak memory is the most that the system ever held resident for the process, interpreter and libraries
-included; beside it, how much of that came on top of what was resident before the model was built.
+Each takes two steps in a process of its own, by default the recipe ``bench``: bench-108m, 8 sequences of 512 in fp32
+with AdamW; ``precision.compute=bf16`` puts all in bf16. Peak memory is the most that the system ever held resident for
+the process, interpreter and libraries included; beside it, how much of that came on top of what was resident before
+the model was built.
 """
 
+import argparse
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
+from steps import config_of, recipe_parser, training_step
+from transformers_peer import WITHOUT_MTP, peer_step, refuse_what_it_lacks
 
-from benthic.config.load import load_run_config
 from benthic.config.schema import RunConfig
+from benthic.console import mistakes_in_one_line
 from benthic.train.memory import settle_memory
 
 STEPS = 2
@@ -30,19 +33,14 @@ VARIANTS = {
 
 def run_one(name: str, config: RunConfig) -> None:
     """Train in this process and print its peak in bytes, what it was before, and the last step's seconds."""
-    if name == "transformers":
-        from train_vs_transformers import theirs as make_step
-    else:
-        from steps import training_step as make_step
-
+    if name != "transformers":
         settle_memory()  # as training does
     before = peak_bytes()
-    step = make_step(config)
+    step = peer_step(config) if name == "transformers" else training_step(config)
     seconds = 0.0
     for _ in range(STEPS):
-        tokens_BS = torch.randint(config.model.vocab_size, (config.train.batch_size, config.train.sequence_length + 1))
         start = time.perf_counter()
-        step(tokens_BS)
+        step()
         seconds = time.perf_counter() - start
     print(peak_bytes(), before, seconds)
 
@@ -53,15 +51,15 @@ def peak_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def main() -> None:
+def compare(recipe: str, overrides: list[str]) -> None:
     """Prints the peak of each, and its share of transformers'."""
-    recipe, *overrides = sys.argv[1:] or ["bench"]
-    overrides.append("model.num_nextn_predict_layers=0")  # the peer has no MTP
     peaks: dict[str, int] = {}
     for name, extra in VARIANTS.items():
         command = [sys.executable, str(Path(__file__)), "--only", name, recipe, *overrides, *extra]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603 - this script
-        peak, before, seconds = answer.splitlines()[-1].split()
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603 - this script
+        if done.returncode:
+            sys.exit(done.returncode)  # it has said why
+        peak, before, seconds = done.stdout.splitlines()[-1].split()
         peaks[name] = int(peak)
         own = (int(peak) - int(before)) / 2**20
         share = int(peak) / peaks["transformers"]
@@ -71,8 +69,18 @@ def main() -> None:
         )
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--only"]:
-        run_one(sys.argv[2], load_run_config(sys.argv[3], sys.argv[4:]))
+def main() -> None:
+    parser = recipe_parser(__doc__)
+    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    config = config_of(given, WITHOUT_MTP)
+    refuse_what_it_lacks(config)
+    if given.only:
+        run_one(given.only, config)
     else:
+        compare(given.recipe, given.overrides)
+
+
+if __name__ == "__main__":
+    with mistakes_in_one_line():
         main()

@@ -11,13 +11,10 @@ Runs are kept in DIR: called again, the script goes on where it stopped. It writ
 DIR/optimizers.svg. --set KEY=VALUE changes any setting of all runs.
 """
 
-import json
-from pathlib import Path
+from benthic.console import mistakes_in_one_line
+from benthic.lab.compare import KEPT_SHORT, Study, Variant, positive, study_parser
+from benthic.lab.figures import draw_curves, figures, told
 
-from benthic.files import write_atomically
-from benthic.lab.compare import Outcome, Study, Variant, curve, draw_curves, study_parser, summary, told
-
-ALL = ("train.checkpoint_every=250", "train.keep_checkpoints=1")
 VALIDATIONS = 12
 TUNE_SEED = 100
 MUON = Variant("muon", ("train.optimizer.name=muon",))
@@ -30,27 +27,18 @@ RATES = {
 
 def main() -> None:
     parser = study_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--tune-steps", type=int, default=250)
+    parser.add_argument("--steps", type=positive, default=1000)
+    parser.add_argument("--tune-steps", type=positive, default=250)
     arguments = parser.parse_args()
-    study = Study(arguments.directory, (*ALL, *arguments.settings))
+    study = Study(arguments.directory, (*KEPT_SHORT, *arguments.settings))
     muon, adamw = (tuned(study, variant, arguments.tune_steps) for variant in (MUON, ADAMW))
     seconds = study.step_seconds([muon, adamw])
-    longer = round(arguments.steps * seconds["muon"] / seconds["adamw"])
-    variants = [
-        lasting(muon, arguments.steps),
-        lasting(adamw, arguments.steps),
-        lasting(adamw.but(name="adamw, equal time"), longer),
-    ]
-    outcomes: dict[str, list[Outcome]] = {variant.name: [] for variant in variants}
-    for seed in range(arguments.seeds):
-        for variant in variants:
-            outcomes[variant.name].append(study.run(variant, seed))
-    report(arguments.directory, {variant.name: variant.settings for variant in variants}, outcomes)
-
-
-def lasting(variant: Variant, steps: int) -> Variant:
-    return variant.but(f"train.steps={steps}", f"train.validate_every={max(1, steps // VALIDATIONS)}")
+    longer = max(1, round(arguments.steps * seconds["muon"] / seconds["adamw"]))
+    report(study, [
+        muon.lasting(arguments.steps, VALIDATIONS),
+        adamw.lasting(arguments.steps, VALIDATIONS),
+        adamw.but(name="adamw, equal time").lasting(longer, VALIDATIONS),
+    ], arguments.seeds)  # fmt: skip
 
 
 def tuned(study: Study, variant: Variant, steps: int) -> Variant:
@@ -58,30 +46,22 @@ def tuned(study: Study, variant: Variant, steps: int) -> Variant:
     key, rates = RATES[variant]
     bits = {}
     for rate in rates:
-        trial = variant.but(f"{key}={rate}", f"train.steps={steps}", f"train.validate_every={steps}")
-        bits[rate] = study.run(trial._replace(name=f"tune-{variant.name}-{rate:g}"), TUNE_SEED).bits_per_byte
+        trial = variant.but(f"{key}={rate}", name=f"tune-{variant.name}-{rate:g}").lasting(steps)
+        bits[rate] = study.run(trial, TUNE_SEED).bits_per_byte
         print(f"{variant.name}, rate {rate:g}: {bits[rate]:.4f} bits per byte after {steps} steps")
     return variant.but(f"{key}={min(bits, key=lambda rate: bits[rate])}")
 
 
-def report(directory: Path, settings: dict[str, tuple[str, ...]], outcomes: dict[str, list[Outcome]]) -> None:
-    figures = {
-        name: {
-            "settings": settings[name],
-            "bits_per_byte": summary([run.bits_per_byte for run in runs]),
-            "processor_seconds": summary([run.seconds for run in runs]),
-            "tokens": runs[0].steps("tokens")[-1],
-            "curve": [point._asdict() for point in curve(runs)],
-        }
-        for name, runs in outcomes.items()
-    }
-    write_atomically(directory / "optimizers.json", json.dumps(figures, indent=1))
-    curves = {name: curve(runs) for name, runs in outcomes.items()}
-    draw_curves(directory / "optimizers.svg", curves, "Validation by optimizer", ["tokens", "seconds"])
-    for name, runs in outcomes.items():
-        bits, seconds = told([run.bits_per_byte for run in runs]), told([run.seconds for run in runs], 0)
-        print(f"{name}: {bits} bits per byte after {figures[name]['tokens']} tokens, {seconds} s")
+def report(study: Study, variants: list[Variant], seeds: int) -> None:
+    outcomes = study.compare(variants, seeds)
+    sides = {variant: figures(runs) for variant, runs in outcomes.items()}
+    study.write("optimizers", sides)
+    draw_curves(study.directory / "optimizers.svg", outcomes, "Validation by optimizer", ["tokens", "seconds"])
+    for variant, told_of in sides.items():
+        bits, seconds = told(told_of["bits_per_byte"]["values"]), told(told_of["processor_seconds"]["values"], 0)
+        print(f"{variant.name}: {bits} bits per byte after {told_of['tokens']} tokens, {seconds} s")
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -6,29 +6,27 @@ By default the recipe ``bench``. What it saves is measured by ``memory_vs_transf
 """
 
 import statistics
-import sys
 
-from steps import ratio, seconds_in_turns, training_step
+from steps import compute_of, config_of, ratio, recipe_parser, seconds_in_turns, training_step
 
-from benthic.config.load import load_run_config
+from benthic.console import mistakes_in_one_line
 from benthic.train.memory import settle_memory
 
 
 def main() -> None:
-    recipe, *overrides = sys.argv[1:] or ["bench"]
+    given = recipe_parser(__doc__).parse_args()
     configs = {
-        "kept": load_run_config(recipe, [*overrides, "train.recompute=false"]),
-        "recomputed": load_run_config(recipe, [*overrides, "train.recompute=true"]),
+        "kept": config_of(given, "train.recompute=false"),
+        "recomputed": config_of(given, "train.recompute=true"),
     }
-    config = configs["kept"]
-    compute = "fp32" if config.precision.compute == "auto" else config.precision.compute
     settle_memory()
-    steps = {name: training_step(each, compute) for name, each in configs.items()}
-    seconds = seconds_in_turns(steps, config, config.train.steps or 20)
+    steps = {name: training_step(config) for name, config in configs.items()}
+    seconds = seconds_in_turns(steps, configs["kept"].train.steps or 20)
     for name, times in seconds.items():
-        print(f"{name:12}  {statistics.median(times):8.3f} s a step in {compute}")
+        print(f"{name:12}  {statistics.median(times):8.3f} s a step in {compute_of(configs[name])}")
     print(f"{'ratio':12}  {ratio(seconds['recomputed'], seconds['kept']):8.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -8,40 +8,34 @@ that at 16, as many chosen by a token and as wide in both (bar: at most 1.10).
 """
 
 import statistics
-import sys
 
-from steps import ratio, seconds_in_turns, training_step
+from steps import config_of, ratio, recipe_parser, seconds_in_turns, training_step
 
-from benthic.config.load import load_run_config
+from benthic.console import mistakes_in_one_line
 from benthic.train.memory import settle_memory
 
 
 def main() -> None:
-    what, recipe, *overrides = [*sys.argv[1:], "bench"] if len(sys.argv) == 2 else sys.argv[1:]
-    config = load_run_config(recipe, overrides)
-    layers = config.model.num_hidden_layers
-    changes = {
-        "layers": {
-            f"{layers} layers": f"model.num_hidden_layers={layers}",
-            f"{2 * layers} layers": f"model.num_hidden_layers={2 * layers}",
-        },
-        "experts": {f"{count} experts": f"model.n_routed_experts={count}" for count in (16, 64)},
-    }[what]
-    compute = "fp32" if config.precision.compute == "auto" else config.precision.compute
+    given = recipe_parser(__doc__, choose=("layers", "experts")).parse_args()
+    layers = config_of(given).model.num_hidden_layers
+    key, small, large = {
+        "layers": ("num_hidden_layers", layers, 2 * layers),
+        "experts": ("n_routed_experts", 16, 64),
+    }[given.what]
+    configs = {f"{count} {given.what}": config_of(given, f"model.{key}={count}") for count in (small, large)}
     settle_memory()
-    steps = {
-        name: training_step(load_run_config(recipe, [*overrides, change]), compute) for name, change in changes.items()
-    }
-    seconds = seconds_in_turns(steps, config, config.train.steps or 10)
-    tokens = config.train.batch_size * config.train.sequence_length
+    steps = {name: training_step(config) for name, config in configs.items()}
+    train = next(iter(configs.values())).train
+    seconds = seconds_in_turns(steps, train.steps or 10)
     for name, times in seconds.items():
-        print(f"{name:12}  {tokens / statistics.median(times):8,.0f} tokens/s")
-    small, large = seconds.values()
-    if what == "layers":
-        print(f"tokens/s at twice the layers, of half: {2 / ratio(large, small):.3f}")
+        print(f"{name:12}  {train.batch_size * train.sequence_length / statistics.median(times):8,.0f} tokens/s")
+    growth = ratio(*reversed(seconds.values()))
+    if given.what == "layers":
+        print(f"tokens/s at twice the layers, of half: {2 / growth:.3f}")
     else:
-        print(f"time of a step with 64 experts, of that with 16: {ratio(large, small):.3f}")
+        print(f"time of a step with 64 experts, of that with 16: {growth:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -1,56 +1,68 @@
-"""What the benchmarks of training share: a training step as a function, and steps of several kinds in turns.
+"""What the benchmarks of training share: their arguments, and steps of several kinds in turns.
 
 Steps of different kinds alternate within one process, so that a busy moment falls on all of them.
 """
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import torch
-
+from benthic.config.load import load_run_config
 from benthic.config.schema import RunConfig
-from benthic.data.batches import Batch
-from benthic.model import build_model
 from benthic.precision.compute import Compute
-from benthic.train.compute import moments_dtype
-from benthic.train.objective import Objective
-from benthic.train.optimizer import ModelOptimizer
-from benthic.train.recompute import recompute_activations
-from benthic.train.schedule import Course
-from benthic.train.step import train_step
+from benthic.train.trial import RandomSequences, Trial
 
-WARMUP_STEPS = 2
-Step = Callable[[torch.Tensor], None]
+WARM_UP_STEPS = 2
+Step = Callable[[], None]
 
 
-def training_step(config: RunConfig, compute: Compute = "fp32") -> Step:
-    """A step of a fresh model on a batch of tokens, as `benthic train` takes it."""
-    model = build_model(config.model)
-    if config.train.recompute:
-        recompute_activations(model)
-    objective = Objective(model)
-    optimizer = ModelOptimizer(model, config.train.optimizer, moments_dtype(compute))
-    settings = Course(config.train.schedule, 100, config.train.batch_size).at(50)
-    micro = config.train.micro_batch_size or config.train.batch_size
-
-    def step(tokens_BS: torch.Tensor) -> None:
-        train_step(objective, optimizer, Batch(tokens_BS, None), settings, micro_batch_size=micro, compute=compute)
-
-    return step
+def script_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of a script whose docstring says how to call it."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def seconds_in_turns(steps: dict[str, Step], config: RunConfig, repeats: int) -> dict[str, list[float]]:
-    """Times of each step over batches that all of them see, after warming up; entry i of all is of one moment."""
-    length = config.train.sequence_length + 1 + config.model.num_nextn_predict_layers
+def recipe_parser(doc: str | None, default: str = "bench", *, choose: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Of a script with ``[RECIPE] [KEY=VALUE ...]``, behind ``what`` if there is something to ``choose``."""
+    parser = script_parser(doc)
+    if choose:
+        parser.add_argument("what", choices=choose)
+    parser.add_argument("recipe", nargs="?", default=default, metavar="RECIPE", help=f"by default {default}")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the recipe's")
+    return parser
+
+
+def config_of(given: argparse.Namespace, *further: str, auto: Compute = "fp32") -> RunConfig:
+    """The recipe that was given, with ``further`` settings over what was given besides.
+
+    What ``precision.compute=auto`` would find out by measuring is ``auto``.
+    """
+    config = load_run_config(given.recipe, [*given.overrides, *further])
+    if config.precision.compute != "auto":
+        return config
+    return config.model_copy(update={"precision": config.precision.model_copy(update={"compute": auto})})
+
+
+def compute_of(config: RunConfig) -> Compute:
+    """The precision of a config of :func:`config_of`."""
+    assert config.precision.compute != "auto"
+    return config.precision.compute
+
+
+def training_step(config: RunConfig) -> Step:
+    """A step of a fresh model on random tokens, as `benthic train` takes it."""
+    return Trial(config, RandomSequences(config), compute_of(config)).step
+
+
+def seconds_in_turns(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    """Times of each step, after warming up; entry i of all is of one moment."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(WARMUP_STEPS + repeats):
-        tokens_BS = torch.randint(config.model.vocab_size, (config.train.batch_size, length))
+    for _ in range(WARM_UP_STEPS + repeats):
         for name, step in steps.items():
             start = time.perf_counter()
-            step(tokens_BS)
+            step()
             seconds[name].append(time.perf_counter() - start)
-    return {name: times[WARMUP_STEPS:] for name, times in seconds.items()}
+    return {name: times[WARM_UP_STEPS:] for name, times in seconds.items()}
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:

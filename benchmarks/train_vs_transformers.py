@@ -3,61 +3,40 @@
     pip install 'benthic[peers]'
     python benchmarks/train_vs_transformers.py [RECIPE] [KEY=VALUE ...]
 
-A step is forward, loss, backward, clipping and AdamW in fp32 on random tokens, by default of the recipe ``bench``:
-bench-108m, 8 sequences of 512. Steps alternate so that a busy moment falls on all. transformers is measured twice: as
-it comes, which groups the experts' products, and with its eager attention and experts.
+A step is forward, loss, backward, clipping and AdamW on random tokens, by default of the recipe ``bench``: bench-108m,
+8 sequences of 512, in fp32; ``precision.compute=bf16`` puts both in bf16. Steps alternate so that a busy moment falls
+on all. transformers is measured twice: as it comes, which groups the experts' products, and with its eager attention
+and experts.
 """
 
 import statistics
-import sys
 
-import torch
-from steps import Step, ratio, seconds_in_turns, training_step
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from steps import compute_of, config_of, ratio, recipe_parser, seconds_in_turns, training_step
+from transformers_peer import WITHOUT_MTP, peer_step
 
-from benthic.config.load import load_run_config
-from benthic.config.schema import RunConfig
-from benthic.convert.config import config_to_hf
+from benthic.console import mistakes_in_one_line
 from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
-
-
-def theirs(config: RunConfig, **implementation: str) -> Step:
-    """The step of transformers' model with PyTorch's AdamW."""
-    settings = config.train.optimizer
-    sizes = config_to_hf(config.model, torch.float32, {})
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **implementation)).train()
-    assert all(getattr(model.config, f"_{key}") == value for key, value in implementation.items())
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, settings.betas, fused=True)
-
-    def step(tokens_BS: torch.Tensor) -> None:
-        inputs, targets = tokens_BS[:, :-1], tokens_BS[:, 1:]
-        logits = model(inputs, use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+from benthic.precision.compute import compute_dtype
 
 
 def main() -> None:
     """Prints tokens per second, share of the GEMM peak, and the ratios."""
-    recipe, *overrides = sys.argv[1:] or ["bench"]
-    config = load_run_config(recipe, [*overrides, "model.num_nextn_predict_layers=0"])  # the peer has no MTP
-    eager = theirs(config, attn_implementation="eager", experts_implementation="eager")
-    steps = {"benthic": training_step(config), "transformers": theirs(config), "eager": eager}
-    times = seconds_in_turns(steps, config, config.train.steps or 5)
-    seconds = {name: statistics.median(each) for name, each in times.items()}
-    gemm_gflops = measure_gemm_gflops()
+    config = config_of(recipe_parser(__doc__).parse_args(), WITHOUT_MTP)
+    eager = peer_step(config, attn_implementation="eager", experts_implementation="eager")
+    steps = {"benthic": training_step(config), "transformers": peer_step(config), "eager": eager}
+    times = seconds_in_turns(steps, config.train.steps or 5)
+    gemm_gflops = measure_gemm_gflops(compute_dtype(compute_of(config)))
     gflops = training_flops(config.model, config.train.sequence_length) / 1e9
     tokens = config.train.batch_size * config.train.sequence_length
-    for name, time_of_step in seconds.items():
-        speed = tokens / time_of_step
-        print(f"{name:12}  {speed:8,.0f} tokens/s  {speed * gflops / gemm_gflops:6.1%} of {gemm_gflops:.0f} GFLOP/s")
+    for name, seconds in times.items():
+        speed = tokens / statistics.median(seconds)
+        share = speed * gflops / gemm_gflops
+        print(f"{name:12}  {speed:8,.0f} tokens/s  {share:6.1%} of {gemm_gflops:.0f} GFLOP/s in {compute_of(config)}")
     for name in ("transformers", "eager"):
         print(f"{ratio(times[name], times['benthic']):8.2f} times {name}")
 
 
 if __name__ == "__main__":
-    main()
+    with mistakes_in_one_line():
+        main()

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from benthic import __version__, console
-from benthic.errors import InputError, WorkFailed
-from benthic.terminal import without_controls
-from benthic.train.signals import Interrupted
+from benthic.errors import InputError
 
 if TYPE_CHECKING:
     from benthic.config.schema import ModelConfig, RunConfig
 
-USER_PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -59,42 +56,15 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for other program
 def main() -> NoReturn:
     """Runs the command line; a user's mistake becomes one line and exit status 2."""
     console.write_any_text()
-    try:
-        status = app(standalone_mode=False)
-    except Interrupted as stop:
-        print(stop.message, file=sys.stderr)
-        raise
-    except typer.Abort:
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        if (told := _told(error)) is None:
-            raise
-        _fail(*told)
+    with console.mistakes_in_one_line():
+        try:
+            status = app(standalone_mode=False)
+        except typer.Abort:
+            sys.exit(INTERRUPTED)
+        except typer.TyperException as error:
+            console.fail(error.format_message(), error.exit_code)
     if status == INTERRUPTED:  # how typer tells of Ctrl-C
         print("stopped by Ctrl-C", file=sys.stderr)
-    sys.exit(status)
-
-
-def _told(error: Exception) -> tuple[str, int] | None:
-    """The line that tells of an error, and the exit status; None for a mistake of Benthic's own."""
-    if isinstance(error, typer.TyperException):
-        return error.format_message(), error.exit_code
-    if isinstance(error, USER_PATH_ERRORS):
-        return f"{error.filename}: {error.strerror}", 2
-    if isinstance(error, InputError):
-        return str(error), 2
-    if isinstance(error, WorkFailed | OSError):  # such as a full disk
-        return str(error), 1
-    # PyTorch's allocators raise RuntimeErrors.
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
-        return "out of memory: take a smaller model, batch or context", 1
-    return None
-
-
-def _fail(line: str, status: int) -> NoReturn:
-    if line:  # a command without arguments has printed its help instead
-        # Names out of a file from anywhere may be among it.
-        print(f"error: {without_controls(' '.join(line.split()))}", file=sys.stderr)
     sys.exit(status)
 
 

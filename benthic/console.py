@@ -7,15 +7,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from benthic.errors import InputError, WorkFailed
 from benthic.terminal import without_controls
+from benthic.train.signals import Interrupted
 
 if TYPE_CHECKING:
     from benthic.plan.report import Plan
 
 LINE_EVERY = 5.0
 """Seconds between plain lines of progress."""
+USER_PATH_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 
 
 def write_any_text() -> None:
@@ -23,6 +26,45 @@ def write_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Within it, a user's mistake ends the program with a line and status 2, work that failed with status 1.
+
+    Only a mistake of Benthic's own has a traceback. For programs: the command line, and scripts in ``benchmarks/``.
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        print(stop.message, file=sys.stderr)
+        raise
+    except Exception as error:
+        if (told := _told(error)) is None:
+            raise
+        fail(*told)
+
+
+def _told(error: Exception) -> tuple[str, int] | None:
+    """The line that tells of an error, and the exit status; None for a mistake of Benthic's own."""
+    if isinstance(error, USER_PATH_ERRORS):
+        return f"{error.filename}: {error.strerror}", 2
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, WorkFailed | OSError):  # such as a full disk
+        return str(error), 1
+    # PyTorch's allocators raise RuntimeErrors.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "out of memory" in str(error):
+        return "out of memory: take a smaller model, batch or context", 1
+    return None
+
+
+def fail(line: str, status: int) -> NoReturn:
+    """End the program, saying why."""
+    if line:  # a command without arguments has printed its help instead
+        # Names out of a file from anywhere may be among it.
+        print(f"error: {without_controls(' '.join(line.split()))}", file=sys.stderr)
+    sys.exit(status)
 
 
 def print_json(data: Any) -> None:

@@ -259,7 +259,7 @@ class PrecisionConfig(Settings):
     """Arithmetic of training; master weights and gradients are always fp32."""
 
     compute: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
-    """``auto`` measures one step in fp32 and in bf16 and takes the faster; bf16 pays only on units that have it.
+    """``auto`` times steps in fp32 and in bf16 and takes the faster; bf16 pays only on units that have it.
     ``fp8`` trains as published, AdamW's moments in bf16 (V3 report section 3.3), emulated without FP8 units."""
 
 

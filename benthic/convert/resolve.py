@@ -40,7 +40,7 @@ def load_model(
             return load_hf(folder, dtype, device)
     if stage is None or newest is None:
         raise InputError(f"{path}: holds no config.json, model/ or checkpoints/; {WHAT_IS_ALLOWED}")
-    return _load_checkpoint(stage.config.model, newest, dtype, device)
+    return load_checkpoint(stage.config.model, newest, dtype, device)
 
 
 def find_tokenizer(path: str | Path) -> Path:
@@ -72,9 +72,14 @@ def _written(path: Path) -> int:
     return (manifest if manifest.is_file() else path).stat().st_mtime_ns
 
 
-def _load_checkpoint(
-    config: ModelConfig, path: Path, dtype: torch.dtype | None, device: torch.device | str | None
+def load_checkpoint(
+    config: ModelConfig, path: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> tuple[LanguageModel, ModelConfig]:
+    """A model of these sizes with a checkpoint's weights, averaged where an average is kept.
+
+    Raises:
+        InputError: the checkpoint is damaged or does not fit, or the model is too large for this machine.
+    """
     # The model, and what is read from the file before it is copied there.
     refuse_too_large(config, doing="loading", bytes_per_parameter=2 * torch.float32.itemsize)
     model = build_model(config, device="meta").to_empty(device=device or "cpu")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benthic.config.schema import RunConfig
 from benthic.data.shards import Tokens, TokenStore
 from benthic.errors import InputError
 
@@ -93,6 +94,17 @@ class Batches:
         order_D = rng.permutation(len(self._document_lengths_D))
         first, after = (-(-number * self._store.tokens // self._length) for number in (epoch, epoch + 1))
         return _Epoch(order_D, np.cumsum(self._document_lengths_D[order_D]), first + rng.permutation(after - first))
+
+
+def training_batches(config: RunConfig, store: TokenStore) -> Batches:
+    """Sequences of a run's stage, with all the lookahead that its MTP modules take."""
+    return Batches(
+        store,
+        config.train.sequence_length,
+        1 + config.model.num_nextn_predict_layers,
+        seed=config.train.seed,
+        mask_documents=config.data.mask_documents,
+    )
 
 
 def validation_batches(

@@ -47,7 +47,7 @@ def prepare(
     if (out / "data" / FILE_NAME).exists():
         before = _prepared_before(config, vocab_size, out)
         if not repair:
-            _check_tokenizer(out, before)
+            check_tokenizer(out, before)
             return before
     with locked(out):
         if before is None:
@@ -59,7 +59,7 @@ def damage(out: Path) -> InputError | None:
     """What is wrong with a file of the data prepared in ``out``, every byte of which is read; None if nothing is."""
     manifest = Manifest.load(out / "data")
     try:
-        _check_tokenizer(out, manifest)
+        check_tokenizer(out, manifest)
         for split in SPLITS:
             TokenStore(out / "data", split)
     except InputError as error:
@@ -133,9 +133,12 @@ def _prepared_before(config: DataConfig, vocab_size: int, out: Path) -> Manifest
     return manifest
 
 
-def _check_tokenizer(out: Path, manifest: Manifest) -> None:
-    if Tokenizer.load(out / "tokenizer").fingerprint != manifest.tokenizer_sha256:
+def check_tokenizer(out: Path, manifest: Manifest) -> str:
+    """The fingerprint of ``out/tokenizer``; raises ``InputError`` if the data was prepared with another."""
+    found = Tokenizer.load(out / "tokenizer").fingerprint
+    if found != manifest.tokenizer_sha256:
         raise InputError(f"{out / 'tokenizer'}: not the tokenizer that {out / 'data'} was prepared with")
+    return found
 
 
 def _files_changed(config: DataConfig, manifest: Manifest) -> bool | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from benthic.config.schema import ModelConfig
 from benthic.model import LanguageModel, Routing
 from benthic.model.language_model import initialise
-from benthic.plan.flops import training_flops
+from benthic.train.architecture import DeepSeekV3
 
 
 class BatchBalanced(LanguageModel):
@@ -31,7 +31,7 @@ def as_one_sequence(routing: Routing) -> Routing:
     return Routing(routing.scores.flatten(0, 1)[None], routing.index.flatten(0, 1)[None])
 
 
-class BatchBalance:
+class BatchBalance(DeepSeekV3):
     """The architecture to give to :func:`benthic.train.loop.train`."""
 
     def build(self, config: ModelConfig, *, seed: int) -> BatchBalanced:
@@ -39,10 +39,6 @@ class BatchBalance:
         model = BatchBalanced(config)
         initialise(model, config.initializer_range, seed)
         return model
-
-    def training_flops(self, config: ModelConfig, length: int, *, mtp: bool) -> float:
-        """Those of the model."""
-        return training_flops(config, length, mtp=mtp)
 
     def settings(self) -> dict[str, Any]:
         """The kind."""

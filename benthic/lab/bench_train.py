@@ -1,30 +1,16 @@
-"""Speed of training here: whole optimizer steps on random tokens, against the machine's best matrix product.
-
-A step's time hardly depends on what the tokens are, except that random ones load all experts alike.
-"""
+"""Speed of training here: whole optimizer steps on random tokens, against the machine's best matrix product."""
 
 import statistics
 import time
 from dataclasses import dataclass
 
-import torch
-
 from benthic.config.schema import RunConfig
-from benthic.data.batches import Batch
 from benthic.errors import InputError
-from benthic.model import build_model
 from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
-from benthic.train.compute import moments_dtype
 from benthic.train.memory import settle_memory
-from benthic.train.objective import Objective
-from benthic.train.optimizer import ModelOptimizer
-from benthic.train.recompute import recompute_activations
-from benthic.train.schedule import Course
-from benthic.train.step import train_step
-
-WARMUP_STEPS = 2
+from benthic.train.trial import RandomSequences, Trial, heaviest_mtp
 
 
 @dataclass(frozen=True)
@@ -36,7 +22,8 @@ class TrainSpeed:
     gemm_gflops: float
     """Of a 2048 x 2048 x 2048 product in the same precision and process."""
     share_of_gemm_peak: float
-    """Operations of a step (``benthic.plan.flops``, causal attention, MTP included) over time and ``gemm_gflops``."""
+    """Operations of a step (``benthic.plan.flops``, causal attention, MTP where its loss counts) over time and
+    ``gemm_gflops``."""
     step_seconds: tuple[float, ...]
     batch_size: int
     sequence_length: int
@@ -44,7 +31,10 @@ class TrainSpeed:
 
 
 def bench_train(config: RunConfig) -> TrainSpeed:
-    """Times ``config.train.steps`` steps after two to warm up; nothing is read or written."""
+    """Times ``config.train.steps`` full batches after two to warm up; nothing is read or written.
+
+    Where the run has steps with and without MTP, those with it are timed.
+    """
     if config.train.steps is None:
         raise InputError("train.minutes: a benchmark counts steps; give train.steps")
     compute = config.precision.compute
@@ -55,7 +45,7 @@ def bench_train(config: RunConfig) -> TrainSpeed:
     train = config.train
     tokens_per_s = train.batch_size * train.sequence_length / statistics.median(seconds)
     gemm_gflops = measure_gemm_gflops(compute_dtype(compute))
-    flops = training_flops(config.model, train.sequence_length, mtp=True)
+    flops = training_flops(config.model, train.sequence_length, mtp=heaviest_mtp(config) > 0)
     return TrainSpeed(
         tokens_per_s=tokens_per_s, gemm_gflops=gemm_gflops,
         share_of_gemm_peak=tokens_per_s * flops / (gemm_gflops * 1e9),
@@ -65,23 +55,10 @@ def bench_train(config: RunConfig) -> TrainSpeed:
 
 
 def _step_seconds(config: RunConfig, timed: int, compute: Compute) -> list[float]:
-    train = config.train
-    steps = WARMUP_STEPS + timed
-    model = build_model(config.model, seed=train.seed)
-    if train.recompute:
-        recompute_activations(model)
-    objective = Objective(model)
-    optimizer = ModelOptimizer(objective.model, train.optimizer, moments_dtype(compute))
-    course = Course(train.schedule, steps, train.batch_size)
-    generator = torch.Generator().manual_seed(train.seed)
-    size = (train.batch_size, train.sequence_length + 1 + config.model.num_nextn_predict_layers)
+    trial = Trial(config, RandomSequences(config), compute).warm_up()
     seconds = []
-    for step in range(steps):
-        batch = Batch(torch.randint(config.model.vocab_size, size, generator=generator), None)
+    for _ in range(timed):
         start = time.perf_counter()
-        train_step(
-            objective, optimizer, batch, course.at(step),
-            micro_batch_size=train.micro_batch_size or train.batch_size, compute=compute,
-        )  # fmt: skip
+        trial.step()
         seconds.append(time.perf_counter() - start)
-    return seconds[WARMUP_STEPS:]
+    return seconds

@@ -1,4 +1,4 @@
-"""Trainings side by side: one recipe, one corpus, each run made once and resumed where it stopped, means and spreads.
+"""Trainings side by side: one recipe, one corpus, each run made once and resumed where it stopped.
 
 A study is a directory: ``data/`` and ``tokenizer/`` shared by all runs, a folder for each run, and a JSON file for
 each answer that must not change between two calls (such as how long a step takes). Time is the processor time of
@@ -17,16 +17,17 @@ from typing import Any, NamedTuple
 
 from benthic.config.load import load_run_config
 from benthic.config.schema import RunConfig
-from benthic.data.batches import Batches
+from benthic.data.batches import Batches, training_batches
 from benthic.data.prepare import prepare
 from benthic.data.shards import TokenStore
-from benthic.errors import InputError, MissingExtra
+from benthic.errors import InputError
 from benthic.files import read_json_object, write_atomically
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
-from benthic.train.calibrate import Trial, parts_of_run, resolve
+from benthic.train.calibrate import parts_of_run, resolve
 from benthic.train.identity import differences
 from benthic.train.loop import train
 from benthic.train.metrics import read_metrics
+from benthic.train.trial import Trial
 
 _ROUNDS = 15
 """Steps of each variant that are timed, in turn."""
@@ -36,9 +37,16 @@ def study_parser(doc: str | None) -> argparse.ArgumentParser:
     """Of a script: the directory, ``--seeds``, and ``--set KEY=VALUE`` for all runs."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     return parser
+
+
+def positive(text: str) -> int:
+    """An option's number of something."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number from 1")
+    return int(text)
 
 
 class Variant(NamedTuple):
@@ -52,6 +60,10 @@ class Variant(NamedTuple):
     def but(self, *settings: str, name: str | None = None) -> "Variant":
         """The same with further settings."""
         return self._replace(name=name or self.name, settings=(*self.settings, *settings))
+
+    def lasting(self, steps: int, validations: int = 1) -> "Variant":
+        """The same for so many steps, with so many validations evenly among them."""
+        return self.but(f"train.steps={steps}", f"train.validate_every={max(1, steps // validations)}")
 
 
 class Outcome(NamedTuple):
@@ -72,16 +84,8 @@ class Outcome(NamedTuple):
         return float(sum(self.steps("processor_seconds")))
 
 
-class Point(NamedTuple):
-    """A validation of one run, or the mean of those of several at the same step."""
-
-    tokens: float
-    seconds: float
-    """Of processor time that training had taken."""
-    bits_per_byte: float
-    least: float
-    most: float
-    """Of the runs."""
+KEPT_SHORT = ("train.checkpoint_every=250", "train.keep_checkpoints=1")
+"""Settings of a study of many runs: little is lost where it is interrupted, and little lies about."""
 
 
 class Study:
@@ -90,8 +94,7 @@ class Study:
     def __init__(self, directory: Path, settings: Sequence[str] = (), recipe: str = "quickstart") -> None:
         self.directory, self.recipe, self.settings = directory, recipe, tuple(settings)
         config = load_run_config(recipe, self.settings)
-        if not (directory / "data" / "manifest.json").exists():
-            prepare(config.data, config.model.vocab_size, directory)
+        prepare(config.data, config.model.vocab_size, directory)
         if config.precision.compute == "auto":
             compute = self.once("precision", {"settings": self.settings}, lambda: self._fastest(config))
             self.settings = (*self.settings, f"precision.compute={compute}")
@@ -114,6 +117,19 @@ class Study:
     def config(self, variant: Variant, *settings: str) -> RunConfig:
         """The recipe with the study's, the variant's and these settings, one over the other."""
         return load_run_config(self.recipe, (*self.settings, *variant.settings, *settings))
+
+    def compare(self, variants: Sequence[Variant], seeds: int) -> dict[Variant, list[Outcome]]:
+        """Runs of each variant with the same seeds, as :meth:`run` makes them."""
+        outcomes: dict[Variant, list[Outcome]] = {variant: [] for variant in variants}
+        for seed in range(seeds):
+            for variant in variants:
+                outcomes[variant].append(self.run(variant, seed))
+        return outcomes
+
+    def write(self, name: str, sides: Mapping[Variant, dict[str, Any]]) -> None:
+        """``NAME.json``: what is told of each side, under its name and with its settings."""
+        entries = {variant.name: {"settings": variant.settings, **told} for variant, told in sides.items()}
+        write_atomically(self.directory / f"{name}.json", json.dumps(entries, indent=1))
 
     def run(self, variant: Variant, seed: int) -> Outcome:
         """Train, or go on, or read what a finished run left. Its checkpoints are removed at the end.
@@ -158,7 +174,7 @@ class Study:
     def _trial(self, variant: Variant) -> Trial:
         config = self.config(variant)
         assert config.precision.compute != "auto"
-        return Trial(config, self._batches(config), config.precision.compute, variant.architecture)
+        return Trial(config, self._batches(config), config.precision.compute, variant.architecture).warm_up()
 
     def _fastest(self, config: RunConfig) -> str:
         train_once = config.train.model_copy(update={"steps": 1, "minutes": None})
@@ -166,9 +182,7 @@ class Study:
         return resolve(asked, self._batches(asked)).precision.compute
 
     def _batches(self, config: RunConfig) -> Batches:
-        lookahead = 1 + config.model.num_nextn_predict_layers
-        store = TokenStore(self.directory / "data", "train")
-        return Batches(store, config.train.sequence_length, lookahead, mask_documents=config.data.mask_documents)
+        return training_batches(config, TokenStore(self.directory / "data", "train"))
 
 
 def _in_turn(
@@ -196,81 +210,3 @@ def _finished(out: Path, asked: dict[str, Any], kept: dict[str, Any]) -> Outcome
     if changed := differences(asked, {"config": config, "architecture": architecture}):
         raise InputError(f"{out}: has a run with other settings: {'; '.join(changed)}; give another directory")
     return Outcome(read_metrics(out / "metrics.jsonl"), bits_per_byte)
-
-
-def summary(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (none of one value) and the values."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "deviation": deviation, "values": list(values)}
-
-
-def told(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and deviation in a line for people."""
-    deviation = f" +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
-
-
-def windows(values: Sequence[float], length: int) -> list[float]:
-    """Means of consecutive windows. What is left over at the end is left out; values fewer than one are one window."""
-    length = min(length, len(values))
-    return [statistics.fmean(values[end - length : end]) for end in range(length, len(values) + 1, length)]
-
-
-def curve(outcomes: Sequence[Outcome]) -> list[Point]:
-    """Mean validation curve of runs of the same length that differ by their seed."""
-    points = []
-    for validations in zip(*(_validations(outcome) for outcome in outcomes), strict=True):
-        tokens, seconds, bits = (list(column) for column in zip(*validations, strict=True))
-        mean = [statistics.fmean(column) for column in (tokens, seconds, bits)]
-        points.append(Point(mean[0], mean[1], mean[2], min(bits), max(bits)))
-    return points
-
-
-def _validations(outcome: Outcome) -> list[tuple[float, float, float]]:
-    """Tokens, seconds and bits per byte at each validation."""
-    tokens, seconds = 0, 0.0
-    found: list[tuple[float, float, float]] = []
-    for row in outcome.rows:
-        if "loss" in row:
-            tokens, seconds = row["tokens"], seconds + row["processor_seconds"]
-        elif "validation_bits_per_byte" in row:
-            found.append((tokens, seconds, row["validation_bits_per_byte"]))
-    return found
-
-
-def draw_curves(path: Path, curves: Mapping[str, Sequence[Point]], title: str, against: Sequence[str]) -> None:
-    """An SVG with validation curves, means as lines and all seeds' span as bands, against ``seconds`` or ``tokens``.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    figure = new_figure(len(against))
-    figure.suptitle(title)
-    labels = {"seconds": "processor seconds of training", "tokens": "tokens read"}
-    for axes, key in zip(figure.axes, against, strict=True):
-        for name, points in curves.items():
-            x = [getattr(point, key) for point in points]
-            (line,) = axes.plot(x, [point.bits_per_byte for point in points], label=name)
-            span = [point.least for point in points], [point.most for point in points]
-            axes.fill_between(x, *span, alpha=0.2, color=line.get_color())
-        axes.set(xlabel=labels[key], ylabel="validation bits per byte")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, metadata={"Date": None})
-
-
-def new_figure(panels: int) -> Any:
-    """A matplotlib figure with so many axes side by side.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "plots") from error
-    mpl.rcParams.update({"svg.hashsalt": "benthic", "svg.fonttype": "none"})
-    figure = Figure(figsize=(6 * panels, 4.5), layout="constrained")
-    figure.subplots(1, panels)
-    return figure

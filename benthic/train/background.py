@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +22,8 @@ class BackgroundWriter:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._thread = ThreadPoolExecutor(
-            max_workers=1, thread_name_prefix="checkpoint", initializer=give_way_to_training
-        )
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", initializer=self._begin)
+        self._clock: int | None = None
         self._writing: Future[Path] | None = None
 
     def save(self, step: int, checkpoint: Checkpoint, keep: int | None) -> None:
@@ -42,11 +42,26 @@ class BackgroundWriter:
         if writing is not None:
             writing.result()
 
+    @property
+    def processor_seconds(self) -> float:
+        """Processor time of its thread so far: part of the process's, but not of training's.
+
+        0 where a thread has no clock that others can read, such as on macOS.
+        """
+        return 0.0 if self._clock is None else time.clock_gettime(self._clock)
+
+    def _begin(self) -> None:
+        """In the new thread, before it writes anything."""
+        give_way_to_training()
+        if sys.platform == "linux":
+            self._clock = time.pthread_getcpuclockid(threading.get_ident())
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._thread.shutdown()
+        self._clock = None  # of a thread that is no more
 
 
 def give_way_to_training() -> None:

@@ -7,7 +7,6 @@ settings, so a resumed run does not measure again.
 import math
 import statistics
 import time
-from dataclasses import replace
 
 import torch
 
@@ -17,12 +16,10 @@ from benthic.data.batches import Batches
 from benthic.precision.compute import Compute
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.optimizer import matrix_products
-from benthic.train.schedule import Course, steps_per_full_batch
-from benthic.train.state import TrainState
-from benthic.train.step import train_step
+from benthic.train.schedule import steps_per_full_batch
+from benthic.train.trial import Trial
 
 _MODES: tuple[Compute, ...] = ("fp32", "bf16")
-_WARM_UP_STEPS = 2
 _FEWEST_STEPS = 5
 _SHARE_OF_RUN = 0.01
 """Of the minutes given, spent on measuring how long a step takes."""
@@ -86,9 +83,10 @@ def seconds_per_step(
 
     Where the steps of a run's parts differ, each part counts by its share of the run.
     """
-    trial, schedule = Trial(config, batches, compute, architecture), config.train.schedule
+    trial = Trial(config, batches, compute, architecture).warm_up()
     return sum(
-        share * _median_seconds(trial, mtp_weight, budget * share) for mtp_weight, share in parts_of_run(schedule)
+        share * _median_seconds(trial, mtp_weight, budget * share)
+        for mtp_weight, share in parts_of_run(config.train.schedule)
     )
 
 
@@ -100,7 +98,7 @@ def parts_of_run(schedule: ScheduleConfig) -> list[tuple[float, float]]:
     return [(early, schedule.mtp_late_start), (late, 1 - schedule.mtp_late_start)]
 
 
-def _median_seconds(trial: "Trial", mtp_weight: float, budget: float) -> float:
+def _median_seconds(trial: Trial, mtp_weight: float, budget: float) -> float:
     seconds: list[float] = []
     while len(seconds) < _FEWEST_STEPS or sum(seconds) < budget:
         start = time.perf_counter()
@@ -108,26 +106,3 @@ def _median_seconds(trial: "Trial", mtp_weight: float, budget: float) -> float:
         seconds.append(time.perf_counter() - start)
     # What else runs on the machine disturbs some steps; a mean would promise too few.
     return statistics.median(seconds)
-
-
-class Trial:
-    """A model to time steps of a full batch on, already warm."""
-
-    def __init__(
-        self, config: RunConfig, batches: Batches, compute: Compute, architecture: Architecture = DEEPSEEK_V3
-    ) -> None:
-        self._config, self._batches, self._compute = config, batches, compute
-        self._state = TrainState(config, architecture)
-        schedule = config.train.schedule.model_copy(update={"batch_ramp": 0.0})
-        self._course = Course(schedule, 10**6, config.train.batch_size)
-        for _ in range(_WARM_UP_STEPS):
-            self.step(config.train.schedule.mtp_late_loss_weight)
-
-    def step(self, mtp_weight: float) -> None:
-        """Learn from the next batch, with this weight of the MTP loss."""
-        state = self._state
-        settings = replace(self._course.at(state.step), mtp_weight=mtp_weight)
-        batch = self._batches.at(settings.first_sequence, settings.batch_size)
-        micro = self._config.train.micro_batch_size or self._config.train.batch_size
-        train_step(state.objective, state.optimizer, batch, settings, micro_batch_size=micro, compute=self._compute)
-        state.step += 1

@@ -59,7 +59,7 @@ class MetricsLog:
             tracker.close()
 
     def _open_after(self, step: int) -> TextIO:
-        kept = [line for line in _lines(self._path) if self._is_kept(json.loads(line), step)]
+        kept = [line for line, row in _rows(self._path) if self._is_kept(row, step)]
         write_atomically(self._path, "".join(kept))
         # A line reaches the system as soon as it is whole: a kill loses nothing of it.
         return self._path.open("a", encoding="utf-8", buffering=1)
@@ -71,8 +71,7 @@ class MetricsLog:
 
 def read_metrics(path: Path, stage: str | None = None) -> list[dict[str, Any]]:
     """All whole rows of a metrics file, or those of one stage."""
-    rows = [json.loads(line) for line in _lines(path)]
-    return [row for row in rows if stage is None or _stage_of(row) == stage]
+    return [row for _, row in _rows(path) if stage is None or _stage_of(row) == stage]
 
 
 def _stage_of(row: dict[str, Any]) -> Any:
@@ -80,19 +79,21 @@ def _stage_of(row: dict[str, Any]) -> Any:
     return row.get("stage", PRETRAIN)
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines; the last is left out if a power cut tore it."""
+def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Whole lines, each as it stands and as it reads; the last is left out if a power cut tore it."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n") and _step_of(line) >= 0]
+    return [(line, row) for line in lines if line.endswith("\n") and (row := _row(line)) is not None]
 
 
-def _step_of(line: str) -> int:
+def _row(line: str) -> dict[str, Any] | None:
+    """A line as an object with a step, if that is what it is."""
     try:
-        return int(json.loads(line)["step"])
+        row = json.loads(line)
+        return row if int(row["step"]) >= 0 else None
     except (ValueError, TypeError, KeyError):
-        return -1
+        return None
 
 
 def _finite(value: Any) -> Any:

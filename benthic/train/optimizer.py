@@ -36,7 +36,7 @@ class ModelOptimizer:
         matrices = _hidden_matrices(model) if config.name == "muon" else {}
         others = [parameter for parameter in self._names if parameter not in matrices]
         self._parts: list[tuple[torch.optim.Optimizer, float, tuple[str, ...]]] = [
-            (_adamw(others, config, moments), config.learning_rate, _ADAMW_STATE)
+            (adamw(others, config, moments), config.learning_rate, _ADAMW_STATE)
         ]
         if matrices:
             products = matrix_products(config, next(iter(matrices)).device)
@@ -109,7 +109,10 @@ def matrix_products(config: OptimizerConfig, device: torch.device) -> Cast:
     return config.matrix_products
 
 
-def _adamw(parameters: list[Tensor], config: OptimizerConfig, moments: torch.dtype) -> torch.optim.Optimizer:
+def adamw(
+    parameters: list[Tensor], config: OptimizerConfig, moments: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """AdamW as it is set, with decay for matrices alone; ``moments`` is the dtype of its moments."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

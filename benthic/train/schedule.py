@@ -5,7 +5,7 @@ and a resumed run needs nothing but its step. Published values: DeepSeek-V3 repo
 """
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from benthic.config.schema import ScheduleConfig
@@ -51,10 +51,6 @@ class Course:
         early = self._starts[min(step, late)]
         counted = early if self.schedule.mtp_loss_weight else 0
         return counted + (self._starts[step] - early if self.schedule.mtp_late_loss_weight else 0)
-
-    def step_at(self, fraction: float) -> int:
-        """The step, counted from 0, that reads the sequence at this fraction of the run."""
-        return min(bisect_right(self._starts, fraction * self.sequences) - 1, self.steps - 1)
 
     def at(self, step: int) -> StepSettings:
         """Settings of a step, counted from 0."""

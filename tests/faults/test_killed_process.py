@@ -11,11 +11,10 @@ import sys
 
 import pytest
 import torch
-from interrupted import course
+from interrupted import assert_same_run, course
 from safetensors.torch import load_file
 
 from benthic.config.load import dump_toml
-from benthic.train.checkpoint import committed, load
 
 # Reads lines: a directory, the kind of moment, and three numbers. Writes the signal that ended the child, or 0.
 SERVER = """
@@ -128,17 +127,10 @@ def test_killed_twenty_times(train_until, make_run, seed):
     assert torn >= 5, "no kill fell into a checkpoint being written"
     assert train_until(out) == 0
     assert_same_run(out, whole)
-
-
-def assert_same_run(out, whole) -> None:
-    assert course(out) == course(whole)
     assert [row["step"] for row in course(out) if "loss" in row] == list(range(1, STEPS + 1))
-    left, right = (load(committed(run / "checkpoints" / "pretrain")[-1]) for run in (out, whole))
-    assert left.state == right.state
-    groups = [(left.tensors[name], right.tensors[name]) for name in ("model", "optimizer", "average")]
-    for ours, others in (*groups, (final_weights(out), final_weights(whole))):
-        assert ours.keys() == others.keys()
-        assert all(torch.equal(ours[name], others[name]) for name in others)
+    ours, others = final_weights(out), final_weights(whole)
+    assert ours.keys() == others.keys()
+    assert all(torch.equal(ours[name], others[name]) for name in others)
 
 
 def final_weights(out) -> dict[str, torch.Tensor]:

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
+from interrupted import assert_same_run
 
 from benthic.config.load import dump_toml
-from benthic.train.checkpoint import committed, load
+from benthic.train.checkpoint import committed
 from benthic.train.loop import train
-from benthic.train.metrics import read_metrics
 
 # A thread kills the process some time after a given step of a given length of sequence has begun.
 CHILD = """
@@ -41,7 +41,6 @@ from benthic.config.load import load_run_config
 benthic.train(load_run_config(sys.argv[1]), out)
 """
 PHASES = [{"sequence_length": 64, "steps": 10}, {"sequence_length": 128, "steps": 10}]
-NAMES = ("pretrain", "extend-1", "extend-2")
 
 
 def run_and_kill(recipe, out, length: int, number: int, delay: float) -> int:
@@ -62,20 +61,6 @@ def check(tiny_run_config, make_run, tmp_path, kills: list[tuple[int, int, float
         assert not committed(out / "checkpoints" / "extend-2") or length == 128
     train(config, out)
     assert_same_run(out, whole)
-
-
-def assert_same_run(out, whole) -> None:
-    assert losses(out) == losses(whole)
-    for stage in NAMES:
-        left, right = (load(committed(run / "checkpoints" / stage)[-1]) for run in (out, whole))
-        assert left.state == right.state
-        for group, tensors in right.tensors.items():
-            for name, tensor in tensors.items():
-                assert torch.equal(left.tensors[group][name], tensor), (stage, group, name)
-
-
-def losses(out) -> list[tuple[str, int, float]]:
-    return [(row["stage"], row["step"], row["loss"]) for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
 
 
 def test_killed_within_the_second_stage(tiny_run_config, make_run, tmp_path):

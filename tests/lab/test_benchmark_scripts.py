@@ -1,7 +1,8 @@
-"""The scripts of docs/experiments.md: what they choose and judge by, and that each runs from end to end."""
+"""The scripts of ``benchmarks/``: what they choose and judge by, that each runs, and what it says to a mistake."""
 
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from benthic.lab import compare
 from benthic.lab.compare import Outcome, Variant
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STUDIES = ("dense", "balance", "optimizers", "fp8_loss")
 TINY = """
 [model]
 preset = "tiny"
@@ -31,6 +33,27 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """Runs a script as a user does, in this process; returns its exit status."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr("benthic.plan.machine.measure_gemm_gflops", lambda *_: 100.0)
+    ours = {path.stem for path in BENCHMARKS.glob("*.py")}
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            for module in ours & sys.modules.keys():
+                del sys.modules[module]
+        return 0
+
+    return run
 
 
 def with_loads(loads):
@@ -77,17 +100,9 @@ def test_equal_time_is_steps_by_what_a_step_takes():
     assert steps(1, 4) == [("train.steps=4", "train.validate_every=1"), ("train.steps=10", "train.validate_every=1")]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "options", "sides"),
-    [
-        ("dense", ["--steps", "3"], {"recipe", "dense"}),
-        ("balance", ["--steps", "4", "--tune-steps", "2"], {"bias", "batch-loss"}),
-        ("optimizers", ["--steps", "3", "--tune-steps", "1"], {"muon", "adamw", "adamw, equal time"}),
-    ],
-)
-def test_scripts_run(tmp_path, texts, prepared, monkeypatch, name, options, sides):
-    pytest.importorskip("matplotlib")
+@pytest.fixture
+def study_directory(tmp_path, texts, prepared, monkeypatch):
+    """For a study of a tiny recipe in place of the quickstart, on data that is there already."""
     monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0)
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(TINY.format(texts=texts))
@@ -97,14 +112,137 @@ def test_scripts_run(tmp_path, texts, prepared, monkeypatch, name, options, side
     directory.mkdir()
     for part in ("data", "tokenizer"):
         (directory / part).symlink_to(prepared / part)
-    monkeypatch.setattr(sys, "argv", [name, str(directory), "--seeds", "2", *options])
-    script(name).main()
-    figures = json.loads((directory / f"{name}.json").read_text())
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "sides"),
+    [
+        ("dense", ["--steps", "3"], {"recipe", "dense"}),
+        ("balance", ["--steps", "4", "--tune-steps", "2"], {"bias", "batch-loss"}),
+        ("optimizers", ["--steps", "3", "--tune-steps", "1"], {"muon", "adamw", "adamw, equal time"}),
+        ("fp8_loss", ["--steps", "3"], {"fp32", "fp8"}),
+    ],
+)
+def test_studies_run(study_directory, monkeypatch, run_script, name, options, sides):
+    pytest.importorskip("matplotlib")
+    assert run_script(name, study_directory, "--seeds", "2", *options) == 0
+    written = study_directory / f"{name.removesuffix('_loss')}.json"
+    figures = json.loads(written.read_text())
     assert set(figures) == sides
     for side in figures.values():
         assert len(side["bits_per_byte"]["values"]) == 2
         assert side["bits_per_byte"]["deviation"] > 0
-    drawn = (directory / f"{name}.svg").read_text()
-    assert all(f">{side}<" in drawn for side in sides)
+        assert side["processor_seconds"]["mean"] > 0
+    if name == "fp8_loss":
+        check_costs(figures)
+    else:
+        drawn = written.with_suffix(".svg").read_text()
+        assert all(f">{side}<" in drawn for side in sides)
     monkeypatch.setattr(compare, "train", lambda *args: pytest.fail("trained again"))
-    script(name).main()
+    assert run_script(name, study_directory, "--seeds", "2", *options) == 0
+
+
+def check_costs(figures):
+    """What fp8.json says of FP8 beside fp32."""
+    fp8, fp32 = (figures[side]["bits_per_byte"]["values"] for side in ("fp8", "fp32"))
+    ratios = [ours / exact for ours, exact in zip(fp8, fp32, strict=True)]
+    assert figures["fp8"]["over_fp32"]["validation"]["values"] == [pytest.approx(ratio - 1) for ratio in ratios]
+    assert all(0 < abs(cost) < 0.1 for cost in figures["fp8"]["over_fp32"]["training"]["values"])
+
+
+def test_the_cost_of_fp8_is_relative_and_over_windows():
+    fp8_loss = script("fp8_loss")
+
+    def run(losses, bits):
+        return Outcome([{"step": 1, "loss": loss} for loss in losses], bits)
+
+    exact, rounded = [4.0, 2.0] * 50, [4.4, 2.2] * 25 + [4.0, 2.6] * 25
+    cost = fp8_loss.cost(run(rounded, 2.1), run(exact, 2.0))
+    assert cost == pytest.approx((0.1, 0.1, 0.05))
+    assert str(cost) == "training loss +10.000%, at the end +10.000%; validation +5.000%"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("recompute", ["tiny", "train.steps=2"], ["kept", "recomputed", "s a step in fp32"]),
+        ("scaling", ["layers", "tiny", "train.steps=2"], ["3 layers", "6 layers", "twice the layers"]),
+        ("scaling", ["experts", "tiny", "train.steps=2"], ["16 experts", "64 experts", "time of a step"]),
+        ("checkpoint_cost", ["tiny", "precision.compute=fp32"], ["a step in fp32", "every 100 steps"]),
+        ("train_vs_transformers", ["tiny", "precision.compute=bf16"], ["in bf16", "times eager"]),
+        ("memory_vs_transformers", ["tiny"], ["recomputing", "of transformers'"]),
+    ],
+)
+def test_benchmarks_run(run_script, capfd, name, arguments, said):
+    if "transformers" in name:
+        pytest.importorskip("transformers")
+    assert run_script(name, *arguments) == 0
+    printed = capfd.readouterr().out
+    for part in said:
+        assert part in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        *((name, ["nosuch"], "recipe 'nosuch'") for name in ("recompute", "checkpoint_cost")),
+        ("scaling", ["experts", "bench", "model.n_expert=3"], "model.n_expert"),
+        ("memory_vs_transformers", ["bench", "precision.compute=fp8"], "precision.compute=fp8: not compared"),
+        ("train_vs_transformers", ["bench", "train.optimizer.name=muon"], "train.optimizer.name=muon: not compared"),
+        ("train_vs_transformers", ["bench", "train.micro_batch_size=2"], "train.micro_batch_size=2: not compared"),
+        *((name, ["DIR", "--set", "train.stepz=1"], "train.stepz") for name in STUDIES),
+        ("context_length", ["DIR"], "config.toml"),
+        ("expert_placement", ["DIR", "--gpus", "8"], "DIR"),
+    ],
+)
+def test_a_mistake_is_one_line(run_script, tmp_path, capsys, name, arguments, said):
+    arguments = [str(tmp_path) if argument == "DIR" else argument for argument in arguments]
+    assert run_script(name, *arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert said.replace("DIR", str(tmp_path)) in told
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("decode_vs_llamacpp", ["nosuch"], "invalid choice: 'nosuch'"),
+        ("decode_vs_llamacpp", ["--precisions", "fp32,fp8"], "fp8: no such precision in GGUF"),
+        ("decode_vs_llamacpp", ["--decode", "x"], "x: must be a number of tokens, at least 0"),
+        ("decode_vs_llamacpp", ["--prefill", "0"], "0: must be a number of tokens, at least 1"),
+        ("scaling", ["width"], "invalid choice: 'width'"),
+        ("balance", ["DIR", "--seeds", "0"], "0: must be a whole number from 1"),
+        ("dense", ["DIR", "--minutes", "-3"], "-3: must be more than 0"),
+    ],
+)
+def test_a_wrong_option_is_told(run_script, capsys, name, arguments, said):
+    assert run_script(name, *arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("context", [0, 5])
+def test_llama_cpp_decodes_at_the_context_asked_for(monkeypatch, context):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    done = []
+
+    class Llama:
+        held = 0
+
+        def forget(self, keep=0):
+            self.held = min(self.held, keep)
+
+        def read(self, ids):
+            assert ids
+            done.append((self.held, len(ids)))
+            self.held += len(ids)
+
+    run = script("decode_vs_llamacpp").llama_work(Llama(), "decode", context, 100)
+    for _ in range(2):
+        done.clear()
+        assert run() == 16
+        assert done == [(context + number, 1) for number in range(16)]

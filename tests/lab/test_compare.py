@@ -1,14 +1,12 @@
 """Runs side by side: each made once, resumed where it stopped, and never mixed with those of other settings."""
 
 import json
-import random
-import statistics
 
 import pytest
 
 from benthic.errors import InputError
 from benthic.lab import compare
-from benthic.lab.compare import Outcome, Study, Variant, curve, draw_curves, summary, told, windows
+from benthic.lab.compare import Study, Variant
 from benthic.lab.dense import Dense, DenseSizes
 
 DENSE = Variant(
@@ -140,47 +138,26 @@ def test_precision_is_decided_once_for_all_runs(study, monkeypatch):
     assert study("precision.compute=auto").config(USUAL).precision.compute == "fp32"
 
 
-def outcome(seed: int) -> Outcome:
-    draw = random.Random(seed).random
-    rows = []
-    for step in range(1, 8):
-        rows.append({"step": step, "loss": draw(), "tokens": 10 * step, "processor_seconds": draw()})
-        if step % 3 == 0:
-            rows.append({"step": step, "validation_bits_per_byte": draw()})
-    return Outcome([*rows, {"step": 7, "event": "x"}], draw())
+def test_all_seeds_of_all_sides_are_run_and_told(study):
+    outcomes = study().compare([USUAL, DENSE], 2)
+    assert [run.bits_per_byte for run in outcomes[DENSE]] == [study().run(DENSE, seed).bits_per_byte for seed in (0, 1)]
+    study().write("told", {variant: {"runs": len(runs)} for variant, runs in outcomes.items()})
+    assert json.loads((study().directory / "told.json").read_text()) == {
+        "usual": {"settings": [], "runs": 2},
+        "dense": {"settings": list(DENSE.settings), "runs": 2},
+    }
 
 
-def test_a_curve_is_the_mean_and_span_of_all_seeds():
-    runs = [outcome(seed) for seed in range(4)]
-    points = curve(runs)
-    assert [point.tokens for point in points] == [30, 60]
-    for number, point in enumerate(points, start=1):
-        bits = [
-            [row["validation_bits_per_byte"] for row in run.rows if len(row) == 2 and "event" not in row][number - 1]
-            for run in runs
-        ]
-        seconds = [sum(run.steps("processor_seconds")[: 3 * number]) for run in runs]
-        assert point.bits_per_byte == pytest.approx(statistics.fmean(bits))
-        assert (point.least, point.most) == (min(bits), max(bits))
-        assert point.seconds == pytest.approx(statistics.fmean(seconds))
+def test_a_variant_lasts_as_many_steps_as_asked_for(study):
+    train = study().config(USUAL.lasting(50, 4)).train
+    assert (train.steps, train.validate_every) == (50, 12)
+    assert study().config(USUAL.lasting(3, 16)).train.validate_every == 1
+    assert study().config(USUAL.lasting(50)).train.validate_every == 50
 
 
-def test_windows_mean_and_deviation():
-    assert windows([1, 2, 3, 4, 9], 2) == [1.5, 3.5]
-    assert windows([1, 2, 3], 5) == [2]
-    assert summary([1.0, 2.0, 6.0]) == {"mean": 3.0, "deviation": pytest.approx(7**0.5), "values": [1.0, 2.0, 6.0]}
-    assert summary([4.0])["deviation"] is None
-    assert told([1.0, 2.0, 6.0], 2) == "3.00 +- 2.65"
-    assert told([4.0], 1) == "4.0"
-
-
-def test_curves_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "curves.svg"
-    draw_curves(
-        path, {"this side": curve([outcome(1)]), "that side": curve([outcome(2)])}, "Title", ["tokens", "seconds"]
-    )
-    drawn = path.read_text()
-    for text in ("this side", "that side", "Title", "tokens read", "processor seconds of training"):
-        assert f">{text}<" in drawn
-    json.dumps(curve([outcome(1)])[0]._asdict())
+def test_data_of_other_sources_is_not_taken_for_these(study, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "text.txt").write_text("another text altogether")
+    with pytest.raises(InputError, match="prepared with sources="):
+        study(f'data.sources=["{other}"]')

@@ -60,6 +60,27 @@ def test_the_writing_thread_gives_way_to_training(tmp_path, monkeypatch):
     assert priority() == before
 
 
+def work(seconds: float) -> None:
+    """Keep the calling thread's processor busy."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no clock that others read")
+def test_the_writing_thread_counts_its_own_processor_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(background, "save", lambda *_: work(0.2))
+    with BackgroundWriter(tmp_path) as writer:
+        assert writer.processor_seconds == 0
+        writer.save(1, weights(1), keep=1)
+        work(0.2)
+        writer.wait()
+        assert 0.2 <= writer.processor_seconds < 0.3
+        writer.save(2, weights(2), keep=1)
+        writer.wait()
+        assert 0.4 <= writer.processor_seconds < 0.5
+
+
 def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):
     gate = Gate(monkeypatch)
     with BackgroundWriter(tmp_path) as writer:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from interrupted import Killed, at_step, course, kill
+from interrupted import Killed, assert_same_run, at_step, course, ended, kill
 
 from benthic.config.load import load_run_config
 from benthic.errors import InputError
@@ -27,19 +27,6 @@ KINDS = {
     "documents": {"mask_documents": True},
     "mtp from the middle on": {"schedule": {"mtp_loss_weight": 0.0, "mtp_late_start": 0.5}},
 }
-
-
-def final(out):
-    return load(committed(out / "checkpoints" / "pretrain")[-1])
-
-
-def assert_same_run(out, whole) -> None:
-    assert course(out) == course(whole)
-    left, right = final(out), final(whole)
-    assert left.state == right.state
-    for group, tensors in right.tensors.items():
-        for name, tensor in tensors.items():
-            assert torch.equal(left.tensors[group][name], tensor), (group, name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,7 +58,7 @@ def test_a_signal_saves_at_the_end_of_the_step_and_the_run_goes_on(
             train(config, out)
     assert stopped.value.code == status
     assert signal.getsignal(number) == before
-    assert final(out).state["step"] == 7
+    assert ended(out).state["step"] == 7
     train(config, out)
     assert_same_run(out, whole)
 
@@ -193,7 +180,7 @@ def test_a_failed_save_says_so_and_leaves_the_last_checkpoint(tiny_run_config, m
         at_step(patch, 12, lambda: patch.setattr("benthic.train.checkpoint.save_file", full_disk))
         with pytest.raises(CheckpointFailed, match=r"step-20.*No space left"):
             train(tiny_run_config(), out)
-    assert final(out).state["step"] == 10
+    assert ended(out).state["step"] == 10
 
 
 def full_disk(*args: object) -> None:

@@ -1,13 +1,14 @@
 """The schedule against the values DeepSeek-V3's report publishes, at the moments it publishes."""
 
 import math
+from bisect import bisect_right
 
 import pytest
 
 from benthic.config.load import load_run_config
 from benthic.config.schema import ScheduleConfig
 from benthic.config.stages import stages
-from benthic.train.schedule import Course, batch_share, steps_per_full_batch
+from benthic.train.schedule import Course, StepSettings, batch_share, steps_per_full_batch
 
 TOKENS, LENGTH, BATCH, PEAK = 14.8e12, 4096, 15360, 2.2e-4
 
@@ -19,8 +20,13 @@ def course() -> Course:
     return Course(train.schedule, train.steps, train.batch_size)
 
 
+def at(course: Course, fraction: float) -> StepSettings:
+    """Settings of the step that reads the sequence at this fraction of the run."""
+    return course.at(bisect_right(range(course.steps), fraction * course.sequences, key=course.sequences_before) - 1)
+
+
 def rate(course: Course, tokens: float) -> float:
-    return PEAK * course.at(course.step_at(tokens / TOKENS)).learning_rate_factor
+    return PEAK * at(course, tokens / TOKENS).learning_rate_factor
 
 
 def test_the_published_run_takes_the_steps_its_ramp_asks_for(course):
@@ -58,7 +64,7 @@ def test_learning_rate(course, tokens, expected):
 
 @pytest.mark.parametrize(("tokens", "batch"), [(0, 3072), (234.5e9, 9216), (469e9, 15360), (5e12, 15360)])
 def test_batch_ramp(course, tokens, batch):
-    assert course.at(course.step_at(tokens / TOKENS)).batch_size == pytest.approx(batch, abs=3)
+    assert at(course, tokens / TOKENS).batch_size == pytest.approx(batch, abs=3)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,7 @@ def test_batch_ramp(course, tokens, batch):
     ],
 )
 def test_bias_speed_and_mtp_weight(course, tokens, speed, mtp):
-    settings = course.at(course.step_at(tokens / TOKENS))
+    settings = at(course, tokens / TOKENS)
     assert (settings.bias_speed, settings.mtp_weight) == (speed, mtp)
 
 
@@ -143,7 +149,7 @@ def test_one_recipe_serves_a_small_run_and_the_published_one(course, steps):
     small = Course(course.schedule, steps, 60)
     assert small.sequences == pytest.approx(steps * 60 / steps_per_full_batch(course.schedule), rel=0.01)
     for percent in range(4, 100):
-        ours, theirs = (run.at(run.step_at(percent / 100)) for run in (small, course))
+        ours, theirs = (at(run, percent / 100) for run in (small, course))
         assert ours.learning_rate_factor == pytest.approx(theirs.learning_rate_factor, abs=1e-3 + 5 / steps)
         assert (ours.mtp_weight, ours.bias_speed) == (theirs.mtp_weight, theirs.bias_speed)
         assert ours.batch_size / 60 == pytest.approx(theirs.batch_size / BATCH, abs=0.03)

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from interrupted import Killed, at_step, course, kill
+from interrupted import Killed, assert_same_run, at_step, course, ended, kill
 
 from benthic.config.schema import YarnConfig
 from benthic.config.stages import stages
@@ -20,7 +20,7 @@ from benthic.model import build_model
 from benthic.plan.flops import training_flops
 from benthic.train import loop
 from benthic.train.calibrate import ema_decay
-from benthic.train.checkpoint import committed, load
+from benthic.train.checkpoint import committed
 from benthic.train.loop import train
 from benthic.train.metrics import read_metrics
 from benthic.train.objective import Objective, prediction_targets
@@ -36,21 +36,6 @@ KINDS = {
     },
     "documents": {"mask_documents": True},
 }  # fmt: skip
-
-
-def ended(out, stage: str):
-    return load(committed(out / "checkpoints" / stage)[-1])
-
-
-def assert_same_run(out, whole) -> None:
-    assert course(out) == course(whole)
-    for stage in NAMES:
-        left, right = ended(out, stage), ended(whole, stage)
-        assert left.state == right.state
-        assert left.tensors.keys() == right.tensors.keys()
-        for group, tensors in right.tensors.items():
-            for name, tensor in tensors.items():
-                assert torch.equal(left.tensors[group][name], tensor), (stage, group, name)
 
 
 def test_each_stage_leaves_checkpoints_rows_and_an_account(tiny_run_config, make_run):
