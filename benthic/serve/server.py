@@ -70,7 +70,8 @@ def read_keys(config: ServeConfig, key: str | None) -> Keys:
     """All API keys there are.
 
     Raises:
-        InputError: the file cannot be read, or a key is empty or too short to be one.
+        InputError: the file holds none, or a key is empty.
+        OSError: the file cannot be read.
     """
     found = [] if key is None else [key]
     if _KEY_VARIABLE in os.environ:
@@ -98,13 +99,23 @@ def _bind(config: ServeConfig) -> socket.socket:
     """A socket at the address, not listening yet: until the models are loaded, connections are refused."""
     try:
         found = socket.getaddrinfo(config.host.strip("[]"), config.port, type=socket.SOCK_STREAM)
-        family, kind, number, _, address = found[0]
-        sock = socket.socket(family, kind, number)
+    except OSError as error:
+        raise _wrong_address(config, error.strerror) from None
+    except UnicodeError:
+        raise _wrong_address(config, "not a name that a host can have") from None
+    family, kind, number, _, address = found[0]
+    sock = socket.socket(family, kind, number)
+    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
-        raise InputError(f"serve.host = {config.host}, serve.port = {config.port}: {error.strerror}") from None
+        sock.close()
+        raise _wrong_address(config, error.strerror) from None
     return sock
+
+
+def _wrong_address(config: ServeConfig, why: str | None) -> InputError:
+    return InputError(f"serve.host = {config.host}, serve.port = {config.port}: {why}")
 
 
 def _log_to_stderr() -> None:
@@ -123,9 +134,8 @@ class _Server(uvicorn.Server):
         self, app: Application, config: ServeConfig, state: State, names: list[str], sock: socket.socket
     ) -> None:
         super().__init__(uvicorn.Config(
-            app, http=protocol(config.header_seconds, config.max_connections), loop="asyncio", ws="none",
-            lifespan="off",
-            log_config=None, access_log=False, server_header=False, proxy_headers=False, backlog=_ACCEPTED_AT_ONCE,
+            app, http=protocol(config), loop="asyncio", ws="none", lifespan="off", log_config=None,
+            access_log=False, server_header=False, proxy_headers=False, backlog=_ACCEPTED_AT_ONCE,
             timeout_graceful_shutdown=_CLOSING_S,
         ))  # fmt: skip
         self._state, self._drain_s, self._names, self._sock = state, config.drain_seconds, names, sock
