@@ -43,5 +43,5 @@ class StreamDecoder:
         """
         held = self._tokenizer.decode(self._window)[self._sent :]
         bytes_ = b"".join(self._tokenizer.token_bytes(index) for index in self._window)
-        known = codecs.getincrementaldecoder("utf-8")("replace").decode(bytes_)
+        known = codecs.getincrementaldecoder("utf-8")("replace").decode(bytes_)[self._sent :]
         return held[: len(known) - len(known.rstrip(_REPLACEMENT))]

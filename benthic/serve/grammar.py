@@ -179,7 +179,7 @@ class _Checker:
     def check(self, source: str, seconds: float) -> str | None:
         """What is wrong with a source; None if nothing. Raises _Undecided if it takes too much time or memory."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError, ValueError):  # it has ended, or has been closed meanwhile
             self._process.stdin.write(source + "\n")
             self._process.stdin.flush()
         answer = self._answer(seconds)
@@ -191,11 +191,15 @@ class _Checker:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # of what it has not read
+            self._process.stdin.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answers.put(json.loads(line))
+        with self._process.stdout as lines:
+            for line in lines:
+                self._answers.put(json.loads(line))
         self._answers.put(_ENDED)
 
     def _answer(self, seconds: float) -> str | None:

@@ -43,7 +43,7 @@ def test_random_bytes_join_to_their_decoding(tokenizer, seed):
         assert "".join(pieces(tokenizer, ids[:length])) == expected
 
 
-@pytest.mark.parametrize("text", ["x😀", "x\ufffd", "é\ufffd😀", "你"])
+@pytest.mark.parametrize("text", ["x😀", "x\ufffd", "é\ufffd😀", "你", "é" * 40 + "😀"])
 def test_an_unfinished_character_is_left_out_at_the_end(tokenizer, text):
     ids = tokenizer.encode(text)
     assert "".join(pieces(tokenizer, ids)) == text
