@@ -35,6 +35,10 @@ _ACCEPTED_AT_ONCE = 16
 _SWITCH_S = 0.001
 """After so long the engine's thread lets others run; Python's own 5 ms add up for a short answer."""
 _CLOSING_S = 5
+_COLLECT_AFTER = (5_000, 10, 1_000)
+"""Objects, and collections of the next younger generation, before Python collects. Going through all of the objects of
+a thousand requests would hold up everybody, so the oldest are left for a quiet moment, unless there never is one.
+"""
 
 
 def serve(paths: Mapping[str, Path], config: ServeConfig, key: str | None = None) -> None:
@@ -57,7 +61,8 @@ def serve(paths: Mapping[str, Path], config: ServeConfig, key: str | None = None
         state = State()
         app = Application(models, config, keys, state)
         gc.collect()
-        gc.freeze()  # what is there stays; going through all of it again would hold up whoever waits
+        gc.freeze()  # what is there stays
+        gc.set_threshold(*_COLLECT_AFTER)
         try:
             _Server(app, config, state, list(paths), sock).run([sock])
         finally:
@@ -159,4 +164,6 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._state.draining and (not self._state.active or time.monotonic() > self._give_up_at):
             self.should_exit = True
+        if not self._state.active and gc.get_count()[2]:
+            gc.collect()
         return await super().on_tick(counter)
