@@ -232,7 +232,8 @@ MANY_BIASES = {f"{index:0{width}}": 1 for width in range(3, 7) for index in rang
     ("temperature", -0.1), ("temperature", 2.1), ("temperature", "1"), ("top_p", -1), ("top_p", 1.01), ("n", 0),
     ("n", 10**12), ("n", 129), ("logprobs", 3), ("top_logprobs", 21), ("top_logprobs", -1), ("stop", ""),
     ("stop", ["a"] * 5), ("stop", [1]), ("stop", "x" * 5000), ("logit_bias", {"1": 101}), ("logit_bias", {"-1": 1}),
-    ("logit_bias", {"99999": 1}), ("logit_bias", {"x": 1}), ("logit_bias", MANY_BIASES), ("seed", 2**63), ("seed", 1.5), ("max_tokens", 0),
+    ("logit_bias", {"99999": 1}), ("logit_bias", {"x": 1}), ("logit_bias", MANY_BIASES),
+    ("seed", 2**63), ("seed", 1.5), ("max_tokens", 0),
     ("max_tokens", 10**12), ("max_tokens", -1), ("presence_penalty", 2.5), ("frequency_penalty", -3), ("min_p", 2),
     ("top_k", -1), ("repetition_penalty", 0), ("stream", "yes"), ("user", 3),
 ])  # fmt: skip

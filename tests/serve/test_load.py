@@ -69,7 +69,8 @@ def test_the_openapi_document_finds_no_fault_of_the_server(make_server, tmp_path
     server = make_server(max_tokens=8, log_requests=False)
     program = Path(sys.executable).with_name("schemathesis")
     command = [program, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error",
-               "--max-examples", str(examples), *([] if examples > 9 else ["--phases", "examples,fuzzing"]), "--seed", "1", "--request-timeout", "60"]  # fmt: skip
+               "--max-examples", str(examples), "--seed", "1", "--request-timeout", "60",
+               *([] if examples > 9 else ["--phases", "examples,fuzzing"])]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=1500)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "9 selected / 9 total" in done.stdout
