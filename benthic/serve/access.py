@@ -30,7 +30,7 @@ ARRIVED = "benthic.arrived"
 """Key of the ASGI scope: when the request's headers were there, by ``time.monotonic()``."""
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 _DRAINING_RETRY_S = 5
-_AT_A_TIME = 16
+_AT_A_TIME = 4
 """Requests let in between two looks at everything else that waits."""
 
 

@@ -30,10 +30,12 @@ from benthic.serve.models import load_models
 _KEY_VARIABLE = "BENTHIC_API_KEY"
 _BACKLOG = 2048
 """Connections that the system holds until they are accepted."""
-_ACCEPTED_AT_ONCE = 16
+_ACCEPTED_AT_ONCE = 8
 """Connections taken in before those that are open get their turn again."""
-_SWITCH_S = 0.001
-"""After so long the engine's thread lets others run; Python's own 5 ms add up for a short answer."""
+_SWITCH_S = 0.0002
+"""After so long the engine's thread lets others run. The event loop asks again after each read from a socket, so that
+Python's own 5 ms add up to tenths of a second where a thousand requests come at once.
+"""
 _CLOSING_S = 5
 _COLLECT_AFTER = (5_000, 10, 1_000)
 """Objects, and collections of the next younger generation, before Python collects. Going through all of the objects of
