@@ -37,7 +37,7 @@ _SWITCH_S = 0.0002
 Python's own 5 ms add up to tenths of a second where a thousand requests come at once.
 """
 _CLOSING_S = 5
-_COLLECT_AFTER = (5_000, 10, 1_000)
+_COLLECT_AFTER = (2_000, 5, 1_000)
 """Objects, and collections of the next younger generation, before Python collects. Going through all of the objects of
 a thousand requests would hold up everybody, so the oldest are left for a quiet moment, unless there never is one.
 """
