@@ -36,10 +36,14 @@ AtRest = Literal["fp32", "bf16", "fp8", "int8", "int4"]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported or Hugging Face model directory.")]
 
 
-def _directory(text: str) -> Path:
+def _path(text: str) -> Path:
     if not text:
         raise typer.BadParameter("must not be empty")
-    path = Path(text)
+    return Path(text)
+
+
+def _directory(text: str) -> Path:
+    path = _path(text)
     there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
     if there.exists() and not there.is_dir():
         raise typer.BadParameter(f"{there} is a file; give a directory")
@@ -244,7 +248,7 @@ def import_(
 def export(
     run: Run,
     out: Annotated[Path, typer.Option("--out", metavar="PATH", help="The directory (hf) or file (gguf) to write.",
-                                      parser=_directory)],
+                                      parser=_path)],
     format_: Annotated[str, typer.Option("--format", metavar="hf|gguf",
                                          help="The layout: Hugging Face, or GGUF for llama.cpp.")] = "hf",
     precision: Annotated[str | None, typer.Option(

@@ -124,8 +124,7 @@ def make_server(served_model: Path) -> Iterator[Callable[..., "Server"]]:
         return made[-1]
 
     yield make
-    for one in made:
-        one.terminate()
+    assert [one.terminate() for one in made] == [0] * len(made)
 
 
 @pytest.fixture

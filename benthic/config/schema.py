@@ -287,7 +287,7 @@ class ServeConfig(Settings):
     public_without_key: bool = False
     """Listen on an address that others reach although there is no API key."""
     hosts: tuple[str, ...] = ()
-    """Further names that a browser may call this server by, where there is no API key."""
+    """Names that requests may call this server by, besides local ones; where some are given, no other is answered."""
     cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """Memory of each model's latent cache."""
     max_batch: Positive = 16
@@ -306,7 +306,7 @@ class ServeConfig(Settings):
     body_seconds: Annotated[float, Field(gt=0)] = 30.0
     """For its body."""
     stall_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """How long a client may leave a stream unread before it is cancelled."""
+    """How long a client may leave unread what it is sent, before the connection is closed."""
     drain_seconds: Annotated[float, Field(ge=0)] = 60.0
     """After SIGTERM, for requests at work to finish."""
     grammar_seconds: Annotated[float, Field(gt=0)] = 2.0

@@ -39,8 +39,7 @@ _ALWAYS_F32 = ("ffn_gate_inp.weight", "exp_probs_b.bias")
 """The router decides by small differences."""
 _VOCABULARY = ("token_embd.weight", "output.weight")
 """Kept in 8 bits where the rest has 4: errors here reach every token."""
-_OURS = b"benthic.producer"
-_HEAD_BYTES = 256
+_OURS = "benthic.producer"
 
 
 class Exported(NamedTuple):
@@ -73,11 +72,11 @@ def export_gguf(run: Path, out: Path, precision: Precision | None = None) -> Exp
 
     Args:
         run: a run, an exported or a Hugging Face directory.
-        out: a free path, or an earlier export, which is replaced.
+        out: a free path.
         precision: of matrices; by default as the model is stored.
 
     Raises:
-        InputError: there is no model or tokenizer, llama.cpp cannot run it, or ``out`` is something else.
+        InputError: there is no model or tokenizer, llama.cpp cannot run it, or something is at ``out``.
         MissingExtra: the ``gguf`` package is not installed.
         WorkFailed: the disk is full.
     """
@@ -98,7 +97,7 @@ def write_gguf(
         model: the weights; those of MTP modules are left out, which llama.cpp does not run.
         config: of ``model``.
         tokenizer_dir: with ``tokenizer.json``; without one the file takes and gives token ids only.
-        out: a free path, or an earlier export, which is replaced.
+        out: a free path.
         precision: of matrices; vectors and routers are fp32. Rows that 32 does not divide are fp16 instead of 8 or 4
             bits; embedding and head have 8 bits instead of 4.
 
@@ -180,7 +179,7 @@ def _encoded(tensor: Tensor, planned: _Planned) -> "np.ndarray[Any, Any]":
 def _add_metadata(writer: "GGUFWriter", config: ModelConfig, tokenizer_dir: Path | None, precision: Precision) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
-    writer.add_string(_OURS.decode(), PRODUCER)  # first, where _check_free looks for it
+    writer.add_string(_OURS, PRODUCER)
     writer.add_type("model")
     writer.add_file_type(LlamaFileType[_FILE_TYPES[precision]])
     writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -206,18 +205,11 @@ def _require_library() -> None:
 
 
 def _check_free(out: Path) -> None:
-    """Raises InputError if something is there that is not an earlier export."""
+    """Raises InputError if something is there."""
     if out.is_dir():
         raise InputError(f"{out}: is a directory; give the path of a file")
-    if not out.exists() and not out.is_symlink():
-        return
-    try:
-        with out.open("rb") as file:
-            ours = _OURS in file.read(_HEAD_BYTES)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be read: {error.strerror}") from error
-    if not ours:
-        raise InputError(f"{out}: already there and not an earlier export; choose another path")
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out}: already there and not replaced; give a path that is free")
 
 
 def _require_space(out: Path, needed: int) -> None:
@@ -228,7 +220,7 @@ def _require_space(out: Path, needed: int) -> None:
 
 @contextmanager
 def _new_file(out: Path) -> Iterator[Path]:
-    """A draft beside ``out`` that takes its place when the block ends well, and else is removed."""
+    """A draft beside ``out`` that becomes it when the block ends well, and else is removed."""
     draft = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex}.draft")
     try:
         draft.parent.mkdir(parents=True, exist_ok=True)

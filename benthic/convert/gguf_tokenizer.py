@@ -22,6 +22,7 @@ _DEEPSEEK_V3_WORDS = (
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
 _PLAIN_BPE = {
+    "type": ("BPE",),
     "dropout": (None,), "unk_token": (None,), "continuing_subword_prefix": (None, ""),
     "end_of_word_suffix": (None, ""), "byte_fallback": (None, False), "ignore_merges": (None, False),
 }  # fmt: skip
@@ -43,12 +44,13 @@ def add_tokenizer(writer: "GGUFWriter", folder: Path, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise InputError(f"{file}: {tokenizer.vocab_size} tokens; the model has {vocab_size}")
     raw = read_json_object(file)
+    merges = _merges(raw, file)  # refuses other kinds of tokenizers
     tokens, types = _tokens(raw, vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_word_splitter(raw, file))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(_merges(raw, file))
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     if "user" in tokenizer.role_ids:  # the other side's turn ends the model's; the file has room for one such token
@@ -79,10 +81,11 @@ def _tokens(raw: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]
 
 def _merges(raw: dict[str, Any], file: Path) -> list[str]:
     model = raw["model"]
-    odd = [key for key, plain in _PLAIN_BPE.items() if model.get(key) not in plain]
-    if model.get("type") != "BPE" or odd or raw.get("normalizer") is not None:
-        what = f"model.{odd[0]}={model[odd[0]]!r}" if odd else "model.type or normalizer"
-        raise InputError(f"{file}: {what}: llama.cpp reads plain byte-level BPE; export with --format hf")
+    odd = [f"model.{key}={model.get(key)!r}" for key, plain in _PLAIN_BPE.items() if model.get(key) not in plain]
+    if raw.get("normalizer") is not None:
+        odd.append("normalizer")
+    if odd:
+        raise InputError(f"{file}: {odd[0]}: llama.cpp reads plain byte-level BPE; export with --format hf")
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 

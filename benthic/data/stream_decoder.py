@@ -1,5 +1,7 @@
 """Text as it is generated: a character split across tokens appears once it is whole, never as U+FFFD."""
 
+import codecs
+
 from benthic.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
@@ -7,7 +9,10 @@ _MAX_WINDOW = 32
 
 
 class StreamDecoder:
-    """Turns token ids into text piece by piece; the pieces joined equal ``tokenizer.decode`` of all ids."""
+    """Turns token ids into text piece by piece.
+
+    The pieces joined equal ``tokenizer.decode`` of all ids, but for a character at the end that was never completed.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -32,5 +37,11 @@ class StreamDecoder:
         return piece
 
     def finish(self) -> str:
-        """What is still held back at the end, such as the bytes of a character that was never completed."""
-        return self._tokenizer.decode(self._window)[self._sent :]
+        """What is still held back at the end: U+FFFD for bytes that are no character, nothing for the beginning of one.
+
+        Nothing changes by asking.
+        """
+        held = self._tokenizer.decode(self._window)[self._sent :]
+        bytes_ = b"".join(self._tokenizer.token_bytes(index) for index in self._window)
+        known = codecs.getincrementaldecoder("utf-8")("replace").decode(bytes_)[self._sent :]
+        return held[: len(known) - len(known.rstrip(_REPLACEMENT))]

@@ -20,6 +20,7 @@ from benthic.errors import InputError
 from benthic.parallel.placement import Placement, balanced, in_order
 
 KEY = "expert_load"
+"""Of rows of ``metrics.jsonl``: tokens by layer and expert, MTP modules behind the layers."""
 _LINE_LIMIT = 64 * 2**20
 
 
@@ -54,8 +55,10 @@ class Replay:
 def read_loads(path: Path) -> Tensor:
     """Loads (T, M, E) of a run's ``metrics.jsonl``, or of any JSON-lines file with ``expert_load`` in some rows.
 
+    Layers that only some rows have are left out: an MTP module that is trained late has no load before.
+
     Raises:
-        InputError: no row has it, or rows differ in shape, or a load is not a number from 0.
+        InputError: no row has it, or rows differ in their experts, or a load is not a number from 0.
     """
     records: list[Tensor] = []
     with path.open("rb") as file:
@@ -63,14 +66,16 @@ def read_loads(path: Path) -> Tensor:
             record = _record(line, f"{path}: line {number}")
             if record is None:
                 continue
-            if records and record.shape != records[0].shape:
+            if records and record.shape[1] != records[0].shape[1]:
                 raise InputError(
-                    f"{path}: line {number}: {KEY} is {list(record.shape)}: must be {list(records[0].shape)} as before"
+                    f"{path}: line {number}: {KEY} is of {record.shape[1]} experts: must be {records[0].shape[1]} as "
+                    "before"
                 )
             records.append(record)
     if not records:
         raise InputError(f"{path}: no row has {KEY}; train with --set train.expert_load_every=1")
-    return torch.stack(records)
+    layers = min(map(len, records))
+    return torch.stack([record[:layers] for record in records])
 
 
 def replay(load_TME: Tensor, *, window: int, slots: int, gpus: int, nodes: int = 1, groups: int = 1) -> Replay:

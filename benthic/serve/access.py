@@ -19,7 +19,6 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from benthic.serve.errors import ApiError, engine_failed, unavailable
-from benthic.serve.generation import ClientGone
 
 log = logging.getLogger("benthic.serve")
 
@@ -27,10 +26,11 @@ PROBES = frozenset({"/health", "/ready"})
 """They tell one word, are asked often, and go on while the server drains."""
 SCOPE_OF_CACHE = "benthic.cache_scope"
 """Key of the ASGI scope: what keeps one caller's cached prompts from another."""
-_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+ARRIVED = "benthic.arrived"
+"""Key of the ASGI scope: when the request's headers were there, by ``time.monotonic()``."""
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 _DRAINING_RETRY_S = 5
-_AT_A_TIME = 16
+_AT_A_TIME = 4
 """Requests let in between two looks at everything else that waits."""
 
 
@@ -72,8 +72,8 @@ class Door:
         state: shared with whoever begins to drain.
         keys: API keys.
         open_paths: paths besides the probes that need none: files of the page.
-        hosts: names that requests may call this server by; None allows all. A page from elsewhere that has its name
-            point here would otherwise be let in by the user's browser.
+        hosts: names that requests may call this server by, besides local ones; None allows all. A page from elsewhere
+            that has its name point here would otherwise be let in by the user's browser.
         log_requests: write a line for each.
         count: called with the status of each response.
     """
@@ -84,7 +84,7 @@ class Door:
     ) -> None:  # fmt: skip
         self._app, self._state, self._keys = app, state, keys
         self._open = PROBES | set(open_paths)
-        self._hosts = None if hosts is None else _LOCAL_NAMES | {name.lower() for name in hosts}
+        self._hosts = None if hosts is None else frozenset(name.lower() for name in hosts)
         self._log_requests, self._count = log_requests, count
         self._turns = asyncio.Semaphore(_AT_A_TIME)
 
@@ -93,8 +93,9 @@ class Door:
         assert scope["type"] == "http", scope["type"]
         exchange = _Exchange(send)
         probe = scope["path"] in PROBES
-        self._state.active += not probe
-        begun = time.monotonic()
+        counted = not probe and not self._state.draining  # those that are refused do not put off the end
+        self._state.active += counted
+        scope[ARRIVED] = begun = time.monotonic()
         try:
             if not probe:
                 # A crowd that arrives at once is let in by turns, so that a look at /health never waits behind it all.
@@ -102,7 +103,7 @@ class Door:
                     await asyncio.sleep(0)
             await self._answer(scope, receive, exchange)
         finally:
-            self._state.active -= not probe
+            self._state.active -= counted
             self._count(exchange.status)
             if self._log_requests and not probe:
                 log.info(
@@ -114,8 +115,6 @@ class Door:
         try:
             self._admit(scope)
             await self._app(scope, receive, exchange.send)
-        except ClientGone:
-            exchange.status = exchange.status or 499
         except ApiError as error:
             await exchange.fail(error, scope, receive)
         except Exception as error:
@@ -126,7 +125,8 @@ class Door:
 
     def _admit(self, scope: Scope) -> None:
         headers = dict(reversed(scope["headers"]))  # of several alike, the first
-        if self._hosts is not None and _name(headers.get(b"host", b"")) not in self._hosts:
+        name = _name(headers.get(b"host", b""))
+        if self._hosts is not None and name not in self._hosts and not is_local(name):
             message = "this server is not called by that name; serve.hosts allows further names"
             raise ApiError(403, message, code="unknown_host")
         scope[SCOPE_OF_CACHE] = ""

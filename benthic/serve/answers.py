@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from benthic import __version__
+from benthic.data.stream_decoder import StreamDecoder
 from benthic.data.tokenizer import Tokenizer
 from benthic.inference.request import Completion, PromptToken, Token, TopLogprobs
 from benthic.serve.requests import FunctionCall
@@ -70,10 +71,13 @@ def _chat_token(tokenizer: Tokenizer, index: int, logprob: float) -> dict[str, A
 
 
 class TextLogprobs:
-    """Log-probabilities as ``/v1/completions`` has them, with the place of each token in the text."""
+    """Log-probabilities as ``/v1/completions`` has them, with the place of each token in the text.
+
+    Tokens that share a character have the place where it stands.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._offset = tokenizer, 0
+        self._tokenizer, self._text, self._written = tokenizer, StreamDecoder(tokenizer), 0
 
     def of(self, tokens: Iterable[Token | PromptToken]) -> dict[str, Any]:
         """Of further tokens of the same text."""
@@ -84,8 +88,9 @@ class TextLogprobs:
             # Of a text's first token nothing is known. OpenAI's schema allows no null there; a sum is right with 0.
             columns["token_logprobs"].append(0.0 if token.logprob is None else _finite(token.logprob))
             columns["top_logprobs"].append(self._alternatives(name, token))
-            columns["text_offset"].append(self._offset)
-            self._offset += len(self._tokenizer.decode([token.id]))
+            held = len(self._text.finish()) if self._text.holding else 0
+            columns["text_offset"].append(self._written + held)
+            self._written += len(self._text.push(token.id))
         return columns
 
     def _alternatives(self, name: str, token: Token | PromptToken) -> dict[str, float]:

@@ -16,11 +16,11 @@ from benthic import __version__
 from benthic.config.schema import ServeConfig
 from benthic.inference.request import Completion
 from benthic.serve import chat, completions, document, metrics, page, prompts
-from benthic.serve.access import SCOPE_OF_CACHE, Door, Keys, State, is_local, log
+from benthic.serve.access import ARRIVED, SCOPE_OF_CACHE, Door, Keys, State, is_local, log
 from benthic.serve.body import Bodies
 from benthic.serve.embeddings import embed
 from benthic.serve.errors import ApiError, bad, engine_failed, too_late
-from benthic.serve.generation import ClientGone, Generation, unless_disconnected
+from benthic.serve.generation import ClientGone, Generation, Job, unless_disconnected
 from benthic.serve.models import Models, Served
 from benthic.serve.requests import MAX_PROMPTS, ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from benthic.serve.stream import EventStream, to_json
@@ -47,52 +47,40 @@ class Endpoints:
         """Answer a conversation."""
         asked = await self._asked(request, ChatRequest)
         served = self._models.find(asked.model)
-        leave = served.admit(asked.n or 1)
+        generation = self._admitted(request, served, asked.n or 1, "n")
 
-        async def prepare() -> Generation:
+        async def prepare() -> list[Job]:
             grammar = await self._run(self._compiling, prompts.grammar_of, served, asked) if _formed(asked) else None
-            ids = await self._prepare(prompts.chat_ids, served, asked)
-            further = {"top_logprobs": asked.top_logprobs or 0}
-            given = prompts.sampling_of(served, asked, asked.limit, self._config.max_tokens, **further)
-            jobs = [
-                (ids, prompts.sampling_of_choice(served, given, asked.seed, number, grammar))
-                for number in range(asked.n or 1)
-            ]
-            return self._generation(request, served, jobs, leave)
+            return await self._prepare(prompts.chat_jobs, served, asked, self._config.max_tokens, grammar)
 
-        return await self._respond(request, served, asked, prepare, leave, chat)
+        return await self._respond(request, served, asked, generation, prepare, chat)
 
     async def complete(self, request: Request) -> Response:
         """Continue texts."""
         asked = await self._asked(request, CompletionRequest)
         served = self._models.find(asked.model)
-        wanted = len(asked.prompts) * (asked.n or 1)
-        if len(asked.prompts) > MAX_PROMPTS or wanted > served.slots:
-            raise bad(f"prompt: {wanted} choices at once; at most {min(MAX_PROMPTS, served.slots)}", "prompt")
-        leave = served.admit(wanted)
+        if len(asked.prompts) > MAX_PROMPTS:
+            raise bad(f"prompt: {len(asked.prompts)} prompts at once; at most {MAX_PROMPTS}", "prompt")
+        generation = self._admitted(request, served, len(asked.prompts) * (asked.n or 1), "prompt")
 
-        async def prepare() -> Generation:
-            given = prompts.sampling_of(
-                served, asked, asked.max_tokens, self._config.max_tokens, **completions.settings_of(asked)
-            )
-            jobs = []
+        async def prepare() -> list[Job]:
+            further = completions.settings_of(asked)
+            limits = (asked.max_tokens, self._config.max_tokens)
+            sampling = await self._prepare(prompts.sampling_of, served, asked, *limits, further)
+            jobs: list[Job] = []
             for prompt in asked.prompts:
-                ids = await self._prepare(prompts.text_ids, served, prompt, "prompt")
-                jobs += [
-                    (ids, prompts.sampling_of_choice(served, given, asked.seed, number))
-                    for number in range(asked.n or 1)
-                ]
-            return self._generation(request, served, jobs, leave)
+                jobs += await self._prepare(prompts.text_jobs, served, asked, prompt, sampling)
+            return jobs
 
-        return await self._respond(request, served, asked, prepare, leave, completions)
+        return await self._respond(request, served, asked, generation, prepare, completions)
 
     async def embed(self, request: Request) -> Response:
         """Turn texts into vectors."""
         asked = await self._asked(request, EmbeddingRequest)
         served = self._models.find(asked.model)
-        leave, gone = served.admit(1), Event()
+        leave, gone = served.admit(1, "input"), Event()
         try:
-            async with asyncio.timeout(self._config.request_seconds):
+            async with asyncio.timeout_at(request.scope[ARRIVED] + self._config.request_seconds):
                 work = self._run(self._embedding, embed, served, asked, gone)
                 return _json(await unless_disconnected(request.receive, work))
         except TimeoutError:
@@ -139,25 +127,24 @@ class Endpoints:
             log.info("asked: %s", ascii(body.decode(errors="replace")))
         return parse(kind, body)
 
-    def _generation(self, request: Request, served: Served, jobs: Any, leave: Callable[[], None]) -> Generation:
+    def _admitted(self, request: Request, served: Served, choices: int, param: str) -> Generation:
         return Generation(
-            served, jobs, leave, self.metrics, deadline_s=self._config.request_seconds,
-            scope=request.scope[SCOPE_OF_CACHE],
+            served, served.admit(choices, param), self.metrics, arrived=request.scope[ARRIVED],
+            seconds=self._config.request_seconds, scope=request.scope[SCOPE_OF_CACHE],
         )  # fmt: skip
 
     async def _respond(
-        self, request: Request, served: Served, asked: Any, prepare: Callable[[], Awaitable[Generation]],
-        leave: Callable[[], None], shapes: Any,
+        self, request: Request, served: Served, asked: Any, generation: Generation,
+        prepare: Callable[[], Awaitable[list[Job]]], shapes: Any,
     ) -> Response:  # fmt: skip
         """The answer of a generation in one of the two shapes, whole or streamed; its places are given back."""
         try:
-            generation = await unless_disconnected(request.receive, prepare())
+            await unless_disconnected(request.receive, generation.start(prepare))
         except BaseException:
-            leave()
+            generation.close()
             raise
         if asked.stream:
-            events = shapes.streamed(served, asked, generation)
-            return EventStream(events, self._config.stall_seconds, generation.close)
+            return EventStream(shapes.streamed(served, asked, generation), generation.close)
         try:
             done: list[Completion] = await unless_disconnected(request.receive, generation.completions())
             return _json(await self._prepare(shapes.whole, served, asked, done))
@@ -196,7 +183,7 @@ class Application:
         responses = self._endpoints.metrics.responses
         self._door = Door(
             app, state, keys, open_paths=page.FILES,
-            hosts=config.hosts if is_local(config.host) and not keys else None,
+            hosts=config.hosts if config.hosts or (is_local(config.host) and not keys) else None,
             log_requests=config.log_requests, count=lambda status: responses.labels(str(status)).inc(),
         )  # fmt: skip
 

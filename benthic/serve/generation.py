@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from benthic.errors import InputError, WorkFailed
 from benthic.inference.request import Completion, QueueFull, Request, Sampling, Token
-from benthic.serve.errors import bad, engine_failed, queue_full, too_late, unavailable
+from benthic.serve.errors import ApiError, bad, engine_failed, queue_full, too_late, unavailable
 from benthic.serve.grammar import GrammarConstraint
 from benthic.serve.metrics import Metrics
 from benthic.serve.models import Served
@@ -22,6 +22,8 @@ _WEIGHT = 0.1
 log = logging.getLogger("benthic.serve")
 _Result = TypeVar("_Result")
 Receive = Callable[[], Awaitable[Any]]
+Job = tuple[list[int], Sampling]
+"""A prompt and its settings."""
 
 
 class Generation:
@@ -29,28 +31,39 @@ class Generation:
 
     Args:
         served: the model.
-        jobs: prompt and settings of each choice.
         leave: gives back the places that were taken for the choices.
         metrics: where times are noted.
-        deadline_s: seconds until it is given up.
+        arrived: when the request came, by ``time.monotonic()``.
+        seconds: from then until it is given up.
         scope: of the prefix cache.
-
-    Raises:
-        ApiError: the engine takes no more, or refuses a prompt; nothing is left at work.
     """
 
     def __init__(
-        self, served: Served, jobs: Sequence[tuple[list[int], Sampling]], leave: Callable[[], None], metrics: Metrics,
-        *, deadline_s: float, scope: str,
-    ) -> None:  # fmt: skip
-        self._served, self._leave, self._metrics, self._deadline_s = served, leave, metrics, deadline_s
-        self._begun = time.monotonic()
+        self, served: Served, leave: Callable[[], None], metrics: Metrics, *, arrived: float, seconds: float, scope: str
+    ) -> None:
+        self._served, self._leave, self._metrics = served, leave, metrics
+        self._arrived, self._seconds, self._scope = arrived, seconds, scope
         self.requests: list[Request] = []
+
+    async def start(self, prepare: Callable[[], Awaitable[Sequence[Job]]]) -> None:
+        """Set the engine to work on what ``prepare`` gives: prompt and settings of each choice.
+
+        Raises:
+            ApiError: there is no time left; the engine takes no more, or refuses a prompt.
+        """
+        deadline = self._arrived + self._seconds
+        try:
+            async with asyncio.timeout_at(deadline):  # the loop's clock is time.monotonic()
+                jobs = await prepare()
+        except TimeoutError:
+            raise too_late(self._seconds) from None
         try:
             for ids, sampling in jobs:
-                self.requests.append(served.engine.submit(ids, sampling, deadline_s=deadline_s, scope=scope))
-        except BaseException as error:
-            self.close()
+                left = deadline - time.monotonic()
+                request = self._served.engine.submit(ids, sampling, deadline_s=left, scope=self._scope)
+                self.requests.append(request)
+                await asyncio.sleep(0)  # there may be thousands
+        except (InputError, WorkFailed) as error:
             raise _refused(error) from error
 
     def close(self) -> None:
@@ -90,13 +103,12 @@ class Generation:
     def outcome(self, request: Request) -> Completion:
         """The result of one that has ended. Raises ApiError if it failed."""
         result, constraint = request.result, request.sampling.constraint
-        self._metrics.finished.labels(self._served.name, result.finish_reason).inc()
         self._served.mean_seconds += _WEIGHT * (result.total_s - self._served.mean_seconds)
         if result.finish_reason == "error":
             log.error("engine: %s", result.error)
             raise engine_failed()
         if result.finish_reason == "deadline":
-            raise too_late(self._deadline_s)
+            raise too_late(self._seconds)
         if result.finish_reason == "cancelled":
             raise unavailable("the server is shutting down", 5)
         if isinstance(constraint, GrammarConstraint) and constraint.failed:
@@ -112,22 +124,20 @@ class Generation:
         async for token in request:
             now = time.monotonic()
             if last is None:
-                self._metrics.first_token.labels(name).observe(now - self._begun)
+                self._metrics.first_token.labels(name).observe(now - self._arrived)
             else:
                 self._metrics.inter_token.labels(name).observe(now - last)
             last = now
             yield token
 
 
-def _refused(error: BaseException) -> BaseException:
-    if isinstance(error, QueueFull):
-        return queue_full(1)
+def _refused(error: InputError | WorkFailed) -> ApiError:
     if isinstance(error, InputError):
         return bad(str(error))
-    if isinstance(error, WorkFailed):
-        log.error("engine: %s", error)
-        return engine_failed()
-    return error
+    if isinstance(error, QueueFull):  # of those that were given up a moment ago
+        return queue_full(1)
+    log.error("engine: %s", error)
+    return engine_failed()
 
 
 class ClientGone(Exception):

@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benthic.serve.errors import bad
+from benthic.serve.errors import bad, unavailable
 from benthic.serve.matcher import build_matcher, load_tokenizer
 
 MAX_SOURCE = 256 << 10
 """Characters of the longest schema."""
 _KEPT = 64
 _START_SECONDS = 60.0
+_ENDED = ""
+"""Stands for an answer where the process has ended."""
 
 
 class GrammarConstraint:
@@ -84,7 +86,9 @@ class Grammars:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._tokenizer: Any = None
+        self._starting = threading.Lock()
         self._checker: _Checker | None = None
+        self._closed = False
         self._known: OrderedDict[str, Any] = OrderedDict()
 
     def schema(self, schema: dict[str, Any], param: str, *, lenient: bool = False) -> Grammar:
@@ -102,7 +106,9 @@ class Grammars:
         return self._grammar(json.dumps({"regex": regex}), param)
 
     def close(self) -> None:
-        """End the process that compiles."""
+        """End the process that compiles, even while it starts or works."""
+        with self._starting:
+            self._closed = True
         if self._checker is not None:
             self._checker.close()
 
@@ -111,7 +117,7 @@ class Grammars:
             raise bad(f"{param}: {len(source)} characters; at most {MAX_SOURCE} are compiled", param)
         with self._lock:
             if source not in self._known:
-                self._known[source] = self._compiled(source)
+                self._known[source] = self._compiled(source, param)
             self._known.move_to_end(source)
             if len(self._known) > _KEPT:
                 self._known.popitem(last=False)
@@ -120,14 +126,37 @@ class Grammars:
             raise bad(f"{param}: {found}", param)
         return lambda: GrammarConstraint(found.deep_copy())
 
-    def _compiled(self, source: str) -> Any:
-        """A matcher, or what is wrong with the source."""
+    def _compiled(self, source: str, param: str) -> Any:
+        """A matcher, or what is wrong with the source. Raises 400 if that is not known: another time it may pass."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(*self._arguments)
-        if self._checker is None or not self._checker.alive:
-            self._checker = _Checker(self._arguments)
-        wrong = self._checker.check(source, self._seconds)
+        checker = self._running_checker()
+        try:
+            wrong = checker.check(source, self._seconds)
+        except _Undecided as error:
+            self._refuse_if_closed()
+            raise bad(f"{param}: {error}", param) from None
         return build_matcher(self._tokenizer, source) if wrong is None else wrong
+
+    def _running_checker(self) -> "_Checker":
+        if self._checker is not None and self._checker.alive:
+            return self._checker
+        with self._starting:
+            self._refuse_if_closed()
+            checker = self._checker = _Checker((*self._arguments, self._seconds))
+        if not checker.is_ready(_START_SECONDS):
+            checker.close()
+            self._refuse_if_closed()
+            raise unavailable("the process that compiles schemas does not start", 5)
+        return checker
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise unavailable("the server is shutting down", 5)
+
+
+class _Undecided(Exception):
+    """It has not been found out whether a source can be compiled."""
 
 
 class _Checker:
@@ -138,34 +167,40 @@ class _Checker:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
         self._answers: SimpleQueue[str] = SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
-        if self._answer(_START_SECONDS) != "ready":
-            self.close()
+
+    def is_ready(self, seconds: float) -> bool:
+        """Whether it starts within so many seconds; to be asked once."""
+        return self._answer(seconds) == "ready"
 
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
 
     def check(self, source: str, seconds: float) -> str | None:
-        """What is wrong with a source; None if nothing."""
+        """What is wrong with a source; None if nothing. Raises _Undecided if it takes too much time or memory."""
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
+        with suppress(BrokenPipeError, ValueError):  # it has ended, or has been closed meanwhile
             self._process.stdin.write(source + "\n")
             self._process.stdin.flush()
         answer = self._answer(seconds)
-        if answer is None:
+        if answer is None or answer == _ENDED:
             self.close()
-            return f"not compiled within {seconds:g} s"
+            raise _Undecided(f"not compiled within {seconds:g} s" if answer is None else "too large to compile")
         return None if answer == "fine" else answer
 
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # of what it has not read
+            self._process.stdin.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answers.put(json.loads(line))
-        self._answers.put("too large to compile")
+        with self._process.stdout as lines:
+            for line in lines:
+                self._answers.put(json.loads(line))
+        self._answers.put(_ENDED)
 
     def _answer(self, seconds: float) -> str | None:
         try:

@@ -45,10 +45,6 @@ class Metrics:
             "benthic_inter_token_latency_seconds", "Between one token and the next.", ["model"],
             buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
-        self.finished = Counter(
-            "benthic_requests_finished", "Choices that have ended, by reason.", ["model", "reason"],
-            registry=self.registry,
-        )  # fmt: skip
         self.responses = Counter(
             "benthic_http_responses", "Responses by status.", ["status"], registry=self.registry,
         )  # fmt: skip
@@ -69,6 +65,12 @@ class _Engines(Collector):
             yield _family(GaugeMetricFamily(f"benthic_{name}", told, labels=["model"]), figure, stats)
         for name, (told, figure) in _COUNTERS.items():
             yield _family(CounterMetricFamily(f"benthic_{name}", told, labels=["model"]), figure, stats)
+        told = "Choices that have ended, by reason."
+        finished = CounterMetricFamily("benthic_requests_finished", told, labels=["model", "reason"])
+        for name, one in stats:
+            for reason, count in one.finished.items():
+                finished.add_metric([name, reason], count)
+        yield finished
 
 
 def _family(family: Any, figure: Any, stats: list[tuple[str, EngineStats]]) -> Any:
@@ -82,7 +84,7 @@ def status(served: Served) -> dict[str, Any]:
     stats = served.engine.stats()
     return {
         "model": served.name, "context": served.context, "running": stats.running, "waiting": stats.waiting,
-        "max_batch": stats.max_batch, "max_queue": stats.max_queue, "cache_usage": cache_share(stats),
+        "max_batch": stats.max_batch, "max_queue": served.slots - stats.max_batch, "cache_usage": cache_share(stats),
         "cache_kept": stats.pages_cached / stats.pages_total if stats.pages_total else 0.0,
         "cache_bytes": stats.pages_total * stats.page_bytes, "prompt_tokens": stats.prompt_tokens,
         "cached_tokens": stats.cached_tokens, "generated_tokens": stats.generated_tokens,

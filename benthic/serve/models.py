@@ -13,7 +13,7 @@ from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.inference.batching import BatchEngine
 from benthic.model import LanguageModel
-from benthic.serve.errors import ApiError, queue_full
+from benthic.serve.errors import ApiError, bad, queue_full
 from benthic.serve.grammar import Grammars
 
 _LONGEST_RETRY_S = 60
@@ -42,12 +42,14 @@ class Served:
         """Tokens of the longest text."""
         return self.model.config.max_position_embeddings
 
-    def admit(self, choices: int) -> Callable[[], None]:
+    def admit(self, choices: int, param: str) -> Callable[[], None]:
         """Take a place for each choice, and return what gives them back, once.
 
         Raises:
-            ApiError: 429, the queue is full.
+            ApiError: 429, the queue is full; 400 that names ``param``, there will never be room for so many.
         """
+        if choices > self.slots:
+            raise bad(f"{param}: {choices} choices at once; at most {self.slots}", param)
         if self.admitted + choices > self.slots:
             raise queue_full(self._retry_s())
         self.admitted += choices
@@ -106,14 +108,15 @@ def _load(name: str, path: Path, config: ServeConfig) -> Served:
     tokenizer = Tokenizer.load(folder)
     defaults = inference_defaults(path)
     model, _ = load_model(path)
+    slots = config.max_batch + config.max_queue
     engine = BatchEngine(
         model.eval(), tokenizer, defaults, cache_gib=config.cache_gib, max_batch=config.max_batch,
-        max_queue=config.max_queue,
+        max_queue=slots,  # for a moment, all that are admitted wait
     )  # fmt: skip
     grammars = Grammars(
         folder / "tokenizer.json", model.config.vocab_size, sorted(tokenizer.stop_ids), config.grammar_seconds
     )
-    return Served(name, model, tokenizer, engine, defaults, grammars, config.max_batch + config.max_queue)
+    return Served(name, model, tokenizer, engine, defaults, grammars, slots)
 
 
 def name_models(given: Sequence[str], configured: Mapping[str, str]) -> dict[str, Path]:

@@ -2,18 +2,43 @@
 loop.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from benthic.errors import InputError
 from benthic.inference.request import Sampling
 from benthic.serve import tools
 from benthic.serve.errors import bad
+from benthic.serve.generation import Job
 from benthic.serve.grammar import Grammar
 from benthic.serve.models import Served
 from benthic.serve.requests import Asked, ChatRequest, JsonObjectFormat, JsonSchemaFormat, RegexFormat
 
 _TINY = 1e-9
 """Stands for a ``top_p`` of 0, which leaves the likeliest token alone."""
+
+
+def chat_jobs(served: Served, asked: ChatRequest, longest: int, grammar: Grammar | None) -> list[Job]:
+    """The choices of a conversation, of at most ``longest`` new tokens each. Raises 400."""
+    ids = chat_ids(served, asked)
+    sampling = sampling_of(served, asked, asked.limit, longest, {"top_logprobs": asked.top_logprobs or 0})
+    return _choices(ids, sampling, asked, grammar)
+
+
+def text_jobs(served: Served, asked: Asked, prompt: str | list[int], sampling: Sampling) -> list[Job]:
+    """The choices that go on from one text. Raises 400."""
+    return _choices(text_ids(served, prompt, "prompt"), sampling, asked)
+
+
+def _choices(ids: list[int], sampling: Sampling, asked: Asked, grammar: Grammar | None = None) -> list[Job]:
+    """With a seed each choice has its own, so that they differ and can be had again."""
+    return [
+        (ids, sampling.model_copy(update={
+            "seed": None if asked.seed is None else (asked.seed + number) % 2**63,
+            "constraint": grammar() if grammar else None,
+        }))
+        for number in range(asked.n or 1)
+    ]  # fmt: skip
 
 
 def chat_ids(served: Served, asked: ChatRequest) -> list[int]:
@@ -56,15 +81,17 @@ def _checked(served: Served, ids: list[int], param: str) -> list[int]:
     return ids
 
 
-def sampling_of(served: Served, asked: Asked, limit: int | None, longest: int, **further: Any) -> dict[str, Any]:
-    """Settings for the engine.
+def sampling_of(
+    served: Served, asked: Asked, limit: int | None, longest: int, further: Mapping[str, Any]
+) -> Sampling:  # fmt: skip
+    """Settings for the engine. Raises 400.
 
     Args:
         served: the model, whose run has defaults.
         asked: the request.
         limit: new tokens it asks for.
         longest: new tokens that any request may ask for.
-        **further: settings that only one kind of request has.
+        further: settings that only one kind of request has.
     """
     if limit is not None and limit > longest:
         raise bad(f"max_tokens: {limit}; this server writes at most {longest}", "max_tokens")
@@ -75,17 +102,8 @@ def sampling_of(served: Served, asked: Asked, limit: int | None, longest: int, *
             given[key] = value
     if asked.top_p is not None:
         given["top_p"] = max(asked.top_p, _TINY)
-    return given
-
-
-def sampling_of_choice(
-    served: Served, given: dict[str, Any], seed: int | None, number: int, grammar: Grammar | None = None
-) -> Sampling:
-    """Settings of one of several choices: with a seed each has its own, so that they differ and can be had again."""
-    own = None if seed is None else (seed + number) % 2**63
-    constraint = grammar() if grammar else None
     try:
-        return Sampling.checked(served.defaults, given | {"seed": own, "constraint": constraint})
+        return Sampling.checked(served.defaults, given)
     except InputError as error:
         raise bad(str(error)) from None
 

@@ -13,10 +13,14 @@ from benthic.serve.errors import ApiError, bad
 MAX_CHOICES = 128
 MAX_PROMPTS = 2048
 MAX_TOOLS = 128
+MAX_BIASED = 1024
 
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Ids = Annotated[list[_Token], Field(min_length=1)]
-_Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
+_Bias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=MAX_BIASED),
+]
 _Stop = Annotated[str, Field(min_length=1, max_length=1024)]
 _Stops = Annotated[list[_Stop], Field(max_length=4)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]

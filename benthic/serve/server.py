@@ -30,11 +30,17 @@ from benthic.serve.models import load_models
 _KEY_VARIABLE = "BENTHIC_API_KEY"
 _BACKLOG = 2048
 """Connections that the system holds until they are accepted."""
-_ACCEPTED_AT_ONCE = 16
+_ACCEPTED_AT_ONCE = 8
 """Connections taken in before those that are open get their turn again."""
-_SWITCH_S = 0.001
-"""After so long the engine's thread lets others run; Python's own 5 ms add up for a short answer."""
+_SWITCH_S = 0.0002
+"""After so long the engine's thread lets others run. The event loop asks again after each read from a socket, so that
+Python's own 5 ms add up to tenths of a second where a thousand requests come at once.
+"""
 _CLOSING_S = 5
+_COLLECT_AFTER = (2_000, 5, 1_000)
+"""Objects, and collections of the next younger generation, before Python collects. Going through all of the objects of
+a thousand requests would hold up everybody, so the oldest are left for a quiet moment, unless there never is one.
+"""
 
 
 def serve(paths: Mapping[str, Path], config: ServeConfig, key: str | None = None) -> None:
@@ -57,7 +63,8 @@ def serve(paths: Mapping[str, Path], config: ServeConfig, key: str | None = None
         state = State()
         app = Application(models, config, keys, state)
         gc.collect()
-        gc.freeze()  # what is there stays; going through all of it again would hold up whoever waits
+        gc.freeze()  # what is there stays
+        gc.set_threshold(*_COLLECT_AFTER)
         try:
             _Server(app, config, state, list(paths), sock).run([sock])
         finally:
@@ -70,7 +77,8 @@ def read_keys(config: ServeConfig, key: str | None) -> Keys:
     """All API keys there are.
 
     Raises:
-        InputError: the file cannot be read, or a key is empty or too short to be one.
+        InputError: the file holds none, or a key is empty.
+        OSError: the file cannot be read.
     """
     found = [] if key is None else [key]
     if _KEY_VARIABLE in os.environ:
@@ -98,13 +106,23 @@ def _bind(config: ServeConfig) -> socket.socket:
     """A socket at the address, not listening yet: until the models are loaded, connections are refused."""
     try:
         found = socket.getaddrinfo(config.host.strip("[]"), config.port, type=socket.SOCK_STREAM)
-        family, kind, number, _, address = found[0]
-        sock = socket.socket(family, kind, number)
+    except OSError as error:
+        raise _wrong_address(config, error.strerror) from None
+    except UnicodeError:
+        raise _wrong_address(config, "not a name that a host can have") from None
+    family, kind, number, _, address = found[0]
+    sock = socket.socket(family, kind, number)
+    try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
-        raise InputError(f"serve.host = {config.host}, serve.port = {config.port}: {error.strerror}") from None
+        sock.close()
+        raise _wrong_address(config, error.strerror) from None
     return sock
+
+
+def _wrong_address(config: ServeConfig, why: str | None) -> InputError:
+    return InputError(f"serve.host = {config.host}, serve.port = {config.port}: {why}")
 
 
 def _log_to_stderr() -> None:
@@ -123,9 +141,8 @@ class _Server(uvicorn.Server):
         self, app: Application, config: ServeConfig, state: State, names: list[str], sock: socket.socket
     ) -> None:
         super().__init__(uvicorn.Config(
-            app, http=protocol(config.header_seconds, config.max_connections), loop="asyncio", ws="none",
-            lifespan="off",
-            log_config=None, access_log=False, server_header=False, proxy_headers=False, backlog=_ACCEPTED_AT_ONCE,
+            app, http=protocol(config), loop="asyncio", ws="none", lifespan="off", log_config=None,
+            access_log=False, server_header=False, proxy_headers=False, backlog=_ACCEPTED_AT_ONCE,
             timeout_graceful_shutdown=_CLOSING_S,
         ))  # fmt: skip
         self._state, self._drain_s, self._names, self._sock = state, config.drain_seconds, names, sock
@@ -149,4 +166,6 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._state.draining and (not self._state.active or time.monotonic() > self._give_up_at):
             self.should_exit = True
+        if not self._state.active and gc.get_count()[2]:
+            gc.collect()
         return await super().on_tick(counter)

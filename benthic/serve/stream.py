@@ -1,4 +1,4 @@
-"""Server-sent events to one client: given up when it goes away or stops reading; a failure is never a clean end."""
+"""Server-sent events to one client: given up when it goes away; a failure is never a clean end."""
 
 import asyncio
 import json
@@ -40,14 +40,13 @@ class EventStream(Response):
 
     Args:
         events: bytes to send; an exception becomes an error event, and the connection is broken off.
-        stall_s: how long the client may leave what it has been sent unread.
         on_end: called once, however it ends.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], stall_s: float, on_end: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]
-        self._events, self._stall_s, self._on_end = events, stall_s, on_end
+        self._events, self._on_end = events, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -68,13 +67,10 @@ class EventStream(Response):
         """Whether all went well."""
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         try:
-            await self._send(send, start)
+            await send(start)
             async for data in self._events:
-                await self._send(send, _body(data))
-            await self._send(send, _body(b"", more=False))
-        except TimeoutError:
-            log.info("a client stopped reading; its request is cancelled")
-            return False
+                await send(_body(data))
+            await send(_body(b"", more=False))
         except ApiError as error:
             await self._fail(send, error)
             return False
@@ -85,13 +81,8 @@ class EventStream(Response):
         return True
 
     async def _fail(self, send: Send, error: ApiError) -> None:
-        with suppress(TimeoutError):
-            await self._send(send, _body(event(error.body)))
-            await asyncio.sleep(0.05)  # the event should be on its way before the connection is broken off
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        async with asyncio.timeout(self._stall_s):
-            await send(message)
+        await send(_body(event(error.body)))
+        await asyncio.sleep(0.05)  # the event should be on its way before the connection is broken off
 
 
 def _body(data: bytes, more: bool = True) -> dict[str, Any]:

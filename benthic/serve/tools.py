@@ -6,7 +6,7 @@ of Hermes. What a model writes is parsed by the marks that its own template uses
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,29 +16,33 @@ from benthic.serve.requests import ChatMessage, FunctionCall, Tool
 
 @dataclass(frozen=True)
 class Style:
-    """How a family of models writes calls: after ``begin``, each as ``call`` matches it, with name and arguments."""
+    """How a family of models writes calls: after ``begin``, each between ``call`` and ``end``.
+
+    ``inside`` matches what stands there, spaces around it taken off, with name and arguments. Without it that is an
+    object of JSON with both, which may hold the marks in its strings.
+    """
 
     begin: str
-    call: re.Pattern[str]
+    call: str
+    end: str
+    inside: re.Pattern[str] | None = None
 
 
-HERMES = Style("<tool_call>", re.compile(r"<tool_call>\s*(?P<json>\{.*?\})\s*(?:</tool_call>|$)", re.DOTALL))
+HERMES = Style("<tool_call>", "<tool_call>", "</tool_call>")
 _DEEPSEEK = Style(
-    "<｜tool▁calls▁begin｜>",  # noqa: RUF001 - DeepSeek's own characters
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",  # noqa: RUF001 - DeepSeek's own characters
     re.compile(
-        r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n(?P<arguments>.*?)\n```"  # noqa: RUF001
-        r"|(?P<name2>[^\n<]+)<｜tool▁sep｜>(?P<arguments2>.*?))\s*<｜tool▁call▁end｜>",  # noqa: RUF001
+        r"function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n(?P<arguments>.*)\n```"  # noqa: RUF001
+        r"|(?P<name2>[^\n<]+)<｜tool▁sep｜>(?P<arguments2>.*)",  # noqa: RUF001
         re.DOTALL,
     ),
-)
+)  # fmt: skip
 _KIMI = Style(
-    "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_end|>",
     re.compile(
-        r"<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[^\s:<]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>\s*"
-        r"(?P<arguments>.*?)\s*<\|tool_call_end\|>",
-        re.DOTALL,
+        r"(?:functions\.)?(?P<name>[^\s:<]+)(?::\d+)?\s*<\|tool_call_argument_begin\|>(?P<arguments>.*)", re.DOTALL
     ),
-)
+)  # fmt: skip
 
 
 def style_of(template: str | None) -> Style:
@@ -69,22 +73,59 @@ class ToolScanner:
 
 
 def parse_calls(text: str, style: Style, names: set[str]) -> list[FunctionCall]:
-    """The calls in a text. None at all if any of them is not well-formed, or of a function that is not there."""
-    calls = [_call(match.groupdict()) for match in style.call.finditer(text)]
-    found = [call for call in calls if call is not None and call.name in names]
-    return found if len(found) == len(calls) else []
+    """The calls in a text. None at all if any of them is not well-formed, or of a function that is not there.
+
+    The last may have been broken off before its end, and then is none. Whatever the text, it is read once: it may be
+    long, and be all beginnings.
+    """
+    calls = []
+    for inside in _insides(text, style):
+        call = _call(inside.strip(), style)
+        if call is None or call.name not in names:
+            return []
+        calls.append(call)
+    return calls
 
 
-def _call(found: Mapping[str, str | None]) -> FunctionCall | None:
-    name, arguments = found.get("name") or found.get("name2"), found.get("arguments") or found.get("arguments2")
+def _insides(text: str, style: Style) -> Iterator[str]:
+    """What stands between the marks of each call."""
+    start = text.find(style.call)
+    while start >= 0:
+        start += len(style.call)
+        after = _after_json(text, start) if style.inside is None else start
+        end = text.find(style.end, after)
+        if end < 0:
+            if after > start and not text[after:].strip():  # a token that ends the turn stands for the mark
+                yield text[start:]
+            return
+        yield text[start:end]
+        start = text.find(style.call, end)
+
+
+def _after_json(text: str, start: int) -> int:
+    """Where the JSON that begins at ``start``, after spaces, ends; ``start`` if there is none."""
+    begin = start
+    while text[begin : begin + 1].isspace():
+        begin += 1
     try:
-        if (whole := found.get("json")) is not None:
-            return call_of_json(whole)
-        if name is None or not isinstance(json.loads(arguments or ""), dict):
-            return None
+        return json.JSONDecoder().raw_decode(text, begin)[1]
+    except (ValueError, RecursionError):
+        return start
+
+
+def _call(inside: str, style: Style) -> FunctionCall | None:
+    if style.inside is None:
+        return call_of_json(inside)
+    if (match := style.inside.fullmatch(inside)) is None:
+        return None
+    found = match.groupdict()
+    name = found["name"] or found.get("name2", "")
+    arguments = (found["arguments"] or found.get("arguments2") or "").strip()
+    try:
+        well = isinstance(json.loads(arguments), dict)
     except (ValueError, RecursionError):
         return None
-    return FunctionCall.model_construct(name=name.strip(), arguments=arguments or "")
+    return FunctionCall.model_construct(name=name.strip(), arguments=arguments) if well else None
 
 
 def call_of_json(text: str) -> FunctionCall | None:

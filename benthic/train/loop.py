@@ -21,6 +21,7 @@ from benthic.errors import InputError
 from benthic.files import sha256, write_atomically
 from benthic.model import Trainable
 from benthic.ops import native
+from benthic.parallel.replay import KEY as EXPERT_LOAD
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
@@ -301,7 +302,7 @@ class _Trainer:
         flops = self._flops_before(self.state.step) - self._flops_before(self.state.step - 1)
         load_ME = report.load_ME.float()
         every = self.config.train.expert_load_every
-        loads = {"expert_load": report.load_ME.tolist()} if every and self.state.step % every == 0 else {}
+        loads = {EXPERT_LOAD: report.load_ME.tolist()} if every and self.state.step % every == 0 else {}
         return {
             "step": self.state.step,
             "loss": report.cross_entropy[0],

@@ -138,6 +138,12 @@ def test_export_for_llama_cpp(benthic, small_run, tmp_path):
     larger = tmp_path / "f32.gguf"
     output(benthic("export", small_run, "--format", "gguf", "--out", larger))
     assert larger.stat().st_size > out.stat().st_size
+    before = out.read_bytes()
+    again = benthic("export", small_run, "--format", "gguf", "--out", out)
+    assert (again.returncode, again.stderr) == (
+        2, f"error: {out}: already there and not replaced; give a path that is free\n"
+    )  # fmt: skip
+    assert out.read_bytes() == before
 
 
 def test_plan(benthic):

@@ -204,7 +204,7 @@ def test_what_is_left_out_is_told(small_config: SmallConfig, random_model: Rando
     assert "1 MTP module" in mtp
     assert "1e-05" in eps
     plain = small_config(num_nextn_predict_layers=0)
-    assert write_gguf(random_model(plain), plain, None, tmp_path / "m.gguf", "f32").remarks == []
+    assert write_gguf(random_model(plain), plain, None, tmp_path / "plain.gguf", "f32").remarks == []
 
 
 def test_numbers_too_large_for_fp16_are_refused(small_config: SmallConfig, random_model: RandomModel, tmp_path: Path):
@@ -216,25 +216,37 @@ def test_numbers_too_large_for_fp16_are_refused(small_config: SmallConfig, rando
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_replaces_only_an_export(small_config: SmallConfig, random_model: RandomModel, tmp_path: Path):
-    config, out = small_config(), tmp_path / "m.gguf"
+def test_an_export_replaces_nothing(small_config: SmallConfig, random_model: RandomModel, tmp_path: Path):
+    config, out, dangling = small_config(), tmp_path / "m.gguf", tmp_path / "link.gguf"
     write_gguf(random_model(config), config, None, out, "f32")
-    smaller = write_gguf(random_model(config), config, None, out, "f16")
-    assert out.stat().st_size == smaller.bytes
-    out.write_bytes(b"GGUF" + bytes(1000))
-    with pytest.raises(InputError, match="not an earlier export"):
-        write_gguf(random_model(config), config, None, out, "f32")
+    before = out.read_bytes()
+    dangling.symlink_to(tmp_path / "nothing")
+    for there in (out, dangling):
+        with pytest.raises(InputError, match=r"already there.*a path that is free"):
+            write_gguf(random_model(config, 1), config, None, there, "f32")
     with pytest.raises(InputError, match="is a directory"):
         write_gguf(random_model(config), config, None, tmp_path, "f32")
-    assert out.read_bytes() == b"GGUF" + bytes(1000)
+    assert out.read_bytes() == before
 
 
-def test_a_failure_leaves_the_earlier_export(
+def test_a_unigram_tokenizer_is_refused(
+    small_config: SmallConfig, random_model: RandomModel, tokenizer: Path, tmp_path: Path
+):
+    folder = shutil.copytree(tokenizer, tmp_path / "unigram")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
+    raw["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [[text, -1.0] for text in vocabulary]}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    assert Tokenizer.load(folder).vocab_size == len(vocabulary)
+    config = small_config(vocab_size=300)
+    with pytest.raises(InputError, match=r"model\.type='Unigram'"):
+        write_gguf(random_model(config), config, folder, tmp_path / "m.gguf", "f32")
+
+
+def test_a_failure_leaves_nothing(
     small_config: SmallConfig, random_model: RandomModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config, out = small_config(), tmp_path / "m.gguf"
-    write_gguf(random_model(config), config, None, out, "f32")
-    before = out.read_bytes()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, os.strerror(28))
@@ -242,8 +254,7 @@ def test_a_failure_leaves_the_earlier_export(
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
     with pytest.raises(WorkFailed, match="No space left"):
         write_gguf(random_model(config, 1), config, None, out, "f32")
-    assert out.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exported_directory_can_be_exported_again(
@@ -253,7 +264,7 @@ def test_an_exported_directory_can_be_exported_again(
     model = random_model(config, dtype=torch.bfloat16)
     save_hf(model, config, tokenizer, tmp_path / "hf")
     assert export_gguf(tmp_path / "hf", tmp_path / "m.gguf").precision == "bf16"
-    assert export_gguf(tmp_path / "hf", tmp_path / "m.gguf", "f32").precision == "f32"
+    assert export_gguf(tmp_path / "hf", tmp_path / "f32.gguf", "f32").precision == "f32"
 
 
 def test_precisions_have_names():

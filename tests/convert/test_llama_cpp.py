@@ -83,8 +83,8 @@ def test_logits_are_the_same(small_config: SmallConfig, random_model: RandomMode
     config = small_config(**changes)
     for seed in range(2):
         model = random_model(config, seed)
-        write_gguf(model, config, None, tmp_path / "m.gguf", "f32")
-        assert difference(model, tmp_path / "m.gguf", seed) < TOLERANCE
+        write_gguf(model, config, None, tmp_path / f"{seed}.gguf", "f32")
+        assert difference(model, tmp_path / f"{seed}.gguf", seed) < TOLERANCE
 
 
 @pytest.mark.parametrize(

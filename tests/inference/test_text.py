@@ -51,4 +51,4 @@ def test_what_waits_at_the_end_comes_with_its_tokens(tokenizer):
     ids = tokenizer.encode("ab🦑")[:-1]
     out, stream = streamed(tokenizer, ids, ["b🦑c"])
     assert [token.id for token in out] == ids
-    assert stream.text == tokenizer.decode(ids)
+    assert stream.text == "ab"  # of a character that was broken off there is nothing

@@ -78,7 +78,7 @@ def test_a_recording_too_short_is_refused():
     ("lines", "said"),
     [
         ([{"step": 1}], "no row has expert_load"),
-        ([{"expert_load": [[1, 2]]}, {"expert_load": [[1, 2, 3]]}], r"line 2: expert_load is \[1, 3\]"),
+        ([{"expert_load": [[1, 2]]}, {"expert_load": [[1, 2, 3]]}], "line 2: expert_load is of 3 experts: must be 2"),
         ([{"expert_load": [[1, -2]]}], "line 1"),
         ([{"expert_load": [1, 2]}], "line 1"),
         ([{"expert_load": [["a"]]}], "line 1"),
@@ -94,6 +94,25 @@ def test_a_file_that_is_no_recording_is_refused(tmp_path: Path, lines: list, sai
     file.write_text("{oops\n")
     with pytest.raises(InputError, match="line 1"):
         read_loads(file)
+
+
+def test_layers_that_begin_late_are_left_out(tmp_path: Path):
+    file, loads = tmp_path / "loads.jsonl", skewed(6)
+    rows = [{"expert_load": record[: 1 + (number in (2, 3))].tolist()} for number, record in enumerate(loads)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert torch.equal(read_loads(file), loads[:, :1])
+
+
+def test_a_recording_of_mtp_modules_that_are_trained_late(
+    tiny_run_config: Callable[..., RunConfig], make_run: Callable[..., Path]
+):
+    from benthic.train.loop import train
+
+    run = make_run()
+    train(tiny_run_config(steps=6, expert_load_every=1, schedule={"mtp_loss_weight": 0.0, "mtp_late_start": 0.5}), run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {len(row["expert_load"]) for row in rows if "expert_load" in row} == {1, 2}
+    assert read_loads(run / "metrics.jsonl").shape == (6, 1, 8)
 
 
 def test_training_records_loads_when_asked(

@@ -60,16 +60,17 @@ def test_a_thousand_at_once(server):
     print(f"{CROWD} in {took:.1f} s; /health median {median * 1000:.1f} ms, 99% {last * 1000:.1f} ms, "
           f"most {max(health) * 1000:.1f} ms of {len(health)}; {grown:.0f} MiB more")  # fmt: skip
     assert len(health) > 20
-    assert median < 0.05
+    assert max(health) < 0.05
     assert grown < 300
 
 
-@pytest.mark.slow
-def test_the_openapi_document_finds_no_fault_of_the_server(make_server, tmp_path):
+@pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_the_openapi_document_finds_no_fault_of_the_server(make_server, tmp_path, examples):
     server = make_server(max_tokens=8, log_requests=False)
     program = Path(sys.executable).with_name("schemathesis")
-    command = [program, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error", "--max-examples", "60",
-               "--seed", "1", "--request-timeout", "60"]  # fmt: skip
+    command = [program, "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error",
+               "--max-examples", str(examples), "--seed", "1", "--request-timeout", "60",
+               *([] if examples > 9 else ["--phases", "examples,fuzzing"])]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=1500)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "9 selected / 9 total" in done.stdout
@@ -84,9 +85,9 @@ def test_ready_within_three_seconds(tmp_path):
     for _ in range(3):
         begun = time.monotonic()
         server = Server(model)
-        passed, used = time.monotonic() - begun, psutil.Process(server.process.pid).cpu_times()
-        took.append(used.user + used.system)  # what it takes on an idle machine, measured on one that may be busy
-        print(f"ready after {passed:.2f} s, {took[-1]:.2f} s of them processor time")
+        took.append(time.monotonic() - begun)
+        used = psutil.Process(server.process.pid).cpu_times()
+        print(f"ready after {took[-1]:.2f} s, {used.user + used.system:.2f} s of them processor time")
         with server.http() as http:
             assert http.get("/ready").status_code == 200
         assert server.terminate() == 0
