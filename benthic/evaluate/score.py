@@ -21,9 +21,9 @@ class Score:
     n: int
     """Independent pieces the value is an average of: problems, documents, or eight sequences of a running text."""
     ci95: tuple[float, float] | None
-    """95% confidence interval over the pieces; none of a single piece without a right or wrong."""
-    interval: Literal["bootstrap", "wilson", "normal"] | None = None
-    """How it was made; ``normal`` is the standard error that lm-eval gives, times 1.96."""
+    """95% confidence interval over the pieces; none of a single piece that is neither right nor wrong."""
+    interval: Literal["bootstrap", "wilson"] | None = None
+    """How it was made."""
 
 
 def bootstrap_ci95(totals_N: NDArray[np.float64], weights_N: NDArray[np.float64]) -> tuple[float, float]:

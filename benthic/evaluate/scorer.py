@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-import benthic
 from benthic.errors import WorkFailed
 from benthic.evaluate import match
 
@@ -80,7 +79,7 @@ class Scorer:
         return self._process.stdin
 
     def _started(self) -> subprocess.Popen[bytes]:
-        home = str(Path(benthic.__file__).parents[1])
+        home = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), home]))
         self._process = subprocess.Popen(
             # -P: what lies in the working directory is not imported.

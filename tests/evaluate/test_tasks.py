@@ -119,11 +119,12 @@ def test_progress_and_several_kinds(small, tmp_path):
              write_task(tmp_path / "c.jsonl", {"prompt": "", "answer": "x"}, max_new_tokens=2)]  # fmt: skip
     scores = run(small, *paths, progress=lambda *of: seen.append(of))
     assert {"a", "b", "c"} <= scores.keys()
-    assert [("a", 1, 1), ("b", 2, 2), ("c", 1, 1)] == seen
+    assert seen == [("a", 1, 1), ("b", 2, 2), ("c", 1, 1)]
 
 
 @pytest.mark.parametrize("problem", [
-    {"prompt": "hello there " * 400, "answer": "x"}, {"prompt": "hello there " * 400, "choices": ["a", "b"], "answer": 0},
+    {"prompt": "hello there " * 400, "answer": "x"},
+    {"prompt": "hello there " * 400, "choices": ["a", "b"], "answer": 0},
 ])  # fmt: skip
 def test_a_problem_too_long_for_the_model(small, tmp_path, problem):
     path = write_task(tmp_path / "long.jsonl", {**problem, "prompt": "short"}, problem)
