@@ -33,7 +33,7 @@ def test_scores_of_several_files(benthic, served_model, files):
     assert again.returncode == 0, again.stderr
     head, *rows = again.stdout.splitlines()
     assert head.split() == ["task", "metric", "value", "95%", "interval", "n"]
-    assert [row.split()[0] for row in rows] == list(scores)[1:4] + ["texts"]
+    assert [row.split()[0] for row in rows] == [*list(scores)[1:4], "texts"]
     assert f"{scores['texts']['value']:.4f}" in rows[-1]
 
 

@@ -113,7 +113,7 @@ def test_the_fact_stands_at_its_depth_in_a_full_text(small, length):
 def test_what_there_is_no_room_for(small):
     with pytest.raises(InputError, match="length=20: too short"):
         retrieval_problems(small[1], FILLER, length=20, count=1)
-    with pytest.raises(InputError, match="filler: .* needs"):
+    with pytest.raises(InputError, match=r"filler: .* needs"):
         retrieval_problems(small[1], "a few words", length=200, count=1)
 
 
