@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -16,6 +16,10 @@ from benthic.errors import InputError
 
 if TYPE_CHECKING:
     from benthic.config.schema import ModelConfig, RunConfig
+    from benthic.evaluate.held_out import HeldOut
+    from benthic.evaluate.score import Score
+    from benthic.evaluate.task_files import Task
+    from benthic.precision.quantise import Precision
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -135,46 +139,73 @@ def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
     _train(config, out)
 
 
-@app.command("eval", epilog="Example: benthic eval runs/quickstart --json")
+@app.command("eval", epilog="Example: benthic eval runs/quickstart --tasks arithmetic.jsonl capitals.jsonl --json")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run that was trained here, with its data.")],
-    baseline: Annotated[bool, typer.Option("--baseline", help="Also what xz -9e makes of it.")] = False,
+    run: Run,
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILES...]", help="Of --tasks, after its first.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None, typer.Option("--tasks", metavar="FILES...", help="Task files: see docs/evaluation.md.")
+    ] = None,
+    lm_eval: Annotated[
+        list[str] | None, typer.Option("--lm-eval", metavar="TASK", help="A task of lm-eval's, or its .yaml file.")
+    ] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also what xz -9e makes of the held-out text.")] = False,
     precision: Annotated[
-        AtRest | None, typer.Option("--precision", help="Also with weights kept in this.")
+        AtRest | None, typer.Option("--precision", help="Held-out text also with weights kept in this.")
     ] = None,
     json_: Json = False,
 ) -> None:  # fmt: skip
-    """Bits per byte of a run's model on the text it has held out, with a 95% confidence interval."""
+    """How good a model is, with 95% confidence intervals: bits per byte of the text its run has held out, or tasks."""
+    from benthic.evaluate.task_files import read_tasks
+
+    if more and not tasks:
+        raise InputError(f"{more[0]}: what is it for? Task files come after --tasks")
+    files = read_tasks([*(tasks or ()), *(more or ())])
+    scores = _scores_of_tasks(run, files, lm_eval or ()) if files or lm_eval else {}
+    held_out = None if scores and not (baseline or precision) else _held_out(run, baseline, precision)
+    if json_:
+        own = held_out.scores if held_out else {}
+        if both := own.keys() & scores.keys():
+            raise InputError(f"{min(both)}: a task of this name is Benthic's own; rename the file")
+        console.print_json({name: asdict(score) for name, score in (own | scores).items()})
+        return
+    for line in held_out.in_words() if held_out else ():
+        print(line)
+    console.print_scores(scores)
+
+
+def _scores_of_tasks(run: Path, tasks: "Sequence[Task]", lm_eval: Sequence[str]) -> "dict[str, Score]":
+    from benthic.convert.resolve import find_tokenizer, load_model
+    from benthic.data.tokenizer import Tokenizer
+    from benthic.evaluate.tasks import evaluate
+
+    if lm_eval:
+        from benthic.evaluate.harness import harness  # before the model is loaded: it tells which extra is missing
+    tokenizer = Tokenizer.load(find_tokenizer(run))
+    model, _ = load_model(run)
+    with console.counting() as progress:
+        scores = evaluate(model, tokenizer, tasks, progress)
+        for name, score in (harness(model, tokenizer, lm_eval, progress) if lm_eval else {}).items():
+            if name in scores:
+                raise InputError(f"{name}: a task file and a task of lm-eval's have this name; rename the file")
+            scores[name] = score
+    return scores
+
+
+def _held_out(run: Path, baseline: bool, precision: "Precision | None") -> "HeldOut":
     from benthic.convert.resolve import current_stage, load_model
     from benthic.data.shards import TokenStore
-    from benthic.evaluate.bits_per_byte import bits_per_byte, xz_baseline
-    from benthic.evaluate.precision_loss import precision_loss
+    from benthic.evaluate.held_out import held_out
 
     if run.is_dir() and not (run / "data").exists():
-        raise InputError(f"{run}: holds no data/ to be measured on; give the directory of a run that was trained here")
+        raise InputError(
+            f"{run}: holds no data/ to be measured on; give --tasks, or the directory of a run that was trained here"
+        )
     model, _ = load_model(run)
-    held_out = TokenStore(run / "data", "val")
-    config = current_stage(run)[0].config
-    reading: Any = {
-        "sequence_length": config.train.sequence_length, "mask_documents": config.data.mask_documents,
-    }  # fmt: skip
-    score = bits_per_byte(model, held_out, **reading)
-    xz = xz_baseline(config.data, held_out) if baseline else None
-    loss = precision_loss(model, held_out, precision, **reading) if precision else None
-    if json_:
-        scores = {"validation": asdict(score)} | ({"xz_baseline": asdict(xz)} if xz else {})
-        if loss:
-            scores |= {f"validation_{precision}": asdict(loss.bits_per_byte)}
-            scores |= {f"greedy_agreement_{precision}": asdict(loss.greedy_agreement)}
-        console.print_json(scores)
-        return
-    interval = ", 95% interval {:.4f} to {:.4f}".format(*score.ci95) if score.ci95 else ""
-    print(f"{score.value:.4f} bits per byte of held-out text{interval}")
-    if xz:
-        print(f"{xz.value:.4f} for xz -9e, with the training text before it; the ratio is {score.value / xz.value:.3f}")
-    if loss:
-        value, same = loss.bits_per_byte.value, loss.greedy_agreement.value
-        print(f"{value:.4f} with weights in {precision}, {value - score.value:+.4f}; {same:.2%} of favourites stay")
+    store = TokenStore(run / "data", "val")
+    return held_out(model, store, current_stage(run)[0].config, baseline=baseline, precision=precision)
 
 
 @app.command(epilog="Example: benthic chat runs/quickstart --set inference.temperature=0.5")

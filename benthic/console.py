@@ -4,7 +4,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +14,7 @@ from benthic.terminal import without_controls
 from benthic.train.signals import Interrupted
 
 if TYPE_CHECKING:
+    from benthic.evaluate.score import Score
     from benthic.plan.report import Plan
 
 LINE_EVERY = 5.0
@@ -108,6 +109,19 @@ def print_plan(plan: "Plan") -> None:
     for name, value in rows.items():
         table.add_row(name.replace("_", " "), f"{value:,.0f}", "")
     Console().print(table)
+
+
+def print_scores(scores: "Mapping[str, Score]") -> None:
+    """Scores of tasks as a table, with their intervals; nothing if there are none."""
+    if not scores:
+        return
+    rows = [("task", "metric", "value", "95% interval", "", "n")]
+    for name, score in scores.items():
+        interval = "{:.4f} to {:.4f}".format(*score.ci95) if score.ci95 else "none"
+        rows.append((name, score.metric, f"{score.value:.4f}", interval, score.interval or "", str(score.n)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print(without_controls("  ".join(map(str.ljust, row, widths)).rstrip()))
 
 
 @contextmanager

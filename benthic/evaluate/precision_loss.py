@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
-from benthic.evaluate.bits_per_byte import PIECE, Score, bits_per_byte, bootstrap_ci95
+from benthic.evaluate.bits_per_byte import PIECE, bits_per_byte
+from benthic.evaluate.score import Score, ratio_score
 from benthic.inference.weights import round_weights
 from benthic.model import LanguageModel
 from benthic.ops.cross_entropy import IGNORE
@@ -45,10 +46,9 @@ def precision_loss(
     round_weights(model, precision)
     agreed = np.array([(int((a == b).sum()), len(a)) for a, b in zip(before, choices(), strict=True)], dtype=float)
     same_N, tokens_N = agreed.T
-    interval = bootstrap_ci95(same_N, tokens_N) if len(agreed) > 1 else None
     return PrecisionLoss(
         bits_per_byte(model, store, sequence_length=sequence_length, mask_documents=mask_documents),
-        Score("greedy_agreement", float(same_N.sum() / tokens_N.sum()), len(agreed), interval),
+        ratio_score("greedy_agreement", same_N, tokens_N),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from benthic.config.schema import DataConfig
 from benthic.data.prepare import prepare
 from benthic.data.shards import TokenStore
-from benthic.evaluate.bits_per_byte import bits_per_byte, bootstrap_ci95
+from benthic.evaluate.bits_per_byte import bits_per_byte
 from benthic.model import build_model
 
 
@@ -37,17 +37,3 @@ def test_value_is_the_nats_of_every_token_over_the_bytes(held_out, tiny_run_conf
 def test_a_single_piece_has_no_interval(held_out, tiny_run_config):
     score = bits_per_byte(build_model(tiny_run_config().model), held_out, sequence_length=held_out.tokens)
     assert (score.n, score.ci95) == (1, None)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_interval_of_a_mean_is_two_standard_errors(seed):
-    values = np.random.default_rng(seed).normal(5.0, 2.0, size=400)
-    low, high = bootstrap_ci95(values, np.ones_like(values))
-    error = values.std() / math.sqrt(len(values))
-    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.25 * error)
-    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.25 * error)
-
-
-def test_pieces_that_agree_leave_no_doubt():
-    weights = np.array([3.0, 5.0, 11.0])
-    assert bootstrap_ci95(2 * weights, weights) == (2.0, 2.0)

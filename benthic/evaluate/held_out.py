@@ -1,0 +1,72 @@
+"""All that is measured on the text a run has held out, and how it is told."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benthic.config.schema import RunConfig
+from benthic.data.shards import TokenStore
+from benthic.evaluate.bits_per_byte import bits_per_byte, xz_baseline
+from benthic.evaluate.precision_loss import PrecisionLoss, precision_loss
+from benthic.evaluate.score import Score
+from benthic.model import LanguageModel
+from benthic.precision.quantise import Precision
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Bits per byte, and beside it what was asked for besides."""
+
+    score: Score
+    xz: Score | None
+    loss: PrecisionLoss | None
+    precision: Precision | None
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """By the names that ``benthic eval --json`` has."""
+        scores = {"validation": self.score}
+        if self.xz:
+            scores["xz_baseline"] = self.xz
+        if self.loss:
+            scores[f"validation_{self.precision}"] = self.loss.bits_per_byte
+            scores[f"greedy_agreement_{self.precision}"] = self.loss.greedy_agreement
+        return scores
+
+    def in_words(self) -> Iterator[str]:
+        """A line each."""
+        value, ci95 = self.score.value, self.score.ci95
+        interval = f", 95% interval {ci95[0]:.4f} to {ci95[1]:.4f}" if ci95 else ""
+        yield f"{value:.4f} bits per byte of held-out text{interval}"
+        if self.xz:
+            ratio = value / self.xz.value
+            yield f"{self.xz.value:.4f} for xz -9e, with the training text before it; the ratio is {ratio:.3f}"
+        if self.loss:
+            rounded, same = self.loss.bits_per_byte.value, self.loss.greedy_agreement.value
+            change = f"{rounded - value:+.4f}; {same:.2%} of favourites stay"
+            yield f"{rounded:.4f} with weights in {self.precision}, {change}"
+
+
+def held_out(
+    model: LanguageModel, store: TokenStore, config: RunConfig, *, baseline: bool = False,
+    precision: Precision | None = None,
+) -> HeldOut:  # fmt: skip
+    """Measures a model, whose weights are then rounded in place if a precision is asked for.
+
+    Args:
+        model: of the run.
+        store: its validation split.
+        config: its settings, of the stage it has reached.
+        baseline: also what ``xz -9e`` makes of the text.
+        precision: also with weights kept in this.
+
+    Raises:
+        InputError: as :func:`~benthic.evaluate.bits_per_byte.bits_per_byte` and
+            :func:`~benthic.data.xz_baseline.xz_bits_per_byte`.
+    """
+    length, mask = config.train.sequence_length, config.data.mask_documents
+    return HeldOut(
+        bits_per_byte(model, store, sequence_length=length, mask_documents=mask),
+        xz_baseline(config.data, store) if baseline else None,
+        precision_loss(model, store, precision, sequence_length=length, mask_documents=mask) if precision else None,
+        precision,
+    )
