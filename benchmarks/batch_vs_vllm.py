@@ -5,7 +5,7 @@
     python benchmarks/batch_vs_vllm.py --vllm vllm/bin/python [PRESET] [--requests 16] [--tokens 64]
 
 vLLM needs other versions of libraries, hence an environment of its own, where it runs as a child of this process. Each
-round both complete the requests with one token and with --tokens more, greedily; the difference is the time of decoding.
+round both complete the requests with one token and with --tokens more, greedily; the difference is decoding.
 vLLM's attention on CPUs takes latents of 512 and rotary parts of 64 only, as `bench-400m` has them, and rotates only
 under YaRN, which this model therefore has, with a factor of 1.
 """
@@ -40,8 +40,8 @@ import json, os, sys, time
 out = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from vllm import LLM, SamplingParams
-model = LLM(sys.argv[1], dtype="float32", max_model_len=1024, enforce_eager=True, skip_tokenizer_init=True, attention_backend="CPU_MLA",
-            max_num_seqs=int(sys.argv[2]), max_num_batched_tokens=1024)
+model = LLM(sys.argv[1], dtype="float32", max_model_len=1024, enforce_eager=True, skip_tokenizer_init=True,
+            attention_backend="CPU_MLA", max_num_seqs=int(sys.argv[2]), max_num_batched_tokens=1024)
 print(json.dumps("ready"), file=out, flush=True)
 for line in sys.stdin:
     prompts, tokens = json.loads(line)
@@ -75,7 +75,7 @@ class Theirs:
     def __init__(self, python: str, model: Path, requests: int) -> None:
         environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_LEVEL": "WARNING"}
         environment.pop("PYTHONPATH", None)
-        self.process = subprocess.Popen(
+        self.process = subprocess.Popen(  # noqa: S603 - what the user named
             [python, "-c", PEER, str(model), str(requests)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
