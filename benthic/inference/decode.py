@@ -25,7 +25,6 @@ from benthic.model import LanguageModel
 from benthic.model.transformer import attention_context
 from benthic.precision.quantise import Precision
 
-
 _DRAFT_PRECISION: Precision = "int8"
 """Of MTP modules in native decoding, and of the head they use."""
 
@@ -47,7 +46,7 @@ class Decoder(Protocol):
     def step(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache, ahead: Ahead | None = None
     ) -> Decoded:
-        """As a call, with what it takes to choose the next tokens; with drafts made first, if they are asked for and it can."""
+        """As a call, with what it takes to choose the next tokens, and with drafts, if it can make them."""
 
     def draft(
         self, module: int, hidden_BD: Tensor, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache

@@ -60,9 +60,7 @@ class Drafter:
                 waiting.clear()
             row += len(ids) + depth
         width = max(job.page_count for job in jobs)
-        return Ahead(
-            torch.stack(hidden), tokens, positions, tables(owners, width), last, [d for d in depths if d], to
-        )
+        return Ahead(torch.stack(hidden), tokens, positions, tables(owners, width), last, [d for d in depths if d], to)
 
     def draft(self, jobs: Sequence[Job], depths: Sequence[int]) -> list[list[int]]:
         """So many guesses for each job at the tokens that follow its ids; room for their latents is there."""

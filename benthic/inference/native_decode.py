@@ -79,7 +79,8 @@ class NativeDecoder:
             raise CannotDecodeNatively(self.name)
         check_layout(library)
         self._weights = _Weights(model, precision, draft_precision)
-        self._sparse_layers = sum(isinstance(block.ffn, MoE) for block in blocks_of(model)[: model.config.num_hidden_layers])
+        blocks = blocks_of(model)[: model.config.num_hidden_layers]
+        self._sparse_layers = sum(isinstance(block.ffn, MoE) for block in blocks)
         self.drafts = len(model.mtp) == 1
         """Whether steps can make drafts: with one MTP module."""
         self._library, self._config = library, model.config
@@ -134,7 +135,7 @@ class NativeDecoder:
         logits_BV = outputs["logits"] = torch.empty(batch, self._config.vocab_size, dtype=torch.float32)
         best_B = outputs["best"] = torch.empty(batch, dtype=torch.int64)
         outputs["peak"], outputs["log_sum"] = totals_2B = torch.empty(2, batch, dtype=torch.float32)
-        drafts = ahead and _Drafts(ahead, self._config.num_hidden_layers, self._weights.norms[1])
+        drafts = _Drafts(ahead, self._config.num_hidden_layers, self._weights.norms[1]) if ahead else None
         tokens_B = tokens_B.clone() if drafts else tokens_B
         self._run(tokens_B, positions_B, table_BP, cache, outputs=outputs, drafts=drafts)
         numbers = zip(logits_BV.numpy(), best_B.tolist(), *totals_2B.tolist(), strict=True)
@@ -223,14 +224,15 @@ class _Weights:
         modules = mtp_modules(model)
         norms = [model.transformer.norm, *(mtp.norm for mtp in modules)]
         self.norms = [norm.weight.detach().float() for norm in norms]
-        blocks, layers = blocks_of(model), [self._layer(block) for block in model.transformer.layers]
+        blocks, count = blocks_of(model), model.config.num_hidden_layers
+        layers = [self._layer(block) for block in blocks[:count]]
         config, embed = model.config, self._as_it_is(model.transformer.embed.weight.detach())
         head_1VD = model.transformer.head.weight.detach()[None]
         head = self._matrix(head_1VD, precision and head_precision(precision))
         # From here on, what drafts are made with.
         self._precision = draft_precision or precision
-        for mtp in modules:
-            layers.append(self._layer(mtp.block))
+        for block, mtp in zip(blocks[count:], modules, strict=True):
+            layers.append(self._layer(block))
             self._add_projection(layers[-1], mtp)
         draft_head = self._matrix(head_1VD, draft_precision) if draft_precision and modules else Matrix()
         self._layers = (Layer * len(layers))(*layers)

@@ -6,7 +6,15 @@ import torch
 
 from benthic.errors import WorkFailed
 from benthic.inference.request import Sampling
-from benthic.inference.sampling import Logits, Sampler, distribution, exponential_noise, log_probabilities, top_of, unpacked
+from benthic.inference.sampling import (
+    Logits,
+    Sampler,
+    distribution,
+    exponential_noise,
+    log_probabilities,
+    top_of,
+    unpacked,
+)
 
 
 def slow_distribution(logits, settings):

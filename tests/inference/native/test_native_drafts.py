@@ -45,7 +45,7 @@ class Texts:
         tokens = [[self.ids[s][-1], *drafts[s]] for s in which]
         positions = [len(self.ids[s]) - 1 + i for s, row in zip(which, tokens, strict=True) for i in range(len(row))]
         table_BP = torch.stack([self.table_SP[s] for s, row in zip(which, tokens, strict=True) for _ in row])
-        return torch.tensor(sum(tokens, [])), torch.tensor(positions), table_BP, self.cache
+        return torch.tensor([token for row in tokens for token in row]), torch.tensor(positions), table_BP, self.cache
 
     def nothing(self, which):
         return self.arguments(which, {s: [0] * self.depths[s] for s in which})
@@ -105,7 +105,10 @@ def test_drafts_in_int8_leave_steps_as_they_are_and_are_nearly_the_likeliest(see
     rounded = round_weights(model, "int8")
     for s in range(6):
         start = len(texts.ids[s]) - 1 - texts.waiting[s]
-        positions_B, table_BP = torch.arange(start, len(texts.ids[s]) - 1), texts.table_SP[s].expand(texts.waiting[s], -1)
+        positions_B, table_BP = (
+            torch.arange(start, len(texts.ids[s]) - 1),
+            texts.table_SP[s].expand(texts.waiting[s], -1),
+        )
         tokens_B = torch.tensor(texts.ids[s][start + 1 :])
         with torch.inference_mode():
             expected_BD = draft(rounded, 0, texts.states[s], tokens_B, positions_B, table_BP, texts.cache)
