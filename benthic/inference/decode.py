@@ -15,13 +15,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from benthic.inference.decoded import Ahead, Decoded
 from benthic.inference.huge_pages import use_huge_pages
 from benthic.inference.native_decode import CannotDecodeNatively, NativeDecoder
 from benthic.inference.paged_cache import PagedCache, PagedView
+from benthic.inference.sampling import Logits
 from benthic.inference.weights import round_weights
 from benthic.model import LanguageModel
 from benthic.model.transformer import attention_context
 from benthic.precision.quantise import Precision
+
+_DRAFT_PRECISION: Precision = "int8"
+"""Of MTP modules in native decoding, and of the head they use."""
 
 
 class Decoder(Protocol):
@@ -30,10 +35,18 @@ class Decoder(Protocol):
     name: str
     """For reports: which kernels, in a few words, and why no faster ones."""
 
+    drafts: bool
+    """Whether a step can make drafts."""
+
     def __call__(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache
     ) -> tuple[Tensor, Tensor]:
         """As :func:`decode`, without the model."""
+
+    def step(
+        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache, ahead: Ahead | None = None
+    ) -> Decoded:
+        """As a call, with what it takes to choose the next tokens, and with drafts, if it can make them."""
 
     def draft(
         self, module: int, hidden_BD: Tensor, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache
@@ -107,7 +120,7 @@ def decoder(model: LanguageModel, precision: Precision | None = None) -> Decoder
     """
     found: Decoder
     try:
-        found = NativeDecoder(model, precision=precision)
+        found = NativeDecoder(model, precision=precision, draft_precision=_DRAFT_PRECISION)
     except CannotDecodeNatively as error:
         found = ReferenceDecoder(model, str(error))
     if precision is not None:
@@ -120,7 +133,7 @@ class ReferenceDecoder:
     """The PyTorch functions of this module, for one model."""
 
     def __init__(self, model: LanguageModel, name: str = "PyTorch decoding") -> None:
-        self.name = name
+        self.name, self.drafts = name, False
         self._model = model
 
     def __call__(
@@ -128,6 +141,14 @@ class ReferenceDecoder:
     ) -> tuple[Tensor, Tensor]:
         """As :func:`decode`."""
         return decode(self._model, tokens_B, positions_B, table_BP, cache)
+
+    def step(
+        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache, ahead: Ahead | None = None
+    ) -> Decoded:
+        """The same, for each row."""
+        assert ahead is None, "drafts are made one by one here"
+        logits_BV, hidden_BD = decode(self._model, tokens_B, positions_B, table_BP, cache)
+        return Decoded(tokens_B.tolist(), [Logits.of(logits_V) for logits_V in logits_BV.float().cpu()], hidden_BD)
 
     def draft(
         self, module: int, hidden_BD: Tensor, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache

@@ -8,10 +8,12 @@ Nothing here decides what a request says, only how fast: drafts are verified by 
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benthic.inference.decode import Decoder, read_mtp
+from benthic.inference.decoded import Ahead
 from benthic.inference.job import Job
 from benthic.inference.paged_cache import PagedCache, PagedView
 from benthic.model import LanguageModel
@@ -34,6 +36,31 @@ class Drafter:
             known = sorted(i for i in waiting if i + module + 1 < len(job.ids) and i < job.read - but)
             if known:
                 self._hand_on(job, module, known, self._read_at_once(job, module, known, []))
+
+    def ahead(self, jobs: Sequence[Job], depths: Sequence[int], known: Sequence[Sequence[int]]) -> Ahead | None:
+        """The same drafts, to be made by the step that reads ``known`` and verifies them; None if it cannot.
+
+        What waits for the module counts as read from here on.
+        """
+        active = [job for job, depth in zip(jobs, depths, strict=True) if depth]
+        if not self._decoder.drafts or not all(job.sampler.takes_likeliest for job in active):
+            return None
+        hidden, tokens, positions, owners, last, to = [], [], [], [], [], []
+        row = 0
+        for job, depth, ids in zip(jobs, depths, known, strict=True):
+            if depth and job.drafting:
+                waiting = job.drafting.waiting[0]
+                where = sorted(waiting)
+                hidden += [waiting[position] for position in where]
+                tokens += [job.ids[position + 1] for position in where]
+                positions += where
+                owners += [job] * len(where)
+                last.append(len(positions) - 1)
+                to.append(row + len(ids))
+                waiting.clear()
+            row += len(ids) + depth
+        width = max(job.page_count for job in jobs)
+        return Ahead(torch.stack(hidden), tokens, positions, tables(owners, width), last, [d for d in depths if d], to)
 
     def draft(self, jobs: Sequence[Job], depths: Sequence[int]) -> list[list[int]]:
         """So many guesses for each job at the tokens that follow its ids; room for their latents is there."""
@@ -122,13 +149,13 @@ class Drafter:
         return torch.tensor(tokens, device=self._model.transformer.embed.weight.device)
 
 
-def tables(jobs: Sequence[Job]) -> Tensor:
-    """Page tables (B, P) of jobs, one row each, as wide as the longest."""
-    width = max(job.page_count for job in jobs)
-    table_BP = torch.full((len(jobs), width), -1, dtype=torch.int32)
+def tables(jobs: Sequence[Job], width: int = 0) -> Tensor:
+    """Page tables (B, P) of jobs, one row each, as wide as the longest or as ``width``."""
+    width = max(width, *(job.page_count for job in jobs))
+    table_BP = np.full((len(jobs), width), -1, np.int32)
     for row_P, job in zip(table_BP, jobs, strict=True):
-        row_P[: job.page_count] = job.table_P[: job.page_count]
-    return table_BP
+        row_P[: job.page_count] = job.table_P.numpy()[: job.page_count]
+    return torch.from_numpy(table_BP)
 
 
 def _tokens_after(job: Job, drafts: list[int], module: int, positions: list[int]) -> list[int]:

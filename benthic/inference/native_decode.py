@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from benthic.errors import WorkFailed
+from benthic.inference.decoded import Ahead, Decoded
 from benthic.inference.huge_pages import use_huge_pages
-from benthic.inference.native_layout import Layer, Matrix, Model, Request, check_layout
+from benthic.inference.native_layout import DraftRequest, Layer, Matrix, Model, Request, check_layout
+from benthic.inference.sampling import Logits
 from benthic.inference.weights import block_matrices, blocks_of, mtp_modules
 from benthic.model import LanguageModel
 from benthic.model.layers import RMSNorm
@@ -59,6 +61,8 @@ class NativeDecoder:
         precision: that the weights are kept in, beside the model's own; by default the one they have. The model stays
             as it is: :func:`benthic.inference.weights.round_weights`, called afterwards, lets prefill compute with
             the same numbers. In ``int8`` and ``int4`` activations are rounded to 8 bits besides, in groups of 32.
+        draft_precision: that MTP modules, and a copy of the head for them, are kept in; by default like all the rest.
+            What they say is only a guess, which costs the less the fewer bits are read for it.
         threads: at work in a step; by default as many as PyTorch uses.
 
     Raises:
@@ -66,12 +70,19 @@ class NativeDecoder:
         WorkFailed: in ``fp8``, a weight is not finite.
     """
 
-    def __init__(self, model: LanguageModel, *, precision: Precision | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, *, precision: Precision | None = None, draft_precision: Precision | None = None,
+        threads: int | None = None,
+    ) -> None:  # fmt: skip
         library, self.name = native.decode_library()
         if library is None:
             raise CannotDecodeNatively(self.name)
         check_layout(library)
-        self._weights = _Weights(model, precision)
+        self._weights = _Weights(model, precision, draft_precision)
+        blocks = blocks_of(model)[: model.config.num_hidden_layers]
+        self._sparse_layers = sum(isinstance(block.ffn, MoE) for block in blocks)
+        self.drafts = len(model.mtp) == 1
+        """Whether steps can make drafts: with one MTP module."""
         self._library, self._config = library, model.config
         self._lock = threading.Lock()
         library.decode_new.restype = ctypes.c_void_p
@@ -81,7 +92,6 @@ class NativeDecoder:
         weakref.finalize(self, library.decode_free, ctypes.c_void_p(self._decoder))
         self._cos_TP = self._sin_TP = torch.empty(0, 0, dtype=torch.float32)
 
-    @torch.inference_mode()
     def __call__(self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages) -> tuple[Tensor, Tensor]:
         """One new token for each row: logits (B, V) and hidden states (B, D) after the final norm, both fp32.
 
@@ -95,13 +105,44 @@ class NativeDecoder:
             IndexError: a token, a position or a page is out of range; the cache is as before.
         """
         logits_BV = torch.empty(len(tokens_B), self._config.vocab_size, dtype=torch.float32)
-        hidden_BD = self._step(
-            positions_B, table_BP, cache, layers=(0, self._config.num_hidden_layers), norm=self._weights.norms[0],
-            tokens_B=tokens_B, logits_BV=logits_BV,
-        )  # fmt: skip
+        hidden_BD = torch.empty(len(tokens_B), self._config.hidden_size, dtype=torch.float32)
+        self._run(tokens_B, positions_B, table_BP, cache, outputs={"hidden": hidden_BD, "logits": logits_BV})
         return logits_BV, hidden_BD
 
-    @torch.inference_mode()
+    def step(
+        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, ahead: Ahead | None = None,
+        experts_BLK: Tensor | None = None,
+    ) -> Decoded:  # fmt: skip
+        """The same, with what it takes to choose the next tokens, and with drafts if they are asked for.
+
+        Args:
+            tokens_B: as for a call; those that drafts become are not looked at, but for being in range.
+            positions_B: as for a call. table_BP: as for a call. cache: as for a call.
+            ahead: drafts to make first. They are the same whatever else is in the step.
+            experts_BLK: int32, contiguous, over the layers that have experts: receives those each token chose.
+
+        Raises:
+            IndexError: as for a call.
+            ValueError: ``experts_BLK`` has another shape or type.
+        """
+        batch, outputs = len(tokens_B), {}
+        if experts_BLK is not None:
+            shape = (batch, self._sparse_layers, self._config.num_experts_per_tok)
+            if experts_BLK.shape != shape or experts_BLK.dtype != torch.int32 or not experts_BLK.is_contiguous():
+                raise ValueError(f"experts_BLK: must be contiguous int32 {shape}")
+            outputs["experts"] = experts_BLK
+        hidden_BD = outputs["hidden"] = torch.empty(batch, self._config.hidden_size, dtype=torch.float32)
+        logits_BV = outputs["logits"] = torch.empty(batch, self._config.vocab_size, dtype=torch.float32)
+        best_B = outputs["best"] = torch.empty(batch, dtype=torch.int64)
+        outputs["peak"], outputs["log_sum"] = totals_2B = torch.empty(2, batch, dtype=torch.float32)
+        drafts = _Drafts(ahead, self._config.num_hidden_layers, self._weights.norms[1]) if ahead else None
+        tokens_B = tokens_B.clone() if drafts else tokens_B
+        self._run(tokens_B, positions_B, table_BP, cache, outputs=outputs, drafts=drafts)
+        numbers = zip(logits_BV.numpy(), best_B.tolist(), *totals_2B.tolist(), strict=True)
+        return Decoded(
+            tokens_B.tolist(), [Logits(*row) for row in numbers], hidden_BD, drafts.request.seconds if drafts else 0.0
+        )
+
     def draft(
         self, module: int, hidden_BD: Tensor, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages
     ) -> Tensor:
@@ -114,34 +155,36 @@ class NativeDecoder:
             positions_B: int64, the index of the hidden state in its sequence.
             table_BP: as for a step. cache: as for a step.
         """
-        layer = self._config.num_hidden_layers + module
-        return self._step(
-            positions_B, table_BP, cache, layers=(layer, layer + 1), norm=self._weights.norms[1 + module],
-            tokens_B=tokens_B, previous_BD=hidden_BD,
-        )  # fmt: skip
+        out_BD = torch.empty(len(tokens_B), self._config.hidden_size, dtype=torch.float32)
+        previous_BD = hidden_BD.float().contiguous()
+        self._run(
+            tokens_B, positions_B, table_BP, cache, module=module, outputs={"hidden": out_BD, "previous": previous_BD}
+        )
+        return out_BD
 
-    def _step(
-        self, positions_B: Tensor, table_BP: Tensor, cache: Pages, *, layers: tuple[int, int], norm: Tensor,
-        tokens_B: Tensor, previous_BD: Tensor | None = None, logits_BV: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        batch, pages = len(positions_B), cache.pages_N[layers[0]]
-        hidden_BD = torch.empty(batch, self._config.hidden_size, dtype=torch.float32)
+    def _run(
+        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, *, outputs: dict[str, Tensor],
+        module: int | None = None, drafts: "_Drafts | None" = None,
+    ) -> None:  # fmt: skip
+        """A step of the transformer or of an MTP module. ``outputs`` are the request's pointers to float and others."""
+        layers = self._config.num_hidden_layers
+        first, last = (0, layers) if module is None else (layers + module, layers + module + 1)
+        norm, pages = self._weights.norms[0 if module is None else 1 + module], cache.pages_N[first]
         # Held by name until the step is done: what follows may be copies.
-        positions_B, table_BP = positions_B.long().contiguous(), table_BP.int().contiguous()
-        tokens_B = tokens_B.long().contiguous()
-        previous_BD = None if previous_BD is None else previous_BD.float().contiguous()
+        tokens_B, positions_B = tokens_B.long().contiguous(), positions_B.long().contiguous()
+        table_BP = table_BP.int().contiguous()
         with self._lock:
             self._reach(int(positions_B.max()))
             request = Request(
-                batch=batch, first=layers[0], last=layers[1], tokens=_pointer(tokens_B), previous=_pointer(previous_BD),
-                positions=_pointer(positions_B), table=_pointer(table_BP), table_stride=table_BP.shape[1],
-                pages=_addresses(cache.pages_N), page_count=len(pages), wide=pages.dtype == torch.float32,
-                cos=_pointer(self._cos_TP), sin=_pointer(self._sin_TP), angles=len(self._cos_TP), norm=_pointer(norm),
-                hidden=_pointer(hidden_BD), logits=_pointer(logits_BV),
+                batch=len(tokens_B), first=first, last=last, tokens=_pointer(tokens_B), positions=_pointer(positions_B),
+                table=_pointer(table_BP), table_stride=table_BP.shape[1], pages=_addresses(cache.pages_N),
+                page_count=len(pages), wide=pages.dtype == torch.float32, cos=_pointer(self._cos_TP),
+                sin=_pointer(self._sin_TP), angles=len(self._cos_TP), norm=_pointer(norm),
+                **{name: _pointer(tensor) for name, tensor in outputs.items()},
             )  # fmt: skip
-            if self._library.decode_step(ctypes.c_void_p(self._decoder), ctypes.byref(request)):
+            ahead = drafts and ctypes.byref(drafts.request)
+            if self._library.decode_step(ctypes.c_void_p(self._decoder), ctypes.byref(request), ahead):
                 raise IndexError("decode: a token, a position or a page is out of range")
-        return hidden_BD
 
     def _reach(self, position: int) -> None:
         """Have the rotations of every position up to this one."""
@@ -150,10 +193,30 @@ class NativeDecoder:
             self._cos_TP, self._sin_TP = (x.contiguous() for x in rope_angles(self._config, torch.arange(count)))
 
 
+class _Drafts:
+    """What a step is told of the drafts to make first, and what has to stay alive for it."""
+
+    def __init__(self, ahead: Ahead, layer: int, norm: Tensor) -> None:
+        self._hidden_RD = ahead.hidden_RD.float().contiguous()
+        self._tokens_R, self._positions_R = torch.tensor([ahead.tokens_R, ahead.positions_R])
+        self._table_RP = ahead.table_RP.int().contiguous()
+        self._last_S, self._depth_S, self._to_S = torch.tensor(
+            [ahead.last_S, ahead.depth_S, ahead.to_S], dtype=torch.int32
+        )
+        self.request = DraftRequest(
+            layer=layer, rows=len(ahead.tokens_R), tokens=_pointer(self._tokens_R), previous=_pointer(self._hidden_RD),
+            positions=_pointer(self._positions_R), table=_pointer(self._table_RP), norm=_pointer(norm),
+            sequences=len(ahead.last_S), last=_pointer(self._last_S), depth=_pointer(self._depth_S),
+            to=_pointer(self._to_S),
+        )  # fmt: skip
+
+
 class _Weights:
     """A model's weights as the library reads them, and whatever has to stay alive for it."""
 
-    def __init__(self, model: LanguageModel, precision: Precision | None) -> None:
+    def __init__(
+        self, model: LanguageModel, precision: Precision | None, draft_precision: Precision | None = None
+    ) -> None:
         if any(p.device.type != "cpu" or p.dtype not in _KINDS for p in model.parameters()):
             raise CannotDecodeNatively("PyTorch decoding (the model is not on the CPU in fp32 or bf16)")
         self._precision: Precision | None = precision
@@ -161,14 +224,21 @@ class _Weights:
         modules = mtp_modules(model)
         norms = [model.transformer.norm, *(mtp.norm for mtp in modules)]
         self.norms = [norm.weight.detach().float() for norm in norms]
-        blocks = blocks_of(model)
-        self._layers = (Layer * len(blocks))(*(self._layer(block) for block in blocks))
-        for layer, mtp in zip(self._layers[model.config.num_hidden_layers :], modules, strict=True):
-            self._add_projection(layer, mtp)
+        blocks, count = blocks_of(model), model.config.num_hidden_layers
+        layers = [self._layer(block) for block in blocks[:count]]
         config, embed = model.config, self._as_it_is(model.transformer.embed.weight.detach())
-        head = self._matrix(model.transformer.head.weight.detach()[None], precision and head_precision(precision))
+        head_1VD = model.transformer.head.weight.detach()[None]
+        head = self._matrix(head_1VD, precision and head_precision(precision))
+        # From here on, what drafts are made with.
+        self._precision = draft_precision or precision
+        for block, mtp in zip(blocks[count:], modules, strict=True):
+            layers.append(self._layer(block))
+            self._add_projection(layers[-1], mtp)
+        draft_head = self._matrix(head_1VD, draft_precision) if draft_precision and modules else Matrix()
+        self._layers = (Layer * len(layers))(*layers)
         self.model = Model(
-            layers=ctypes.cast(self._layers, ctypes.c_void_p), embed=embed, head=head, width=config.hidden_size,
+            layers=ctypes.cast(self._layers, ctypes.c_void_p), embed=embed, head=head, draft_head=draft_head,
+            width=config.hidden_size,
             heads=config.num_attention_heads, q_rank=config.q_lora_rank or 0, c=config.kv_lora_rank,
             nope=config.qk_nope_head_dim, rope=config.qk_rope_head_dim, value=config.v_head_dim,
             groups=config.n_group, top_groups=config.topk_group, top_k=config.num_experts_per_tok,

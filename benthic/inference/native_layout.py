@@ -33,7 +33,7 @@ class Model(ctypes.Structure):
 
     _fields_: ClassVar = [
         ("layers", _Pointer),
-        *_fields(Matrix, "embed head"),
+        *_fields(Matrix, "embed head draft_head"),
         *_fields(_Int, "width heads q_rank c nope rope value groups top_groups top_k normalise"),
         *_fields(_Float, "eps latent_eps softmax_scale gate_scale"),
     ]
@@ -50,13 +50,27 @@ class Request(ctypes.Structure):
         *_fields(_Int, "page_count wide"),
         *_fields(_Pointer, "cos sin"),
         ("angles", _Int),
-        *_fields(_Pointer, "norm hidden logits"),
+        *_fields(_Pointer, "norm hidden head_rows"),
+        ("head_count", _Int),
+        *_fields(_Pointer, "logits best peak log_sum experts"),
+    ]
+
+
+class DraftRequest(ctypes.Structure):
+    """``model.h``: drafts that are made before a step."""
+
+    _fields_: ClassVar = [
+        *_fields(_Int, "layer rows"),
+        *_fields(_Pointer, "tokens previous positions table norm"),
+        ("sequences", _Int),
+        *_fields(_Pointer, "last depth to"),
+        ("seconds", ctypes.c_double),
     ]
 
 
 def check_layout(library: ctypes.CDLL) -> None:
     """Sizes must agree; a library compiled of other sources than these would read at random."""
     library.decode_size_of.restype = _Int
-    for which, structure in enumerate((Matrix, Layer, Model, Request)):
+    for which, structure in enumerate((Matrix, Layer, Model, Request, DraftRequest)):
         there = library.decode_size_of(_Int(which))
         assert there == ctypes.sizeof(structure), f"{structure.__name__}: {there} bytes in C++"

@@ -30,10 +30,17 @@ class Line:
         self._n = self._x = self._xx = self._y = self._xy = 0.0
 
     def add(self, rows: float, seconds: float) -> None:
-        """A measurement; one slow moment counts as no more than four times what was expected."""
+        """A measurement; one slow moment counts as no more than four times what was expected.
+
+        One four times as fast means that what was expected came of slow moments, such as an engine's first: it is
+        forgotten.
+        """
         if self._n:
             intercept, slope = self.fit()
-            seconds = min(seconds, 4 * max(intercept + slope * rows, self._y / self._n))
+            expected = max(intercept + slope * rows, self._y / self._n)
+            if 4 * seconds < min(intercept + slope * rows, self._y / self._n):
+                self._n = self._x = self._xx = self._y = self._xy = 0.0
+            seconds = min(seconds, 4 * expected)
         sums = (self._n, self._x, self._xx, self._y, self._xy)
         new = (1.0, rows, rows * rows, seconds, rows * seconds)
         self._n, self._x, self._xx, self._y, self._xy = (_MEMORY * a + b for a, b in zip(sums, new, strict=True))

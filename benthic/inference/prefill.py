@@ -16,7 +16,7 @@ from benthic.inference.job import Job
 from benthic.inference.paged_cache import PAGE, PagedCache, PagedView
 from benthic.inference.request import PromptToken
 from benthic.inference.results import Results
-from benthic.inference.sampling import log_probabilities, top_of
+from benthic.inference.sampling import Logits, log_probabilities, top_of
 from benthic.inference.speculation import Speculation
 from benthic.model import Transformer
 
@@ -102,7 +102,7 @@ class Prefill:
         if end - start == self._chunk and end < len(job.ids):
             self._share(job, end)
         if end == len(job.ids):
-            self._results.next_token(job, self._transformer.head(hidden_TD[-1]).float().cpu())
+            self._results.next_token(job, Logits.of(self._transformer.head(hidden_TD[-1]).float().cpu()))
 
     def _share(self, job: Job, end: int) -> None:
         """Let others use the chunk that ends here; a job's own pages are always its last."""

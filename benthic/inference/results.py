@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from benthic.errors import WorkFailed
 from benthic.inference.admission import Admission
 from benthic.inference.figures import Figures
 from benthic.inference.job import Job
 from benthic.inference.request import FinishReason, Token
-from benthic.inference.sampling import log_probabilities, top_of
+from benthic.inference.sampling import Logits
 
 
 class Results:
@@ -18,10 +16,10 @@ class Results:
     def __init__(self, admission: Admission, figures: Figures) -> None:
         self._admission, self._figures = admission, figures
 
-    def next_token(self, job: Job, logits_V: Tensor, guess: int | None = None) -> bool:
+    def next_token(self, job: Job, logits: Logits, guess: int | None = None) -> bool:
         """Choose the next token and send it out, and note whether it was guessed; returns whether it goes on."""
         try:
-            chosen = job.sampler.choose(logits_V, len(job.ids))
+            chosen = job.sampler.choose(logits, len(job.ids))
             if chosen is not None:
                 job.sampler.accept(chosen)
         except WorkFailed as error:
@@ -33,7 +31,7 @@ class Results:
             self._figures.accepted_tokens += 1
         if chosen is None or chosen in job.stop_ids:
             return self.finish(job, "stop")
-        return self._send(job, chosen, logits_V)
+        return self._send(job, chosen, logits)
 
     def finish(self, job: Job, reason: FinishReason, error: str | None = None, released: Sequence[Token] = ()) -> bool:
         """End a request and free what it holds; returns that it does not go on."""
@@ -47,10 +45,9 @@ class Results:
         tokens = [*released, *job.text.finish()]
         job.request.deliver(tokens, job.outcome(reason, error))
 
-    def _send(self, job: Job, chosen: int, logits_V: Tensor) -> bool:
-        logprobs_V = log_probabilities(logits_V)
-        alternatives = top_of(logprobs_V, job.sampling.top_logprobs)
-        released = job.add_token(Token(chosen, "", float(logprobs_V[chosen]), alternatives))
+    def _send(self, job: Job, chosen: int, logits: Logits) -> bool:
+        alternatives = logits.top(job.sampling.top_logprobs)
+        released = job.add_token(Token(chosen, "", logits.logprob(chosen), alternatives))
         self._figures.generated_tokens += 1
         if job.text.stopped:
             return self.finish(job, "stop", released=released)

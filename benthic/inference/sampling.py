@@ -14,7 +14,8 @@ Legend: V vocabulary.
 import math
 import secrets
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,37 @@ FloatArray = npt.NDArray[np.float64]
 _FIRST_SIZES = (64, 1024)
 """So many of the likeliest tokens are looked at in turn, before all are sorted, for one where the cut-off lies."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """A row of logits in fp32 and what every token chosen from it asks for."""
+
+    values_V: npt.NDArray[np.float32]
+    best: int
+    """The first of the largest."""
+    peak: float
+    """The largest."""
+    log_sum: float
+    """The logarithm of the sum of exponentials measured from it; not finite if a logit is not."""
+
+    @classmethod
+    def of(cls, logits_V: Tensor) -> Self:
+        """By PyTorch, from logits on the CPU."""
+        peak_V = logits_V.max()
+        log_sum = float((logits_V - peak_V).logsumexp(0))
+        return cls(logits_V.numpy(), int(logits_V.numpy().argmax()), float(peak_V), log_sum)
+
+    def logprob(self, token: int) -> float:
+        """Log-probability of a token."""
+        return float(self.values_V[token]) - self.peak - self.log_sum
+
+    def top(self, count: int) -> TopLogprobs:
+        """The likeliest tokens with their log-probabilities."""
+        if not count:
+            return ()
+        tokens = torch.from_numpy(self.values_V).topk(min(count, len(self.values_V))).indices.tolist()
+        return tuple((token, self.logprob(token)) for token in tokens)
 
 
 def distribution(logits_V: Tensor, settings: Sampling) -> tuple[Tensor, Tensor]:
@@ -112,16 +144,21 @@ class Sampler:
         if settings.repetition_penalty != 1:
             self._seen_V = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen_V[list(prompt_ids)] = True
+        changing = (self._constraint, self._bias_V, self._counts_V, self._seen_V)
+        self.takes_likeliest = settings.temperature == 0 and all(part is None for part in changing)
+        """Whether the likeliest token is taken whatever came before."""
 
-    def choose(self, logits_V: Tensor, position: int) -> int | None:
-        """The token at ``position``, from logits (V,) in fp32 on the CPU; None if the constraint allows none.
+    def choose(self, logits: Logits, position: int) -> int | None:
+        """The token at ``position``; None if the constraint allows none.
 
         Raises:
             WorkFailed: a logit is NaN or plus infinity, or all are minus infinity, as damaged weights make them.
         """
-        if not math.isfinite(logits_V.max()):
+        if not math.isfinite(logits.log_sum):
             raise WorkFailed("the model's logits are not finite: its weights are damaged, or its precision is too low")
-        logits_V = self._adjusted(logits_V)
+        if self.takes_likeliest:
+            return logits.best
+        logits_V = self._adjusted(torch.from_numpy(logits.values_V))
         if self._constraint is not None:
             allowed_V = unpacked(self._constraint.mask(self._vocab_size), self._vocab_size)
             if not allowed_V.any():

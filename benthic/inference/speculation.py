@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from benthic.inference.admission import Admission
+from benthic.inference.decoded import Ahead
 from benthic.inference.drafter import FEW, Drafter
 from benthic.inference.figures import Figures
 from benthic.inference.job import Drafting, Job
@@ -42,21 +43,31 @@ class Speculation:
             job.drafting.add(start, hidden_TD)
             self.drafter.catch_up(job)
 
-    def draft(self, jobs: Sequence[Job], known: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Guesses for each job at the tokens after those it has; ``known`` it reads in this step anyway."""
+    def draft(self, jobs: Sequence[Job], known: Sequence[Sequence[int]]) -> tuple[list[list[int]], Ahead | None]:
+        """Guesses for each job at the tokens after those it has; ``known`` it reads in this step anyway.
+
+        Where the step can make them itself, there are zeros in their place and what it has to be told.
+        """
         depths = self._depths(jobs, known)
         self._figures.draft_depth = sum(depths) / len(depths)
         if not any(depths):
-            return [[] for _ in jobs]
+            return [[] for _ in jobs], None
         for job, depth in zip(jobs, depths, strict=True):
             if depth and job.drafting and len(job.drafting.waiting[0]) > FEW:
                 self.drafter.catch_up(job, but=1)  # it had not drafted for a while: no part of what a draft costs
+        ahead = self.drafter.ahead(jobs, depths, known)
+        if ahead:
+            return [[0] * depth for depth in depths], ahead
         begun = time.perf_counter()
         drafts = self.drafter.draft(jobs, depths)
-        seconds, passes = time.perf_counter() - begun, max(depths)
+        self.took(time.perf_counter() - begun, depths)
+        return drafts, None
+
+    def took(self, seconds: float, depths: Sequence[int]) -> None:
+        """Drafts of so many tokens for each job have been made."""
+        passes = max(depths)
         self._figures.draft_s += seconds
         self.pace.drafting.add(sum(depths) / passes, seconds / passes)
-        return drafts
 
     def learn(self, job: Job, start: int, hidden_TD: Tensor, drafted: int, accepted: int, *, goes_on: bool) -> None:
         """What a step gave for one job: hidden states (T, D) of the tokens from ``start`` on that it has."""

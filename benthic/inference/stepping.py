@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benthic.inference.admission import Admission
 from benthic.inference.decode import Decoder
+from benthic.inference.decoded import Ahead, Decoded
 from benthic.inference.drafter import tables
 from benthic.inference.figures import Figures
 from benthic.inference.job import Job
@@ -49,18 +50,19 @@ class Stepping:
         if not jobs:
             return
         known = [job.ids[job.read : job.read + _REPLAY] for job in jobs]
-        drafts = self._speculation.draft(jobs, known)
-        rows = [ids + guesses for ids, guesses in zip(known, drafts, strict=True)]
+        drafts, ahead = self._speculation.draft(jobs, known)
+        rows = [[*ids, *guesses] for ids, guesses in zip(known, drafts, strict=True)]
         begun = time.perf_counter()
-        logits_BV, hidden_BD = self._decode(jobs, rows)
-        self._figures.decode_s += time.perf_counter() - begun
+        decoded = self._decode(jobs, rows, ahead)
+        self._figures.decode_s += time.perf_counter() - begun - decoded.draft_s
+        if ahead:
+            self._speculation.took(decoded.draft_s, [len(guesses) for guesses in drafts])
         first = 0
         for job, row, guesses in zip(jobs, rows, drafts, strict=True):
-            here = slice(first, first + len(row))
-            self._use(job, row, len(guesses), logits_BV[here], hidden_BD[here])
+            self._use(job, slice(first, first + len(row)), len(guesses), decoded)
             first += len(row)
         # Choosing tokens is a part of the step that a draft may save.
-        self._speculation.pace.decoding.add(len(logits_BV), time.perf_counter() - begun)
+        self._speculation.pace.decoding.add(first, time.perf_counter() - begun - decoded.draft_s)
 
     def _with_room(self) -> list[Job]:
         """Jobs whose prompts are read and whose next rows have pages, the first in rank first."""
@@ -71,28 +73,29 @@ class Stepping:
                 jobs.append(job)
         return [job for job in jobs if job in self._admission.running]
 
-    def _decode(self, jobs: Sequence[Job], rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-        """Logits (B, V) on the CPU and hidden states (B, D) of all rows of all jobs, in order."""
-        logits_BV, hidden_BD = self._decoder(
+    def _decode(self, jobs: Sequence[Job], rows: Sequence[list[int]], ahead: Ahead | None) -> Decoded:
+        """All rows of all jobs, in order."""
+        return self._decoder.step(
             torch.tensor([token for row in rows for token in row], device=self._like.device),
             torch.tensor([job.read + i for job, row in zip(jobs, rows, strict=True) for i in range(len(row))]),
             tables([job for job, row in zip(jobs, rows, strict=True) for _ in row]),
             self._cache,
+            ahead,
         )
-        return logits_BV.float().cpu(), hidden_BD
 
-    def _use(self, job: Job, row: list[int], drafted: int, logits_TV: Tensor, hidden_TD: Tensor) -> None:
+    def _use(self, job: Job, here: slice, drafted: int, decoded: Decoded) -> None:
         """Take what decoding gave for one job's rows: tokens, as long as each row's own token turns out right."""
         start, accepted, goes_on = job.read, job.accepted, True
         job.drafted += drafted
         self._figures.drafted_tokens += drafted
-        for index, logits_V in enumerate(logits_TV):
+        row = decoded.tokens_B[here]
+        for index, logits in enumerate(decoded.logits_B[here]):
             job.read += 1
             if job.read < len(job.ids):
                 continue  # read again after preemption; the token after it is known
             guess = row[index + 1] if index + 1 < len(row) else None
-            goes_on = self._results.next_token(job, logits_V, guess)
+            goes_on = self._results.next_token(job, logits, guess)
             if not goes_on or job.ids[-1] != guess:
                 break
-        used_TD = hidden_TD[: job.read - start].to(self._like.dtype)
+        used_TD = decoded.hidden_BD[here][: job.read - start].to(self._like.dtype)
         self._speculation.learn(job, start, used_TD, drafted, job.accepted - accepted, goes_on=goes_on)

@@ -122,3 +122,13 @@ def test_a_draft_after_a_wrong_one_teaches_nothing():
     acceptance.learn(3, 1)
     assert acceptance.rates[0] > 0.5 > acceptance.rates[1]
     assert acceptance.rates[2] == 0.5
+
+
+def test_an_engine_whose_first_moments_were_slow_drafts_as_one_whose_were_not():
+    """The first call makes room and starts threads: what it took says nothing of the next."""
+    pace = Pace(3)
+    pace.decoding.add(4, 0.05)
+    pace.drafting.add(1, 0.05)
+    case = {"fixed": 0.4e-3, "per_row": 0.05e-3, "draft": 0.06e-3, "rates": [0.75, 0.67, 0.6]}
+    drafts, _ = simulated(pace, **case, steps=100)
+    assert drafts > 1

@@ -6,7 +6,15 @@ import torch
 
 from benthic.errors import WorkFailed
 from benthic.inference.request import Sampling
-from benthic.inference.sampling import Sampler, distribution, exponential_noise, log_probabilities, top_of, unpacked
+from benthic.inference.sampling import (
+    Logits,
+    Sampler,
+    distribution,
+    exponential_noise,
+    log_probabilities,
+    top_of,
+    unpacked,
+)
 
 
 def slow_distribution(logits, settings):
@@ -36,7 +44,7 @@ def dense(logits, settings):
 def chosen(logits, **settings):
     """What a fresh sampler chooses at each of many positions."""
     sampler = Sampler(Sampling(**{"top_p": 1.0, "temperature": 1.0} | settings), [0], len(logits))
-    return [sampler.choose(logits, position) for position in range(2000)]
+    return [sampler.choose(Logits.of(logits), position) for position in range(2000)]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +143,7 @@ def test_a_guess_from_the_same_logits_is_the_choice():
     sampler = Sampler(Sampling(seed=1, presence_penalty=0.5, logit_bias={3: 2.0}), [0], 80)
     for position in range(100):
         guess = sampler.guess(logits, position)
-        token = sampler.choose(logits, position)
+        token = sampler.choose(Logits.of(logits), position)
         assert guess == token
         sampler.accept(token)
 
@@ -163,7 +171,7 @@ def test_bias_and_penalties_are_those_of_a_loop_over_the_vocabulary(seed):
         sampler = Sampler(settings, prompt, size)
         for token in said:
             sampler.accept(token)
-        assert sampler.choose(logits, trial) == int(np.argmax(expected))
+        assert sampler.choose(Logits.of(logits), trial) == int(np.argmax(expected))
 
 
 class Allowing:
@@ -193,7 +201,7 @@ def test_only_what_a_constraint_allows_is_chosen(packed, temperature):
     logits[40] = 30.0
     constraint = Allowing([3, 31, 32, 70], packed)
     sampler = Sampler(Sampling(temperature=temperature, top_p=1.0, constraint=constraint), [0], 71)
-    tokens = {sampler.choose(logits, position) for position in range(300)}
+    tokens = {sampler.choose(Logits.of(logits), position) for position in range(300)}
     assert tokens <= {3, 31, 32, 70}
     assert temperature == 0 or len(tokens) == 4
     sampler.accept(31)
@@ -201,7 +209,7 @@ def test_only_what_a_constraint_allows_is_chosen(packed, temperature):
 
 
 def test_a_constraint_that_allows_nothing_gives_no_token():
-    assert Sampler(Sampling(constraint=Allowing([])), [0], 5).choose(torch.zeros(5), 0) is None
+    assert Sampler(Sampling(constraint=Allowing([])), [0], 5).choose(Logits.of(torch.zeros(5)), 0) is None
 
 
 def test_masks_are_unpacked_lowest_bit_first():

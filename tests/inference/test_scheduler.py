@@ -10,7 +10,7 @@ from benthic.inference.limits import chunk_length
 from benthic.inference.pace import Acceptance, Pace
 from benthic.inference.paged_cache import PAGE
 from benthic.inference.request import Sampling
-from benthic.inference.sampling import Sampler, log_probabilities
+from benthic.inference.sampling import Logits, Sampler, log_probabilities
 from benthic.inference.scheduler import Scheduler
 from benthic.model import build_model
 from benthic.ops import native
@@ -89,7 +89,7 @@ def in_full(model, tokenizer, prompt, sampling):
     while len(logprobs) < sampling.max_new_tokens:
         with torch.inference_mode():
             logits_V = model.transformer(torch.tensor([text]))[0, -1]
-        token = sampler.choose(logits_V, len(text))
+        token = sampler.choose(Logits.of(logits_V), len(text))
         if token in stops:
             break
         sampler.accept(token)

@@ -76,20 +76,30 @@ def _module_in_full(model, module, hidden_TD, tokens_BT):
 
 
 @pytest.mark.parametrize("length", [1, 2, 40, 64, 100])
-def test_drafts_are_those_of_the_modules_over_the_whole_text(model, tokenizer, length):
-    """Depth 3: the modules in turn, and the last repeated; after a prompt, decoding, and a shared beginning."""
+def test_drafts_are_those_of_the_modules_over_the_whole_text(model, tokenizer, length, monkeypatch):
+    """Depth 3: the modules in turn, and the last repeated; after a prompt, decoding, and a shared beginning.
+
+    Drafts are made in the step itself where there is one module, and before it where there are two.
+    """
+    monkeypatch.setattr("benthic.inference.decode._DRAFT_PRECISION", None)
     prompt = [random.Random(length).randrange(280) for _ in range(length)]
     scheduler = build(model, tokenizer, max_draft=3)
-    draft, checked = scheduler.speculation.drafter.draft, []
+    stepping = scheduler._stepping
+    decode, checked = stepping._decode, []
 
-    def checking(jobs, depths):
-        drafts = draft(jobs, depths)
-        for job, depth, guesses in zip(jobs, depths, drafts, strict=True):
-            assert guesses == greedy_drafts_in_full(model, job.ids, depth)
+    def checking(jobs, rows, ahead):
+        known = [list(job.ids) for job in jobs]
+        decoded = decode(jobs, rows, ahead)
+        assert (ahead is None) == (len(model.mtp) == 2 or len(rows[0]) == 1)
+        start = 0
+        for ids, row in zip(known, rows, strict=True):
+            depth = len(row) - 1
+            assert decoded.tokens_B[start + 1 : start + len(row)] == greedy_drafts_in_full(model, ids, depth)
             checked.append(depth)
-        return drafts
+            start += len(row)
+        return decoded
 
-    scheduler.speculation.drafter.draft = checking
+    stepping._decode = checking
     sampling = Sampling(temperature=0.0, max_new_tokens=12, ignore_eos=True)
     run(scheduler, (prompt, sampling))
     run(scheduler, ([*prompt, 3], sampling))

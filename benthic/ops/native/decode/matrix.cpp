@@ -64,25 +64,38 @@ inline void rows_times_vectors(const typename Format::Number* w, const float* sc
     } else {
         chains<Format, R, B>(w, columns, x, 0, columns, ahead, total);
     }
+    // Lane by lane a sum takes longer than the products of a short row, so sums are taken together.
+    F16 flat[B * R];
     for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) out[b][row + r] = sum(total[r][b]);
+        for (int b = 0; b < B; ++b) flat[b * R + r] = total[r][b];
+    float lanes[B * R];
+    int i = 0;
+    for (; i + 16 <= B * R; i += 16) store(lanes + i, sums(flat + i));
+    for (; i + 8 <= B * R; i += 8) store_sums(lanes + i, flat + i);
+    for (; i < B * R; ++i) lanes[i] = sum(flat[i]);
+    for (int b = 0; b < B; ++b) std::memcpy(out[b] + row, lanes + b * R, R * sizeof(float));
 }
 
-// R rows times any number of vectors, four at a time while the rows are in the cache; where R is 8, there are fewer.
+// R rows times any number of vectors, as many at a time as there are registers for, while the rows are in the cache.
 template <class Format, int R>
 void rows_times_all(const typename Format::Number* w, const float* scales, int64_t columns, const Vectors& x,
                     const int32_t* which, int64_t count, const char* ahead, float* const* out, int64_t row) {
+    constexpr int kMost = R < 8 ? 4 : kManyRegisters && !Format::tiled ? 3 : 1;
     int64_t j = 0;
-    if constexpr (R < 8) {
-        for (; j + 4 <= count; j += 4) {
-            const float* in[4] = {x[which[j]], x[which[j + 1]], x[which[j + 2]], x[which[j + 3]]};
-            rows_times_vectors<Format, R, 4>(w, scales, columns, in, j ? nullptr : ahead, out + j, row);
-        }
-    }
-    for (; j < count; ++j) {
-        const float* in[1] = {x[which[j]]};
-        rows_times_vectors<Format, R, 1>(w, scales, columns, in, j ? nullptr : ahead, out + j, row);
-    }
+    const auto take = [&](auto vectors) {
+        constexpr int B = vectors;
+        const float* in[B];
+        for (int b = 0; b < B; ++b) in[b] = x[which[j + b]];
+        rows_times_vectors<Format, R, B>(w, scales, columns, in, j ? nullptr : ahead, out + j, row);
+        j += B;
+    };
+    while (j + kMost <= count) take(std::integral_constant<int, kMost>());
+    if constexpr (kMost > 3)
+        if (j + 3 <= count) take(std::integral_constant<int, 3>());
+    if constexpr (kMost > 2)
+        if (j + 2 <= count) take(std::integral_constant<int, 2>());
+    if constexpr (kMost > 1)
+        if (j < count) take(std::integral_constant<int, 1>());
 }
 
 template <class Format>
@@ -148,19 +161,19 @@ void multiply_panels(const Matrix& m, int64_t index, int64_t first, int64_t last
         const char *panel = m.at(index, block), *ahead = block + 1 < last ? panel + m.panel_bytes() : next;
         const int64_t row = block * kBlock, rows = std::min(kBlock, m.rows - row);
         int64_t j = 0;
-        for (; j + 4 <= count; j += 4) {
-            const Vectors::Group* in[4];
-            for (int t = 0; t < 4; ++t) in[t] = x.quantised(which[j + t]);
-            F16 total[4];
-            panel_times_vectors<FourBit, 4>(panel, m.columns, in, j ? nullptr : ahead, total);
-            for (int t = 0; t < 4; ++t) store_n(out[j + t] + row, total[t], rows);
-        }
-        for (; j < count; ++j) {
-            const Vectors::Group* in[1] = {x.quantised(which[j])};
-            F16 total[1];
-            panel_times_vectors<FourBit, 1>(panel, m.columns, in, j ? nullptr : ahead, total);
-            store_n(out[j] + row, total[0], rows);
-        }
+        const auto take = [&](auto vectors) {
+            constexpr int T = vectors;
+            const Vectors::Group* in[T];
+            for (int t = 0; t < T; ++t) in[t] = x.quantised(which[j + t]);
+            F16 total[T];
+            panel_times_vectors<FourBit, T>(panel, m.columns, in, j ? nullptr : ahead, total);
+            for (int t = 0; t < T; ++t) store_n(out[j + t] + row, total[t], rows);
+            j += T;
+        };
+        while (j + 4 <= count) take(std::integral_constant<int, 4>());
+        if (j + 3 <= count) take(std::integral_constant<int, 3>());
+        if (j + 2 <= count) take(std::integral_constant<int, 2>());
+        if (j < count) take(std::integral_constant<int, 1>());
     }
 }
 

@@ -25,6 +25,7 @@ struct Layer {
 struct Model {
     const Layer* layers;
     Matrix embed, head;
+    Matrix draft_head;  // of MTP modules, whose guesses may be rough; no rows: `head`
     int64_t width, heads, q_rank, c, nope, rope, value;
     int64_t groups, top_groups, top_k, normalise;
     float eps, latent_eps, softmax_scale, gate_scale;
@@ -33,7 +34,7 @@ struct Model {
 // One step: a new token of each of `batch` sequences through layers [first, last).
 struct Request {
     int64_t batch, first, last;
-    const int64_t* tokens;
+    int64_t* tokens;
     const float* previous;     // (batch, width) hidden states that an MTP module, layer `first`, joins to them
     const int64_t* positions;  // of the new tokens
     const int32_t* table;      // (batch, table_stride): the pages of each sequence
@@ -43,7 +44,28 @@ struct Request {
     const float *cos, *sin;    // (angles, rope / 2)
     int64_t angles;            // positions they are there for
     const float* norm;         // after the last layer
-    float *hidden, *logits;    // (batch, width) after that norm; (batch, vocabulary), or null
+    float* hidden;             // (batch, width) after that norm
+    const int32_t* head_rows;  // head_count of the rows, the head's; null: all
+    int64_t head_count;
+    float* logits;             // (head rows, vocabulary), or null
+    int64_t* best;             // of each head row, the first of its largest logits, or null
+    float *peak, *log_sum;     // the largest, and the logarithm of the sum of exponentials measured from it, or null
+    int32_t* experts;          // (batch, sparse layers, top_k): whom each token chose, or null
+};
+
+// Drafts to be made before a step, by the MTP module in layer `layer`, which is repeated on its own output.
+struct DraftRequest {
+    int64_t layer, rows;       // rows that the module reads first, several of a sequence in order
+    int64_t* tokens;
+    const float* previous;     // (rows, width)
+    const int64_t* positions;
+    const int32_t* table;      // (rows, table_stride of the step)
+    const float* norm;
+    int64_t sequences;
+    const int32_t *last;       // of each sequence, the last of these rows
+    const int32_t *depth;      // drafts, at least one
+    const int32_t *to;         // the row of the step whose token the first draft is; others follow
+    double seconds;            // they took
 };
 
 }  // namespace benthic

@@ -28,22 +28,30 @@ inline void take_largest(const float* x, int64_t n, std::vector<char>& out_of_re
     }
 }
 
+// Memory that routing works in.
+struct RoutingRoom {
+    std::vector<float> biased, together;
+    std::vector<char> out_of_reach, passed;
+    std::vector<int64_t> taken;
+};
+
 // `logits` has room for a multiple of 16; afterwards it holds the scores.
-inline void route(const RoutingRule& rule, float* logits, const float* bias, Choice* choice) {
+inline void route(const RoutingRule& rule, float* logits, const float* bias, RoutingRoom& room, Choice* choice) {
     const int64_t experts = rule.experts, size = experts / rule.groups;
-    std::vector<float> biased(experts);
-    std::vector<char> out_of_reach(experts, 0);
-    std::vector<int64_t> taken(std::max(rule.top_k, rule.groups));
+    auto& [biased, together, out_of_reach, passed, taken] = room;
+    biased.resize(experts);
+    out_of_reach.assign(experts, 0);
+    taken.resize(std::max(rule.top_k, rule.groups));
     for (int64_t e = 0; e < experts; e += kLanes) store(logits + e, sigmoid(load(logits + e)));
     for (int64_t e = 0; e < experts; ++e) biased[e] = logits[e] + bias[e];
     if (rule.top_groups < rule.groups) {
-        std::vector<float> together(rule.groups);
-        std::vector<char> seen(experts, 0), passed(rule.groups, 0);
+        together.assign(rule.groups, 0.0f);
+        passed.assign(rule.groups, 0);
         for (int64_t g = 0; g < rule.groups; ++g) {
             int64_t best[2];
             const int64_t two = std::min<int64_t>(2, size);
-            take_largest(biased.data() + g * size, size, seen, two, best);
-            std::fill(seen.begin(), seen.end(), 0);
+            take_largest(biased.data() + g * size, size, out_of_reach, two, best);
+            std::fill_n(out_of_reach.begin(), size, 0);
             for (int64_t i = 0; i < two; ++i) together[g] += biased[g * size + best[i]];
         }
         take_largest(together.data(), rule.groups, passed, rule.top_groups, taken.data());

@@ -41,6 +41,8 @@ inline void prefetch(const char* address) { __builtin_prefetch(address, 0, 2); }
 
 inline const char* instruction_set() { return "AVX-512"; }
 
+constexpr bool kManyRegisters = true;  // room for 24 sums at once
+
 struct F16 { __m512 v; };
 struct I16 { __m512i v; };
 
@@ -88,21 +90,34 @@ inline F16 widen_e4m3(__m128i bytes) {
 inline F16 load_e4m3(const uint8_t* p) { return widen_e4m3(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline F16 load_e4m3_n(const uint8_t* p, int64_t n) { return widen_e4m3(_mm_maskz_loadu_epi8(first_lanes(n), p)); }
 
-// Lane i of the outcome is the sum of all lanes of a[i].
+// The first and the second halves of `x` and of `y`, added.
+inline __m512 fold_halves(__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+}
+// Of two vectors that hold two sums each, in halves: four, in quarters.
+inline __m512 fold_quarters(__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+}
+inline __m512 fold_pairs(__m512 x, __m512 y) {
+    const __m512d a = _mm512_castps_pd(x), b = _mm512_castps_pd(y);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+}
+inline __m512 fold_neighbours(__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x88), _mm512_shuffle_ps(x, y, 0xdd));
+}
+// Lane i of the outcome is sum(a[i]) to the last bit: lanes are added in the same order.
 inline F16 sums(const F16 a[16]) {
-    __m512 quads[4];
-    for (int q = 0; q < 4; ++q) {
-        const F16* x = a + 4 * q;
-        const __m512 p = _mm512_add_ps(_mm512_unpacklo_ps(x[0].v, x[1].v), _mm512_unpackhi_ps(x[0].v, x[1].v));
-        const __m512 r = _mm512_add_ps(_mm512_unpacklo_ps(x[2].v, x[3].v), _mm512_unpackhi_ps(x[2].v, x[3].v));
-        const __m512d pd = _mm512_castps_pd(p), rd = _mm512_castps_pd(r);
-        const __m512d low = _mm512_unpacklo_pd(pd, rd), high = _mm512_unpackhi_pd(pd, rd);
-        quads[q] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
-    }
-    const auto fold = [](__m512 x, __m512 y) {
-        return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
-    };
-    return {fold(fold(quads[0], quads[1]), fold(quads[2], quads[3]))};
+    __m512 q[4];
+    for (int i = 0; i < 4; ++i)
+        q[i] = fold_quarters(fold_halves(a[i].v, a[4 + i].v), fold_halves(a[8 + i].v, a[12 + i].v));
+    return {fold_neighbours(fold_pairs(q[0], q[1]), fold_pairs(q[2], q[3]))};
+}
+// The same of eight, into `out`.
+inline void store_sums(float* out, const F16 a[8]) {
+    const __m512 even = fold_quarters(fold_halves(a[0].v, a[2].v), fold_halves(a[4].v, a[6].v));
+    const __m512 odd = fold_quarters(fold_halves(a[1].v, a[3].v), fold_halves(a[5].v, a[7].v));
+    const __m512 pairs = fold_pairs(even, odd), all = fold_neighbours(pairs, pairs);
+    _mm512_mask_compressstoreu_ps(out, 0x3333, all);
 }
 
 inline I16 splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -130,6 +145,8 @@ inline I16 dot4(I16 acc, Bytes w, int32_t x, [[maybe_unused]] int32_t even, [[ma
 }
 
 #else  // two halves of eight, or plain vectors
+
+constexpr bool kManyRegisters = false;
 
 #if BENTHIC_AVX2
 
@@ -310,6 +327,9 @@ inline F16 sums(const F16 a[16]) {
     float lanes[16];
     for (int i = 0; i < 16; ++i) lanes[i] = sum(a[i]);
     return load(lanes);
+}
+inline void store_sums(float* out, const F16 a[8]) {
+    for (int i = 0; i < 8; ++i) out[i] = sum(a[i]);
 }
 inline void store_bytes(int8_t* p, F16 a) {
     float lanes[16];

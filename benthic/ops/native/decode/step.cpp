@@ -3,7 +3,9 @@
 //
 // b sequence, h head, k place of a chosen expert among those of its token.
 
+#include <chrono>
 #include <numeric>
+#include <utility>
 
 #include "attention.h"
 #include "matrix.h"
@@ -44,14 +46,13 @@ struct Product {
     float* const* out;
 };
 
-struct Active {  // an expert that somebody chose
-    int32_t expert;
-    std::vector<int32_t> tokens, slots;
+struct Active {  // an expert that somebody chose, and where its tokens begin among those of all experts
+    int32_t expert, begin, count;
 };
 
 // What all threads see.
 struct Shared {
-    Buffer q_a, kv_a, q, query, parts, latent, mixed, attention, logits, dense_hidden, shared_hidden, hidden, ffn;
+    Buffer q_a, kv_a, q, query, parts, latent, mixed, attention, logits, dense_hidden, shared_hidden, hidden, ffn, head;
 };
 
 // What a thread has for itself.
@@ -63,8 +64,9 @@ struct Local {
     std::vector<Product> products;
     std::vector<float> scores;
     std::vector<Choice> choice;
+    RoutingRoom routing;
     std::vector<Active> active;
-    std::vector<int32_t> list_of;
+    std::vector<int32_t> list_of, tokens, slots;  // of each expert its place in `active`, or -1; of the active ones
 };
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
@@ -85,6 +87,41 @@ void rotate(const float* x, const float* cos, const float* sin, int64_t width, f
         out[2 * i] = scale * (a * cos[i] - b * sin[i]);
         out[2 * i + 1] = scale * (b * cos[i] + a * sin[i]);
     }
+}
+
+// Numbers [i, i + 16), as far as there are any; others are `rest`.
+F16 load_or(const float* x, int64_t i, int64_t n, float rest) {
+    if (i + kLanes <= n) return load(x + i);
+    float lanes[kLanes];
+    std::fill_n(lanes, kLanes, rest);
+    std::copy(x + i, x + n, lanes);
+    return load(lanes);
+}
+
+// The index of the first of the largest numbers; 0 if none is larger than minus infinity.
+int64_t first_largest(const float* x, int64_t n) {
+    constexpr int64_t kStretch = 256;  // looked through number by number only if the largest lies there
+    float top = -INFINITY;
+    int64_t where = 0;
+    for (int64_t from = 0; from < n; from += kStretch) {
+        F16 most = splat(-INFINITY);
+        for (int64_t i = from; i < std::min(from + kStretch, n); i += kLanes) most = max(load_or(x, i, n, -INFINITY), most);
+        const float here = largest(most);
+        if (here > top) {
+            top = here;
+            where = from;
+        }
+    }
+    for (int64_t i = where; i < n; ++i)
+        if (x[i] == top) return i;
+    return 0;
+}
+
+// The logarithm of the sum of exp(x - top); not finite if a number is NaN or plus infinity.
+float log_sum(const float* x, int64_t n, float top) {
+    F16 total = zero();
+    for (int64_t i = 0; i < n; i += kLanes) total = total + exp(load_or(x, i, n, -INFINITY) - splat(top));
+    return std::log(sum(total));
 }
 
 class Step {
@@ -121,6 +158,7 @@ class Step {
         s_.mixed.of(batch * padded(m_.heads * m_.value));
         s_.attention.of(batch * padded(m_.width));
         s_.ffn.of(batch * padded(m_.width));
+        if (r_.logits == nullptr && r_.best != nullptr) s_.head.of(head_count() * head().rows);
         for (int64_t layer = r_.first; layer < r_.last; ++layer) {
             const Layer& l = m_.layers[layer];
             (l.sparse() ? s_.shared_hidden : s_.dense_hidden).of(batch * padded(l.gate_up.rows));
@@ -358,13 +396,14 @@ class Step {
         gather_hidden(worker, mine, l);
         if (l.sparse()) {
             choose(mine, l);
+            if (r_.experts != nullptr && worker.index == 0) record(mine, layer);
             expert_hidden(worker, mine, l);
             if (l.expert_down.in_panels()) mine.hidden_input.quantise(r_.batch * m_.top_k);
         }
         if (l.down.in_panels()) mine.shared_input.quantise(r_.batch);
         const bool more = layer + 1 < r_.last;
         const Layer* after = more ? &m_.layers[layer + 1] : nullptr;
-        project_down(worker, mine, l, begin_of(worker, more ? (after->q_a.rows ? after->q_a : after->q_b) : m_.head));
+        project_down(worker, mine, l, begin_of(worker, more ? (after->q_a.rows ? after->q_a : after->q_b) : head()));
         add_to_stream(mine, s_.ffn);
     }
 
@@ -427,18 +466,38 @@ class Step {
         for (int64_t b = 0; b < r_.batch; ++b) {
             const float* logits = s_.logits.data() + b * padded(l.router.rows);
             std::copy_n(logits, padded(l.router.rows), mine.scores.begin());
-            Choice* choice = &mine.choice[b * m_.top_k];
-            route(rule, mine.scores.data(), l.router_bias, choice);
-            for (int64_t k = 0; k < m_.top_k; ++k) {
-                int32_t& list = mine.list_of[choice[k].expert];
-                if (list < 0) {
-                    list = static_cast<int32_t>(mine.active.size());
-                    mine.active.push_back({choice[k].expert, {}, {}});
-                }
-                mine.active[list].tokens.push_back(static_cast<int32_t>(b));
-                mine.active[list].slots.push_back(static_cast<int32_t>(b * m_.top_k + k));
-            }
+            route(rule, mine.scores.data(), l.router_bias, mine.routing, &mine.choice[b * m_.top_k]);
         }
+        for (const Choice& choice : mine.choice) {
+            int32_t& list = mine.list_of[choice.expert];
+            if (list < 0) {
+                list = static_cast<int32_t>(mine.active.size());
+                mine.active.push_back({choice.expert, 0, 0});
+            }
+            ++mine.active[list].count;
+        }
+        int32_t begin = 0;
+        for (Active& active : mine.active) {
+            active.begin = begin;
+            begin += std::exchange(active.count, 0);
+        }
+        mine.tokens.resize(mine.choice.size());
+        mine.slots.resize(mine.choice.size());
+        for (size_t slot = 0; slot < mine.choice.size(); ++slot) {
+            Active& active = mine.active[mine.list_of[mine.choice[slot].expert]];
+            const int32_t at = active.begin + active.count++;
+            mine.tokens[at] = static_cast<int32_t>(slot / m_.top_k);
+            mine.slots[at] = static_cast<int32_t>(slot);
+        }
+    }
+
+    void record(const Local& mine, int64_t layer) const {
+        const auto sparse = [](const Layer& l) { return l.sparse(); };
+        const int64_t before = std::count_if(m_.layers + r_.first, m_.layers + layer, sparse);
+        const int64_t all = std::count_if(m_.layers + r_.first, m_.layers + r_.last, sparse);
+        for (int64_t b = 0; b < r_.batch; ++b)
+            for (int64_t k = 0; k < m_.top_k; ++k)
+                r_.experts[(b * all + before) * m_.top_k + k] = mine.choice[b * m_.top_k + k].expert;
     }
 
     void expert_hidden(Worker& worker, Local& mine, const Layer& l) {
@@ -454,9 +513,8 @@ class Step {
                 if (high == blocks && at < units) next = matrix.at(2 * mine.active[a + 1].expert, 0);
                 if (at == own_end)
                     next = l.expert_down.at(mine.active[0].expert, worker.begin_of(l.expert_down.blocks()));
-                hidden_blocks(mine, matrix, active.expert, low, high, active.tokens.data(),
-                              static_cast<int64_t>(active.tokens.size()), next, mine.hidden_input, active.slots.data(),
-                              mine.choice.data());
+                hidden_blocks(mine, matrix, active.expert, low, high, &mine.tokens[active.begin], active.count, next,
+                              mine.hidden_input, &mine.slots[active.begin], mine.choice.data());
             }
         });
     }
@@ -479,12 +537,12 @@ class Step {
             if (l.sparse()) {
                 for (size_t a = 0; a < mine.active.size(); ++a) {
                     const Active& active = mine.active[a];
-                    const auto count = static_cast<int64_t>(active.slots.size());
+                    const int32_t* slots_of = &mine.slots[active.begin];
                     const char* then = a + 1 < mine.active.size() ? any.at(mine.active[a + 1].expert, first)
                                        : l.down.rows              ? l.down.at(0, first)
                                                                   : after;
-                    multiply(any, active.expert, first, last, mine.hidden_input, active.slots.data(), count,
-                             out_of([&](int64_t j) { return active.slots[j]; }, count), then);
+                    multiply(any, active.expert, first, last, mine.hidden_input, slots_of, active.count,
+                             out_of([&](int64_t j) { return slots_of[j]; }, active.count), then);
                 }
             }
             if (l.down.rows)
@@ -492,25 +550,40 @@ class Step {
                          out_of([&](int64_t b) { return slots + b; }, r_.batch), after);
             for (int64_t b = 0; b < r_.batch; ++b) {
                 float* to = s_.ffn.data() + b * stride;
-                for (int64_t i = first * kBlock; i < std::min(last * kBlock, m_.width); ++i) {
-                    float total = 0.0f;
-                    for (int64_t k = 0; k < slots / r_.batch; ++k) total += partial[(b * m_.top_k + k) * stride + i];
-                    to[i] = l.down.rows ? total + partial[(slots + b) * stride + i] : total;
+                for (int64_t i = first * kBlock; i < std::min(last * kBlock, m_.width); i += kLanes) {
+                    F16 total = zero();
+                    for (int64_t k = 0; k < slots / r_.batch; ++k)
+                        total = total + load(partial + (b * m_.top_k + k) * stride + i);
+                    store(to + i, l.down.rows ? total + load(partial + (slots + b) * stride + i) : total);
                 }
             }
         });
     }
 
+    const Matrix& head() const { return r_.previous && m_.draft_head.rows ? m_.draft_head : m_.head; }
+    int64_t head_count() const { return r_.head_rows ? r_.head_count : r_.batch; }
+
     void finish(Worker& worker, Local& mine) {
-        norm_input(mine, r_.norm, m_.head.in_panels());
+        norm_input(mine, r_.norm, head().in_panels());
         if (worker.index == 0)
             for (int64_t b = 0; b < r_.batch; ++b)
                 std::copy_n(mine.input[b], m_.width, r_.hidden + b * m_.width);
-        if (r_.logits == nullptr) return;
+        if (r_.logits == nullptr && r_.best == nullptr) return;
+        float* logits = r_.logits ? r_.logits : s_.head.data();
+        const int64_t count = head_count(), vocabulary = head().rows;
         new_plan(mine);
-        for (int64_t b = 0; b < r_.batch; ++b) mine.out.push_back(r_.logits + b * m_.head.rows);
-        mine.products.push_back({&m_.head, 0, &mine.input, mine.one_to_one.data(), r_.batch, nullptr});
+        for (int64_t i = 0; i < count; ++i) mine.out.push_back(logits + i * vocabulary);
+        const int32_t* rows = r_.head_rows ? r_.head_rows : mine.one_to_one.data();
+        mine.products.push_back({&head(), 0, &mine.input, rows, count, nullptr});
         run_plan(worker, mine, nullptr);
+        if (r_.best == nullptr) return;
+        worker.share(count, 1, [&](int64_t i, int64_t) {
+            const float* x = logits + i * vocabulary;
+            r_.best[i] = first_largest(x, vocabulary);
+            if (r_.log_sum == nullptr) return;
+            r_.peak[i] = x[r_.best[i]];
+            r_.log_sum[i] = log_sum(x, vocabulary, r_.peak[i]);
+        });
     }
 
     Pages pages(int64_t layer) const { return {r_.pages[layer], r_.wide != 0, shape_.l}; }
@@ -544,7 +617,89 @@ struct Decoder {
     Shared shared;
     std::vector<Local> locals;
 
+    void run(const Request& request) {
+        Step step(model, request, shared, locals);
+        team.run(step);
+    }
+
     Decoder(const Model& model, int threads) : model(model), team(threads), locals(threads) {}
+};
+
+// An MTP module repeated on its own output: each pass guesses a token more for those sequences that want one.
+class Drafts {
+   public:
+    Drafts(Decoder& decoder, const Request& step, const DraftRequest& ahead)
+        : d_(decoder), a_(ahead), r_(step), width_(decoder.model.width), tokens_(step.tokens),
+          hidden_(ahead.rows * width_), best_(ahead.sequences) {
+        r_.batch = a_.rows;
+        r_.first = a_.layer;
+        r_.last = a_.layer + 1;
+        r_.tokens = a_.tokens;
+        r_.previous = a_.previous;
+        r_.positions = a_.positions;
+        r_.table = a_.table;
+        r_.norm = a_.norm;
+        r_.hidden = hidden_.data();
+        r_.head_rows = a_.last;
+        r_.head_count = a_.sequences;
+        r_.best = best_.data();
+        r_.logits = r_.peak = r_.log_sum = nullptr;
+        r_.experts = nullptr;
+    }
+
+    // Whether all that will be read is there, to the last repetition.
+    bool possible() const {
+        std::vector<int64_t> furthest(a_.positions, a_.positions + a_.rows);
+        for (int64_t s = 0; s < a_.sequences; ++s) furthest[a_.last[s]] += a_.depth[s] - 1;
+        Request reach = r_;
+        reach.positions = furthest.data();
+        return in_range(d_.model, reach);
+    }
+
+    void make() {
+        std::vector<int32_t> sequences(a_.sequences), rows(a_.last, a_.last + a_.sequences);
+        std::iota(sequences.begin(), sequences.end(), 0);
+        for (int32_t depth = 1; !sequences.empty(); ++depth) {
+            d_.run(r_);
+            std::vector<int64_t> tokens, positions;
+            std::vector<float> previous;
+            std::vector<int32_t> table, going_on;
+            for (size_t i = 0; i < sequences.size(); ++i) {
+                const int32_t s = sequences[i];
+                tokens_[a_.to[s] + depth - 1] = best_[i];
+                if (a_.depth[s] == depth) continue;
+                const int64_t row = rows[i];
+                going_on.push_back(s);
+                tokens.push_back(best_[i]);
+                positions.push_back(r_.positions[row] + 1);
+                previous.insert(previous.end(), r_.hidden + row * width_, r_.hidden + (row + 1) * width_);
+                table.insert(table.end(), r_.table + row * r_.table_stride, r_.table + (row + 1) * r_.table_stride);
+            }
+            sequences = std::move(going_on);
+            rows.resize(sequences.size());
+            std::iota(rows.begin(), rows.end(), 0);
+            own_tokens_ = std::move(tokens);
+            own_positions_ = std::move(positions);
+            own_previous_ = std::move(previous);
+            own_table_ = std::move(table);
+            r_.batch = static_cast<int64_t>(sequences.size());
+            r_.tokens = own_tokens_.data();
+            r_.positions = own_positions_.data();
+            r_.previous = own_previous_.data();
+            r_.table = own_table_.data();
+            r_.head_rows = nullptr;
+        }
+    }
+
+   private:
+    Decoder& d_;
+    const DraftRequest& a_;
+    Request r_;
+    const int64_t width_;
+    int64_t* const tokens_;
+    std::vector<float> hidden_, own_previous_;
+    std::vector<int64_t> best_, own_tokens_, own_positions_;
+    std::vector<int32_t> own_table_;
 };
 
 }  // namespace
@@ -558,7 +713,7 @@ const char* decode_instruction_set() { return benthic::instruction_set(); }
 // Sizes of the structures that Python mirrors.
 int64_t decode_size_of(int64_t which) {
     constexpr int64_t sizes[] = {sizeof(benthic::Matrix), sizeof(benthic::Layer), sizeof(benthic::Model),
-                                 sizeof(benthic::Request)};
+                                 sizeof(benthic::Request), sizeof(benthic::DraftRequest)};
     return sizes[which];
 }
 
@@ -568,12 +723,19 @@ void* decode_new(const benthic::Model* model, int64_t threads) {
 
 void decode_free(void* decoder) { delete static_cast<benthic::Decoder*>(decoder); }
 
-// 0, or 1 if a token, a position or a page is out of range, and nothing was done.
-int64_t decode_step(void* decoder, const benthic::Request* request) {
+// 0, or 1 if a token, a position or a page is out of range, and nothing was done. `ahead`, if there is any, is made
+// first, and goes into the request's tokens.
+int64_t decode_step(void* decoder, const benthic::Request* request, benthic::DraftRequest* ahead) {
     auto& d = *static_cast<benthic::Decoder*>(decoder);
     if (!benthic::in_range(d.model, *request)) return 1;
-    benthic::Step step(d.model, *request, d.shared, d.locals);
-    d.team.run(step);
+    if (ahead != nullptr) {
+        const auto begun = std::chrono::steady_clock::now();
+        benthic::Drafts drafts(d, *request, *ahead);
+        if (!drafts.possible()) return 1;
+        drafts.make();
+        ahead->seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+    }
+    d.run(*request);
     return 0;
 }
 

@@ -123,7 +123,8 @@ class Team {
         Sleep& sleep = *sleep_;
         for (int64_t seen = 0;; ++seen) {
             const auto called = [&] { return sleep.epoch.load(std::memory_order_acquire) != seen; };
-            for (int i = 0; i < kIdleSpins && !called(); ++i) pause();
+            for (int i = 0; i < kIdleSpins + kIdleYields && !called(); ++i)
+                i < kIdleSpins ? pause() : std::this_thread::yield();
             if (!called()) {
                 std::unique_lock lock(sleep.mutex);
                 sleep.wake.wait(lock, called);
@@ -139,7 +140,9 @@ class Team {
         call_(job_, worker);
     }
 
-    static constexpr int kIdleSpins = 1000;
+    // Waking up takes longer than what a program does between two steps of a small model: a thread offers its core to
+    // others that long before it sleeps.
+    static constexpr int kIdleSpins = 400, kIdleYields = 1000;
 
     const int threads_;
     std::vector<Counter> taken_;  // units taken of each thread's range, for this phase, the last and the next
