@@ -1,5 +1,5 @@
 // What a decoder is told once: sizes, and where each weight lies. Mirrored field by field in
-// benthic/inference/native_decode.py.
+// benthic/inference/native_layout.py.
 #pragma once
 
 #include "matrix.h"
