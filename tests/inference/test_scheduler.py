@@ -419,7 +419,7 @@ def test_a_constraint_rules_with_drafts_and_preemption_too(schedule):
     cycle = ids(random.Random(3), 140)  # so long that either needs all pages before it ends
     scheduler = schedule(pages=3, max_draft=2, pace=RandomDepths(2, 0))
     requests = [
-        scheduler.submit([1], Sampling(constraint=Cycling(cycle), max_new_tokens=200, ignore_eos=True))
+        scheduler.submit([1], Sampling(constraint=Cycling(cycle), max_new_tokens=180, ignore_eos=True))
         for _ in range(2)
     ]
     for result in finish(scheduler, *requests):
