@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from benthic.evaluate.score import Score
     from benthic.evaluate.task_files import Task
     from benthic.precision.quantise import Precision
+    from benthic.train.loop import Trained
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -58,6 +59,7 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory t
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting over the recipe's; repeatable.")
 ]
+From = Annotated[Path, typer.Option("--from", metavar="RUN", help="The run or model directory to begin with.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 
@@ -133,10 +135,24 @@ def data(
 def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
     """Pretrain, and extend the context, on data that `benthic data` has prepared in --out; run it again to resume."""
     from benthic.config.load import load_run_config
+    from benthic.config.schema import PosttrainConfig
 
     config = load_run_config(recipe, set_ or ())
     _refuse_other_data(config, set_ or (), out)
-    _train(config, out)
+    _train(config.model_copy(update={"posttrain": PosttrainConfig()}), out)
+
+
+@app.command(epilog="Example: benthic sft chats.toml --out runs/assistant --from runs/quickstart")
+def sft(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
+    """Fine-tune a model on the answers in conversations, [posttrain.sft] of a recipe; run it again to resume."""
+    from benthic.api import train_from
+    from benthic.config.load import load_posttrain_config
+    from benthic.convert.resolve import model_config
+
+    if out.resolve() == from_.resolve():
+        raise InputError(f"--from {from_}: is --out; `benthic run` goes on with a run whose recipe has [posttrain.sft]")
+    config = load_posttrain_config(recipe, set_ or (), str(from_.absolute()), model_config(from_), "sft")
+    _finish(train_from(config, out), out)
 
 
 @app.command("eval", epilog="Example: benthic eval runs/quickstart --tasks arithmetic.jsonl capitals.jsonl --json")
@@ -392,8 +408,11 @@ def _refuse_other_data(config: "RunConfig", overrides: Sequence[str], out: Path)
 def _train(config: "RunConfig", out: Path) -> None:
     from benthic.api import train
 
-    trained = train(config, out)
-    print(f"{out}: {trained.bits_per_byte:.4f} bits per byte of held-out text; to talk to it: benthic chat {out}")
+    _finish(train(config, out), out)
+
+
+def _finish(trained: "Trained", out: Path) -> None:
+    print(f"{out}: {trained.bits_per_byte:.4f} {trained.measure}; to talk to it: benthic chat {out}")
 
 
 def _print(figures: dict[str, object], as_json: bool) -> None:

@@ -306,8 +306,7 @@ class SftConfig(Settings):
             raise ValueError("give either steps or epochs")
         if self.final_learning_rate > self.learning_rate:
             raise ValueError(
-                f"final_learning_rate={self.final_learning_rate:g} must be at most "
-                f"learning_rate={self.learning_rate:g}"
+                f"final_learning_rate={self.final_learning_rate:g} must be at most learning_rate={self.learning_rate:g}"
             )
         _check_passes(self.batch_size, self.micro_batch_size)
         return self
@@ -399,6 +398,18 @@ class RunConfig(Settings):
         length, limit = self.train.sequence_length, self.model.max_position_embeddings
         if length > limit:
             raise ValueError(f"train.sequence_length={length} must be at most model.max_position_embeddings={limit}")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit_the_model(self) -> Self:
+        sft, limit = self.posttrain.sft, self.model.max_position_embeddings
+        if self.train.extend and self.posttrain.base is None:
+            longest = self.train.extend[-1].sequence_length
+            limit = max(longest, self.model.rope_scaling.reach if self.model.rope_scaling else longest)
+        if sft is not None and (sft.sequence_length or 0) > limit:
+            raise ValueError(
+                f"posttrain.sft.sequence_length={sft.sequence_length} must be at most {limit}, what the model reads"
+            )
         return self
 
     @model_validator(mode="after")

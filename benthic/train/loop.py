@@ -16,6 +16,7 @@ from torch import Tensor
 from benthic.config.load import dump_toml
 from benthic.config.schema import RunConfig
 from benthic.config.stages import Stage, stages
+from benthic.errors import InputError
 from benthic.files import write_atomically
 from benthic.model import Trainable
 from benthic.ops import native
@@ -25,7 +26,7 @@ from benthic.precision.compute import compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.background import BackgroundWriter
 from benthic.train.calibrate import resolve
-from benthic.train.checkpoint import Checkpoint, load, reached
+from benthic.train.checkpoint import Checkpoint, latest, load, reached
 from benthic.train.corpus import Corpus
 from benthic.train.identity import identity, renewed, resume_settings
 from benthic.train.incidents import (
@@ -89,6 +90,7 @@ def train(
         config, found = kind.prepare(config)
         hashes |= found
     names = [stage.name for stage in _stages(config, kinds)]
+    _refuse_to_forget(out, names)
     number, newest = reached(out / "checkpoints", names)
     checkpoint = load(newest) if newest else None
     if newest is not None and _stages(config, kinds)[number].kind == "base":
@@ -117,6 +119,16 @@ def train(
             trainer.begin()
             trainer.train(stop)
     return trainer.trained()
+
+
+def _refuse_to_forget(out: Path, names: Iterable[str]) -> None:
+    """A run that has gone beyond pretraining is not taken for one that has not."""
+    for stage in ("base", "sft", "rl"):
+        if stage not in names and (newest := latest(out / "checkpoints" / stage)):
+            raise InputError(
+                f"{newest}: is of a stage that is not asked for; give `benthic run` the recipe that has it, or another "
+                "--out"
+            )
 
 
 def _stages(config: RunConfig, kinds: Iterable[str]) -> list[Stage]:
@@ -153,7 +165,7 @@ class _Trainer:
         self.course = Course(
             config.train.schedule, stage.steps, config.train.batch_size, config.train.micro_batch_size or 1
         )
-        self.state = TrainState(config, run.architecture)
+        self.state = TrainState(config, run.architecture, stage.adapter)
         self.place = Place(stage, out, run.architecture, self.course, self._began_with)
         self.writer = BackgroundWriter(self.checkpoints)
         self.ledger = Ledger(out, stage.name, price_per_hour=config.train.price_per_hour)
@@ -268,7 +280,7 @@ class _Trainer:
         self.writer.wait()
         target = roll_back_target(self.checkpoints)
         if target is None:
-            self.state = TrainState(self.config, self.run.architecture)
+            self.state = TrainState(self.config, self.run.architecture, self.stage.adapter)
             self.begin()
         else:
             self.begin(load(target), str(target))

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benthic.config.schema import RunConfig
+from benthic.config.schema import AdapterConfig, RunConfig
 from benthic.errors import InputError
+from benthic.train.adapter import AdapterOptimizer, Adapters
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.checkpoint import Checkpoint, copy_into
 from benthic.train.compute import moments_dtype
@@ -31,7 +32,9 @@ NOTHING = Carried({}, {})
 class TrainState:
     """Model, optimizer and average of the weights after ``step`` steps. Training draws no random numbers."""
 
-    def __init__(self, config: RunConfig, architecture: Architecture = DEEPSEEK_V3) -> None:
+    def __init__(
+        self, config: RunConfig, architecture: Architecture = DEEPSEEK_V3, adapter: AdapterConfig | None = None
+    ) -> None:
         self.step = 0
         self.bits_per_byte: float | None = None
         """Of the last validation; of the averaged weights, where an average is kept."""
@@ -44,7 +47,12 @@ class TrainState:
         self.objective = Objective(self.model)
         compute = config.precision.compute
         moments = moments_dtype("fp32" if compute == "auto" else compute)
-        self.optimizer = ModelOptimizer(self.model, config.train.optimizer, moments)
+        self.adapters = Adapters(self.model, adapter, config.train.seed) if adapter else None
+        self.optimizer = (
+            AdapterOptimizer(self.adapters, config.train.optimizer, moments)
+            if self.adapters
+            else ModelOptimizer(self.model, config.train.optimizer, moments)
+        )
         decay = config.train.ema_decay
         self.average = WeightAverage(self.model, decay) if decay else None
 
@@ -53,6 +61,8 @@ class TrainState:
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_tensors()}
         if self.average is not None:
             tensors["average"] = self.average.tensors
+        if self.adapters is not None:
+            tensors["adapters"] = self.adapters.tensors()
         if carried.tensors:
             tensors["carried"] = carried.tensors
         numbers = {
@@ -67,7 +77,9 @@ class TrainState:
 
     def restore(self, checkpoint: Checkpoint, source: str) -> None:
         """Become what was saved. Raises InputError, naming ``source``, if it does not fit."""
-        self._take_weights(checkpoint, source, {"model", "optimizer"})
+        self._take_weights(checkpoint, source, {"model", "optimizer"} | ({"adapters"} if self.adapters else set()))
+        if self.adapters is not None:
+            self.adapters.restore(checkpoint.tensors["adapters"], f"{source}/adapters.safetensors")
         self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], f"{source}/optimizer.safetensors")
         self._restore_numbers(checkpoint.state, f"{source}/state.json")
 
@@ -80,6 +92,8 @@ class TrainState:
         if self.average is None:
             checkpoint = Checkpoint({"model": weights_of(checkpoint)}, checkpoint.state)
         self._take_weights(checkpoint, source, {"model"})
+        if self.adapters is not None:
+            self.adapters.begin()
 
     @torch.no_grad()
     def _take_weights(self, checkpoint: Checkpoint, source: str, groups: set[str]) -> None:

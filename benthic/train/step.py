@@ -94,15 +94,15 @@ def accumulate_gradients(
     """
     predictions = objective.predictions(settings.mtp_weight)
     batch = batch.without_last(1 + len(objective.model.mtp) - predictions)
-    targets_KBT = prediction_targets(batch.tokens_BS, batch.document_BS, predictions)
+    targets_KBT = prediction_targets(batch.tokens_BS, batch.document_BS, predictions, batch.learn_BS)
     counts_K = _counted(targets_KBT)
     parts = []
     for start in range(0, len(batch.tokens_BS), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
-        document = None if batch.document_BS is None else batch.document_BS[rows]
-        losses: Losses = compute_in(compute, objective, batch.tokens_BS[rows], document, targets_KBT[:, rows])
+        part = batch.rows(rows)
+        losses: Losses = compute_in(compute, objective, part.tokens_BS, part.document_BS, targets_KBT[:, rows])
         share_K = _counted(targets_KBT[:, rows]) / counts_K.clamp_min(1)
-        share = len(batch.tokens_BS[rows]) / len(batch.tokens_BS)
+        share = len(part.tokens_BS) / len(batch.tokens_BS)
         weighted = Losses(losses.cross_entropy_K * share_K, losses.balance * share, losses.load_ME)
         weighted.total(settings.mtp_weight, settings.balance_weight).backward()
         parts.append(Losses(*(part.detach() for part in weighted)))

@@ -43,26 +43,6 @@ class RandomSequences:
         return Batch(torch.randint(self._vocab_size, (count, self._length), generator=generator), None)
 
 
-class Sequences(Protocol):
-    """What steps are timed on."""
-
-    def at(self, index: int, count: int) -> Batch:
-        """So many sequences from this one on."""
-
-
-class RandomSequences:
-    """Tokens drawn at random: for how long a step takes, they are as good as any."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self._length = config.train.sequence_length + 1 + config.model.num_nextn_predict_layers
-        self._vocab_size = config.model.vocab_size
-
-    def at(self, index: int, count: int) -> Batch:
-        """So many, without documents."""
-        generator = torch.Generator().manual_seed(index)
-        return Batch(torch.randint(self._vocab_size, (count, self._length), generator=generator), None)
-
-
 class Trial:
     """A model with all that a step changes, and the batches it takes one after another."""
 
