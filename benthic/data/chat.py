@@ -8,6 +8,7 @@ result ``tool_call_id``. Whatever a message says stays text: only the format its
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from benthic.data.chat_template import CHAT_TEMPLATE, Message
@@ -16,6 +17,7 @@ from benthic.errors import InputError
 
 Answers = Literal["all", "last"]
 Tools = Sequence[Mapping[str, Any]]
+_KEPT = 4096
 
 _INSTRUCTION = (
     "You may call functions. Their signatures are between <tools> and </tools>:\n<tools>\n{}\n</tools>\n"
@@ -38,6 +40,7 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._encode = lru_cache(_KEPT)(tokenizer.encode)  # the same messages are asked for in parts and together
         template = tokenizer.chat_template or ""
         self._own = template == CHAT_TEMPLATE and len(tokenizer.role_ids) == 3
         self._knows_reasoning = "reasoning_content" in template
@@ -65,9 +68,11 @@ class ChatFormat:
     ) -> tuple[list[int], list[bool]]:
         worded = in_words(messages, tools)
         told = len(worded) - len(messages)  # a message that tells of tools
-        texts = self._tokenizer.encode_batch([message["content"] for message in worded])
         ids, learn, answer = [self._tokenizer.bos_id], [False], False
-        for number, (message, text) in enumerate(zip(worded, texts, strict=True)):
+        for number, message in enumerate(worded):
+            text = self._encode(message["content"])
+            if message["role"] not in self._tokenizer.role_ids:
+                raise InputError(f"role must be one of {', '.join(self._tokenizer.role_ids)}, not {message['role']!r}")
             ids.append(self._tokenizer.role_ids[message["role"]])
             learn.append(answer)  # the next speaker's marker ends an answer
             answer = number - told in learnt
