@@ -14,7 +14,7 @@ from benthic.config.schema import RunConfig
 from benthic.data.prepare import prepare
 from benthic.train.loop import train
 
-WORDS = ["the", "sea", "is", "deep", "and", "dark", "and", "cold", "below", "the", "light", "where", "slow", "fish", "drift", "over", "soft", "grey", "mud"]
+WORDS = ["sea", "deep", "dark", "cold", "light", "slow", "fish", "drift", "soft", "mud"]
 PHASE = {"steps": 6, "batch_size": 3, "learning_rate": 2e-3, "final_learning_rate": 2e-4, "validate_every": 4,
          "checkpoint_every": 3}  # fmt: skip
 
