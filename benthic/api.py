@@ -15,15 +15,15 @@ from benthic.convert.huggingface import copy_tokenizer, is_written_for, save_hf,
 from benthic.convert.resolve import find_tokenizer, load_model
 from benthic.convert.shards import write_json
 from benthic.data.manifest import Manifest
-from benthic.data.prepare import refuse_model_directory
+from benthic.data.prepare import Progress, refuse_model_directory
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import LanguageModel, Transformer
 from benthic.plan.memory import refuse_too_large
-from benthic.posttrain.sft import Sft
-from benthic.posttrain.sft_data import split_of
+from benthic.posttrain.sft import Sft, stage_settings
+from benthic.posttrain.sft_data import prepare_sft, split_of
 from benthic.precision.quantise import Precision
 from benthic.train import loop
 from benthic.train.checkpoint import Checkpoint, latest, save
@@ -63,6 +63,7 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     out = Path(out)
     refuse_too_large(config.model)
     refuse_model_directory(out)
+    prepare_posttraining(config, out)
     with locked(out):
         _refuse_other_model(out)
         trained = loop.train(config, out, kinds=KINDS)
@@ -71,26 +72,29 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     return trained
 
 
-def train_from(config: RunConfig, out: str | Path) -> loop.Trained:
-    """Runs the stages after pretraining of a model that is there, ``config.posttrain.base``, or goes on with them.
+def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress = lambda *_: None) -> list[str]:
+    """Everything that the stages after pretraining need besides its weights, or nothing where it is there.
 
-    Its weights and tokenizer are copied into ``out``, which then needs nothing of it. The rest is as in :func:`train`.
+    A model that the run begins with, ``config.posttrain.base``, is copied into ``out``, which then needs nothing of it;
+    conversations to learn from become samples. Returns what somebody should know who did not ask.
 
     Raises:
-        InputError: besides, there is no such model, or ``out`` holds something else.
+        InputError: there is no such model, ``out`` holds something else, or the conversations are of no use.
     """
     out = Path(out)
     with locked(out):
-        if latest(out / "checkpoints" / BASE) is None:
+        if config.posttrain.base is not None and latest(out / "checkpoints" / BASE) is None:
             _bring(config, out)
-    return train(config, out)
+        if config.posttrain.sft is None:
+            return []
+        return prepare_sft(stage_settings(config), out, progress).remarks()
 
 
 def _bring(config: RunConfig, out: Path) -> None:
     assert config.posttrain.base is not None
     base = Path(config.posttrain.base)
-    for name in ("config.toml", "checkpoints", "model", "data", "tokenizer"):
-        if (out / name).exists() and name != "tokenizer":
+    for name in ("config.toml", "checkpoints", "model", "data"):
+        if (out / name).exists():
             raise InputError(f"{out / name}: already there; give a directory of its own for what begins with {base}")
     tokenizer = find_tokenizer(base)
     Tokenizer.load(tokenizer)

@@ -38,7 +38,7 @@ def read_conversations(source: str) -> Iterator[Conversation | Rejection]:
     """The conversations of ``chitchat``, or of .jsonl files. Raises InputError for other sources."""
     if source in NAMED:
         for item in read_corpus([source]):
-            yield item if isinstance(item, Rejection) else _spoken(item)
+            yield item if isinstance(item, Rejection) else _spoken(item, source)
         return
     for path in find_files(Path(source)):
         if path.suffix.lower() != ".jsonl":
@@ -125,9 +125,9 @@ def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Me
     return list(messages[:start]), parts
 
 
-def _spoken(document: Document) -> Conversation | Rejection:
+def _spoken(document: Document, source: str) -> Conversation | Rejection:
     if not any(turn.role == "assistant" for turn in document.turns):
-        return Rejection("", 0, "no message of the assistant")
+        return Rejection(source, 0, "no message of the assistant")
     return Conversation(tuple({"role": turn.role, "content": turn.text} for turn in document.turns))
 
 

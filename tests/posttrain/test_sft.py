@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from interrupted import Killed, at_step, course, kill
 
-from benthic.api import train_from
+from benthic.api import train
 from benthic.config.load import load_run_config
 from benthic.config.stages import stages
 from benthic.convert.resolve import current_stage, load_model
@@ -363,9 +363,9 @@ def test_a_run_that_begins_with_another(sft_config, make_sft_run, run_all, tmp_p
     out = tmp_path / "out"
     at_step(monkeypatch, 5, kill)
     with pytest.raises(Killed):
-        train_from(config, out)
+        train(config, out)
     base.rename(tmp_path / "gone")
-    train_from(config, out)
+    train(config, out)
     # The same as a stage of one run: weights, split, batches and all.
     left, right = ended(out, "sft"), ended(own, "sft")
     assert all(torch.equal(left.tensors["model"][name], tensor) for name, tensor in right.tensors["model"].items())
@@ -380,10 +380,10 @@ def test_a_directory_with_something_else_is_not_begun_in(sft_config, make_sft_ru
     base, config = make_sft_run("base"), sft_config()
     config = config.model_copy(update={"posttrain": config.posttrain.model_copy(update={"base": str(base)})})
     with pytest.raises(InputError, match=r"holds no config.json, model/ or checkpoints/"):
-        train_from(config, tmp_path / "out")
+        train(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"data: already there; give a directory of its own"):
-        train_from(config, make_sft_run("other"))
+        train(config, make_sft_run("other"))
 
 
 def test_a_batch_without_answers_at_a_depth_is_no_error(packed):
