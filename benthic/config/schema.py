@@ -319,6 +319,13 @@ class PosttrainConfig(Settings):
     """A run or model directory whose weights and tokenizer the run begins with, in the place of pretraining."""
     sft: SftConfig | None = None
 
+    @model_validator(mode="after")
+    def _something_follows(self) -> Self:
+        stages = [name for name in type(self).model_fields if name != "base"]
+        if self.base is not None and not any(getattr(self, name) for name in stages):
+            raise ValueError(f"base={self.base!r} needs a stage after it: posttrain.{' or posttrain.'.join(stages)}")
+        return self
+
 
 class PrecisionConfig(Settings):
     """Arithmetic of training; master weights and gradients are always fp32."""

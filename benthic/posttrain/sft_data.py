@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from benthic.config.schema import ConversationsConfig, DataConfig, RunConfig, SftConfig
 from benthic.config.stages import BASE
-from benthic.data.chat import ChatFormat
+from benthic.data.chat import Answers, ChatFormat, Sample
 from benthic.data.conversations import Conversation, pieces, read_conversations
 from benthic.data.corpus import NAMED, files_digest, read_corpus
 from benthic.data.document import Document, Rejection, digest
@@ -102,7 +102,7 @@ def _write(
     samples: dict[Split, list[int]] = {split: [0] * len(data.sources) for split in SPLITS}
     chat, capacity, answers = ChatFormat(tokenizer), config.train.sequence_length + 1, _sft(config).answers
     for number, split, conversation in counted(_split(data, found), "encoding answers", found.documents, progress):
-        for sample in pieces(conversation, chat, capacity, answers):
+        for sample in _samples(conversation, chat, capacity, answers, data.sources[number]):
             marks = zip(sample.ids, sample.learn, strict=True)
             writers[split].append([index + learn * tokenizer.vocab_size for index, learn in marks], sample.answer_bytes)
             samples[split][number] += 1
@@ -124,6 +124,16 @@ def _write(
     draft.rename(folder)
     sync(folder.parent)
     return manifest
+
+
+def _samples(
+    conversation: Conversation, chat: ChatFormat, capacity: int, answers: Answers, source: str
+) -> Iterator[Sample]:
+    try:
+        yield from pieces(conversation, chat, capacity, answers)
+    except InputError as error:
+        first = conversation.messages[0]["content"]
+        raise InputError(f"{source}: the conversation that begins {first[:40]!r}: {error}") from None
 
 
 def _split(data: DataConfig, found: Survey) -> Iterator[tuple[int, Split, Conversation]]:

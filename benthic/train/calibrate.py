@@ -26,9 +26,7 @@ _FORWARD_SHARE = 1 / 3
 """Of a training step's operations: what a validation token costs beside a training token."""
 
 
-def resolve(
-    config: RunConfig, batches: Sequences | None = None, architecture: Architecture = DEEPSEEK_V3
-) -> RunConfig:
+def resolve(config: RunConfig, batches: Sequences | None = None, architecture: Architecture = DEEPSEEK_V3) -> RunConfig:
     """The settings with the precisions and ``train.steps`` decided and ``train.minutes`` gone.
 
     Both are measured on steps of the first stage, whose sequences ``batches`` are; by default, random ones. Where a run

@@ -86,23 +86,26 @@ def train(
     out = Path(out)
     known = {kind: kinds[kind](out) for kind in _kinds_of(config, kinds)}
     hashes: dict[str, str] = {}
-    for kind in known.values():
-        config, found = kind.prepare(config)
+    for one in known.values():
+        config, found = one.prepare(config)
         hashes |= found
-    names = [stage.name for stage in _stages(config, kinds)]
+    planned = _stages(config, kinds)
+    names = [stage.name for stage in planned]
     _refuse_to_forget(out, names)
     number, newest = reached(out / "checkpoints", names)
+    if planned[number].kind == "base":
+        if newest is None:
+            raise InputError(f"{out}: holds no weights of {config.posttrain.base} to begin with")
+        number, newest = 1, None
     checkpoint = load(newest) if newest else None
-    if newest is not None and _stages(config, kinds)[number].kind == "base":
-        number, newest, checkpoint = 1, None, None
     if checkpoint is None:
-        corpus, first = known.get("corpus"), _stages(config, kinds)[number]
+        corpus, first = known.get("corpus"), planned[number]
         batches = corpus.batches(first.config) if isinstance(corpus, Corpus) else None
         resolved = resolve(config, batches, architecture)
         run = identity(config, resolved, hashes, architecture.settings())
     else:
-        run, kind_reached = checkpoint.state.get("run", {}), _stages(config, kinds)[number].kind
-        resolved = resume_settings(config, run, hashes, str(newest), architecture.settings(), kind=kind_reached)
+        run, kind = checkpoint.state.get("run", {}), planned[number].kind
+        resolved = resume_settings(config, run, hashes, str(newest), architecture.settings(), kind=kind)
         run = renewed(run, config, hashes)
     assert resolved.precision.compute != "auto"
     peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute))

@@ -403,3 +403,23 @@ def test_validation_reads_every_held_out_answer_once(sft_config, make_sft_run):
         for batch in in_order(answers, 48, 1, 3, 1)
     )
     assert counted == answers.answer_tokens() > 100
+
+
+def test_a_conversation_that_cannot_be_rendered_is_named(sft_config, make_sft_run, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copytree(make_sft_run("prepared") / "tokenizer", out / "tokenizer")
+    settings = json.loads((out / "tokenizer" / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    (out / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"chats.jsonl: the conversation that begins '0 .*roles must alternate"):
+        prepare_sft(stage_settings(sft_config()), out)
+    assert not (out / "sft").exists()
+
+
+def test_answers_in_neither_split_are_refused(sft_config, make_sft_run, tmp_path):
+    path = tmp_path / "long.jsonl"
+    asked = [[{"role": "user", "content": f"{n} deep" * 30}, {"role": "assistant", "content": "x"}] for n in range(9)]
+    path.write_text("\n".join(json.dumps({"messages": one}) for one in asked))
+    with pytest.raises(InputError, match=r"of .*long.jsonl, no conversation to learn from holds an answer"):
+        prepare_sft(stage_settings(sft_config(sources=[{"source": str(path)}])), make_sft_run())
