@@ -1,5 +1,6 @@
 """The public functions that join packages which know nothing of each other: models on disk, training, inference."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,24 @@ from pydantic import ValidationError
 from benthic.config.complain import complaint
 from benthic.config.load import inference_defaults
 from benthic.config.schema import InferenceConfig, RunConfig
-from benthic.config.stages import PRETRAIN
-from benthic.convert.huggingface import is_written_for, save_hf
+from benthic.config.stages import BASE, PRETRAIN
+from benthic.convert.huggingface import copy_tokenizer, is_written_for, save_hf, tokenizer_ids
 from benthic.convert.resolve import find_tokenizer, load_model
-from benthic.data.prepare import refuse_model_directory
+from benthic.convert.shards import write_json
+from benthic.data.manifest import Manifest
+from benthic.data.prepare import Progress, refuse_model_directory
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import LanguageModel, Transformer
 from benthic.plan.memory import refuse_too_large
+from benthic.posttrain.sft import Sft, stage_settings
+from benthic.posttrain.sft_data import prepare_sft, split_of
 from benthic.precision.quantise import Precision
 from benthic.train import loop
-from benthic.train.checkpoint import committed
+from benthic.train.checkpoint import Checkpoint, latest, save
+from benthic.train.work import Kinds
 
 
 def load(
@@ -41,6 +47,10 @@ def load(
     return model.transformer.eval()
 
 
+KINDS: Kinds = {**loop.PRETRAINING, "sft": Sft}
+"""Of stages of training."""
+
+
 def train(config: RunConfig, out: str | Path) -> loop.Trained:
     """Runs every stage of training on the data prepared in ``out``, or goes on, and leaves the model in ``out/model``.
 
@@ -53,12 +63,53 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     out = Path(out)
     refuse_too_large(config.model)
     refuse_model_directory(out)
+    prepare_posttraining(config, out)
     with locked(out):
         _refuse_other_model(out)
-        trained = loop.train(config, out)
+        trained = loop.train(config, out, kinds=KINDS)
         assert isinstance(trained.model, LanguageModel)
         save_hf(trained.model, trained.model.config, out / "tokenizer", out / "model", purpose="training")
     return trained
+
+
+def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress = lambda *_: None) -> list[str]:
+    """Everything that the stages after pretraining need besides its weights, or nothing where it is there.
+
+    A model that the run begins with, ``config.posttrain.base``, is copied into ``out``, which then needs nothing of it;
+    conversations to learn from become samples. Returns what somebody should know who did not ask.
+
+    Raises:
+        InputError: there is no such model, ``out`` holds something else, or the conversations are of no use.
+    """
+    out = Path(out)
+    with locked(out):
+        if config.posttrain.base is not None and latest(out / "checkpoints" / BASE) is None:
+            _bring(config, out)
+        if config.posttrain.sft is None:
+            return []
+        return prepare_sft(stage_settings(config), out, progress).remarks()
+
+
+def _bring(config: RunConfig, out: Path) -> None:
+    assert config.posttrain.base is not None
+    base = Path(config.posttrain.base)
+    for name in ("config.toml", "checkpoints", "model", "data"):
+        if (out / name).exists():
+            raise InputError(f"{out / name}: already there; give a directory of its own for what begins with {base}")
+    tokenizer = find_tokenizer(base)
+    Tokenizer.load(tokenizer)
+    model, found = load_model(base, torch.float32)
+    if found != config.model:
+        raise InputError(f"{base}: its model is not the one that the settings describe")
+    manifest = Manifest.load(base / "data") if (base / "data").is_dir() else None
+    split = {"split": split_of(manifest)} if manifest else {}
+    # The tokenizer first: the checkpoint says that all is there.
+    shutil.rmtree(out / "tokenizer", ignore_errors=True)
+    (out / "tokenizer").mkdir()
+    copy_tokenizer(tokenizer, out / "tokenizer")
+    write_json(out / "tokenizer" / "generation_config.json", tokenizer_ids(tokenizer))  # what ends a turn
+    state = {"step": 0, "base": str(base), **split}
+    save(out / "checkpoints" / BASE, 0, Checkpoint({"model": model.state_dict()}, state), keep=None)
 
 
 def _refuse_other_model(out: Path) -> None:
@@ -66,7 +117,7 @@ def _refuse_other_model(out: Path) -> None:
     model = out / "model"
     if not model.is_symlink() and not (model.exists() and (model.is_file() or any(model.iterdir()))):
         return
-    if not (is_written_for("training", model) and committed(out / "checkpoints" / PRETRAIN)):
+    if not (is_written_for("training", model) and any(latest(out / "checkpoints" / name) for name in (PRETRAIN, BASE))):
         raise InputError(f"{model}: already there, and not of a training in {out}; give another --out")
 
 

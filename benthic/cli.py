@@ -58,6 +58,7 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory t
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting over the recipe's; repeatable.")
 ]
+From = Annotated[Path, typer.Option("--from", metavar="RUN", help="The run or model directory to begin with.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 
@@ -99,10 +100,11 @@ def run(out: Out, recipe: Recipe = "quickstart", set_: Set = None) -> None:
 
     config = load_run_config(recipe, set_ or ())
     refuse_too_large(config.model)
-    with console.counting() as progress:
-        manifest = prepare(config.data, config.model.vocab_size, out, progress)
-    console.print_notes(manifest.remarks())
-    _train(config, out)
+    if config.posttrain.base is None:
+        with console.counting() as progress:
+            manifest = prepare(config.data, config.model.vocab_size, out, progress)
+        console.print_notes(manifest.remarks())
+    _prepare_and_train(config, out)
 
 
 @app.command(epilog="Example: benthic data notes/ chats.jsonl --out runs/mine --set model.vocab_size=8192")
@@ -133,10 +135,23 @@ def data(
 def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
     """Pretrain, and extend the context, on data that `benthic data` has prepared in --out; run it again to resume."""
     from benthic.config.load import load_run_config
+    from benthic.config.schema import PosttrainConfig
 
     config = load_run_config(recipe, set_ or ())
     _refuse_other_data(config, set_ or (), out)
-    _train(config, out)
+    _train(config.model_copy(update={"posttrain": PosttrainConfig()}), out)
+
+
+@app.command(epilog="Example: benthic sft chats.toml --out runs/assistant --from runs/quickstart")
+def sft(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
+    """Fine-tune a model on the answers in conversations, [posttrain.sft] of a recipe; run it again to resume."""
+    from benthic.config.load import load_posttrain_config
+    from benthic.convert.resolve import model_config
+
+    if out.resolve() == from_.resolve():
+        raise InputError(f"--from {from_}: is --out; `benthic run` goes on with a run whose recipe has [posttrain.sft]")
+    config = load_posttrain_config(recipe, set_ or (), str(from_.absolute()), model_config(from_), "sft")
+    _prepare_and_train(config, out)
 
 
 @app.command("eval", epilog="Example: benthic eval runs/quickstart --tasks arithmetic.jsonl capitals.jsonl --json")
@@ -389,11 +404,21 @@ def _refuse_other_data(config: "RunConfig", overrides: Sequence[str], out: Path)
             raise InputError(f"--set {key}: {out / 'data'} was prepared with {found!r}; choose another --out")
 
 
+def _prepare_and_train(config: "RunConfig", out: Path) -> None:
+    """Every stage; what the later ones need is made first, so that they do not fail for want of it hours later."""
+    from benthic.api import prepare_posttraining
+
+    with console.counting() as progress:
+        remarks = prepare_posttraining(config, out, progress)
+    console.print_notes(remarks)
+    _train(config, out)
+
+
 def _train(config: "RunConfig", out: Path) -> None:
     from benthic.api import train
 
     trained = train(config, out)
-    print(f"{out}: {trained.bits_per_byte:.4f} bits per byte of held-out text; to talk to it: benthic chat {out}")
+    print(f"{out}: {trained.bits_per_byte:.4f} {trained.measure}; to talk to it: benthic chat {out}")
 
 
 def _print(figures: dict[str, object], as_json: bool) -> None:

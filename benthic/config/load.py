@@ -15,14 +15,19 @@ from pydantic import ValidationError
 
 from benthic.config.complain import complaint, nearest, shown, source_of
 from benthic.config.presets import PRESETS
-from benthic.config.schema import InferenceConfig, RunConfig, ServeConfig, Settings
+from benthic.config.schema import InferenceConfig, ModelConfig, PosttrainConfig, RunConfig, ServeConfig, Settings
 from benthic.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "quickstart"
 
 # A run's length is given once: setting one key on the command line takes the other out of the recipe.
-ALTERNATIVES = {"train.steps": "train.minutes", "train.minutes": "train.steps"}
+ALTERNATIVES = {
+    "train.steps": "train.minutes",
+    "train.minutes": "train.steps",
+    "posttrain.sft.steps": "posttrain.sft.epochs",
+    "posttrain.sft.epochs": "posttrain.sft.steps",
+}
 
 Tree = dict[str, Any]
 
@@ -39,6 +44,36 @@ def load_run_config(recipe: str | Path | None = None, overrides: Sequence[str] =
     """
     path = _find_recipe(recipe or DEFAULT_RECIPE)
     return _resolve(_read_toml(path), str(path), overrides)
+
+
+def load_posttrain_config(
+    recipe: str | Path, overrides: Sequence[str], base: str, model: ModelConfig, stage: str
+) -> RunConfig:
+    """A recipe for one stage after pretraining, of a model that is there: sizes in the recipe give way to its own.
+
+    Args:
+        recipe: as for ``load_run_config``; it must have the section ``posttrain.STAGE``, and others are left out.
+        overrides: as for ``load_run_config``, but not of ``model``.
+        base: the directory the model is from.
+        model: its sizes.
+        stage: ``sft`` or ``rl``.
+
+    Raises:
+        InputError: as ``load_run_config``, or the section is not there.
+    """
+    path = _find_recipe(recipe)
+    tree = _read_toml(path)
+    for key in override_keys(overrides):
+        if key.partition(".")[0] == "model":
+            raise InputError(f"--set {key}: the model is that of {base}, as it is")
+    tree["model"] = model.model_dump(exclude_none=True)
+    if not {"steps", "minutes"} & tree.setdefault("train", {}).keys():
+        tree["train"]["steps"] = 1  # of pretraining, which there is none of
+    config = _resolve(tree, str(path), overrides)
+    section = getattr(config.posttrain, stage)
+    if section is None:
+        raise InputError(f"{path}: has no [posttrain.{stage}]")
+    return config.model_copy(update={"posttrain": PosttrainConfig.model_validate({"base": base, stage: section})})
 
 
 def load_preset_or_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -255,6 +255,78 @@ class TrainConfig(Settings):
         return self
 
 
+class AdapterConfig(Settings):
+    """Low-rank updates of chosen matrices (LoRA, arXiv 2106.09685): W + alpha / rank * B A, with W as it was."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The update's scale is ``alpha / rank``."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("attention",)
+    """Which matrices: parts of their names, such as ``attention``, ``q_b``, ``ffn.shared``, ``experts`` or ``mtp``."""
+
+
+class ConversationsConfig(Settings):
+    """One source of conversations in a mixture."""
+
+    source: str
+    """``chitchat``, or the path of a .jsonl file, or of a folder of them, with a conversation a line."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How many times an epoch reads each conversation: with 0.5 it reads half of them, others each time."""
+
+
+class SftConfig(Settings):
+    """Supervised fine-tuning on the answers in conversations (V3 report section 5.1)."""
+
+    sources: tuple[ConversationsConfig, ...] = ()
+    """By default those of ``data.sources``."""
+    answers: Literal["all", "last"] = "all"
+    """Which of a conversation's answers are learnt."""
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    batch_size: Positive = 8
+    """Sequences per optimizer step, each packed with as many whole conversations as fit."""
+    micro_batch_size: Positive | None = None
+    """Sequences per forward and backward pass; by default the whole batch."""
+    sequence_length: Positive | None = None
+    """By default that of the stage before."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-6
+    """AdamW's rate, as published for 671 billion parameters; small models need more. Muon's is in proportion."""
+    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    """What the rate falls to along a cosine."""
+    warmup: Fraction = 0.0
+    seed: Natural = 0
+    validate_every: Positive | None = None
+    checkpoint_every: Positive | None = None
+    adapter: AdapterConfig | None = None
+    """Train low-rank updates in the place of the weights: less memory."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate={self.final_learning_rate:g} must be at most learning_rate={self.learning_rate:g}"
+            )
+        _check_passes(self.batch_size, self.micro_batch_size)
+        return self
+
+
+class PosttrainConfig(Settings):
+    """The stages after pretraining, each of which a run has if its section is there."""
+
+    base: str | None = None
+    """A run or model directory whose weights and tokenizer the run begins with, in the place of pretraining."""
+    sft: SftConfig | None = None
+
+    @model_validator(mode="after")
+    def _something_follows(self) -> Self:
+        stages = [name for name in type(self).model_fields if name != "base"]
+        if self.base is not None and not any(getattr(self, name) for name in stages):
+            raise ValueError(f"base={self.base!r} needs a stage after it: posttrain.{' or posttrain.'.join(stages)}")
+        return self
+
+
 class PrecisionConfig(Settings):
     """Arithmetic of training; master weights and gradients are always fp32."""
 
@@ -324,6 +396,7 @@ class RunConfig(Settings):
     data: DataConfig = DataConfig()
     train: TrainConfig
     precision: PrecisionConfig = PrecisionConfig()
+    posttrain: PosttrainConfig = PosttrainConfig()
     inference: InferenceConfig = InferenceConfig()
     serve: ServeConfig = ServeConfig()
 
@@ -332,6 +405,18 @@ class RunConfig(Settings):
         length, limit = self.train.sequence_length, self.model.max_position_embeddings
         if length > limit:
             raise ValueError(f"train.sequence_length={length} must be at most model.max_position_embeddings={limit}")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_fit_the_model(self) -> Self:
+        sft, limit = self.posttrain.sft, self.model.max_position_embeddings
+        if self.train.extend and self.posttrain.base is None:
+            longest = self.train.extend[-1].sequence_length
+            limit = max(longest, self.model.rope_scaling.reach if self.model.rope_scaling else longest)
+        if sft is not None and (sft.sequence_length or 0) > limit:
+            raise ValueError(
+                f"posttrain.sft.sequence_length={sft.sequence_length} must be at most {limit}, what the model reads"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,14 +1,29 @@
-"""A run as the list of its stages: pretraining, then each phase of context extension.
+"""A run as the list of its stages: pretraining, each phase of context extension, and what comes after (post-training).
 
 A stage is a training like any other, with settings of its own, so that one loop runs all of them. What passes from
-one to the next are weights and their average (``benthic/train/state.py``).
+one to the next are weights and their average (``benthic/train/state.py``). A run that begins with another's weights
+has these as its first stage, of no steps, in the place of pretraining.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-from benthic.config.schema import ModelConfig, RunConfig, ScheduleConfig, TrainConfig, YarnConfig
+from benthic.config.schema import (
+    AdapterConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PosttrainConfig,
+    RunConfig,
+    ScheduleConfig,
+    SftConfig,
+    TrainConfig,
+    YarnConfig,
+)
 
 PRETRAIN = "pretrain"
+BASE = "base"
+Kind = Literal["corpus", "base", "sft", "rl"]
+"""What a stage learns from: text as it is, nothing (weights that were brought), answers, rewards."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +33,15 @@ class Stage:
     name: str
     """Of its folder below ``checkpoints/``, and in metrics and ledger."""
     config: RunConfig
-    """All its settings, those of the model among them; it has no further stages."""
+    """All its settings, those of the model among them; ``train`` is this stage's alone."""
+    kind: Kind = "corpus"
+    adapter: AdapterConfig | None = None
+    """Low-rank updates that are trained in the place of the weights themselves."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; 0 as long as they are to be measured or counted."""
+        return 0 if self.kind == "base" else self.config.train.steps or 0
 
 
 def stages(config: RunConfig) -> tuple[Stage, ...]:
@@ -26,12 +49,71 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
 
     Pretraining is without YaRN if phases of context extension follow it: ``model.rope_scaling`` is then theirs.
     """
+    before = config.model_copy(update={"posttrain": PosttrainConfig()})
+    first = (Stage(BASE, _without_phases(before), "base"),) if config.posttrain.base else _pretraining(before)
+    posttrain = config.posttrain
+    last = first[-1].config.model_copy(update={"posttrain": posttrain})
+    later = []
+    if posttrain.sft is not None:
+        later.append(Stage("sft", _sft(last, posttrain.sft), "sft", posttrain.sft.adapter))
+    return *first, *later
+
+
+def _pretraining(config: RunConfig) -> tuple[Stage, ...]:
     phases = range(len(config.train.extend))
     first = config
     if phases:
-        train = config.train.model_copy(update={"extend": ()})
-        first = config.model_copy(update={"model": _before_yarn(config.model), "train": train})
+        first = _without_phases(config).model_copy(update={"model": _before_yarn(config.model)})
     return Stage(PRETRAIN, first), *(Stage(f"extend-{number + 1}", _phase(config, number)) for number in phases)
+
+
+def _without_phases(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"extend": ()})})
+
+
+def _sft(config: RunConfig, sft: SftConfig) -> RunConfig:
+    """Settings of a stage over answers, after one with ``config``."""
+    return config.model_copy(update={"train": tuned(config.train, sft)})
+
+
+def tuned(train: TrainConfig, sft: SftConfig) -> TrainConfig:
+    """What pretraining's settings become in fine-tuning.
+
+    The learning rate falls along one cosine, MTP and balance weigh what pretraining ends with, and no average is kept:
+    the stage begins with that of pretraining.
+    """
+    schedule = held(train.schedule).model_copy(
+        update={
+            "warmup": sft.warmup,
+            "decay_start": sft.warmup,
+            "decay_factor": min(1.0, sft.final_learning_rate / sft.learning_rate),
+        }
+    )
+    return train.model_copy(
+        update={
+            "steps": sft.steps,
+            "minutes": None,
+            "sequence_length": sft.sequence_length or train.sequence_length,
+            "batch_size": sft.batch_size,
+            "micro_batch_size": sft.micro_batch_size,
+            "seed": sft.seed,
+            "ema_decay": 0.0,
+            "ema_span": None,
+            "validate_every": sft.validate_every or train.validate_every,
+            "checkpoint_every": sft.checkpoint_every or train.checkpoint_every,
+            "optimizer": slower(train.optimizer, sft.learning_rate),
+            "schedule": schedule,
+            "extend": (),
+        }
+    )
+
+
+def slower(optimizer: OptimizerConfig, rate: float) -> OptimizerConfig:
+    """The same optimizer with another peak rate of AdamW's; Muon's changes in proportion."""
+    share = rate / optimizer.learning_rate
+    return optimizer.model_copy(
+        update={"learning_rate": rate, "matrix_learning_rate": optimizer.matrix_learning_rate * share}
+    )
 
 
 def held(schedule: ScheduleConfig) -> ScheduleConfig:
@@ -70,10 +152,6 @@ def _phase(config: RunConfig, number: int) -> RunConfig:
     )
     model = config.model.model_copy(update={"rope_scaling": yarn, "max_position_embeddings": yarn.reach})
     rate = phase.learning_rate or train.optimizer.learning_rate * train.schedule.last_factor
-    share = rate / train.optimizer.learning_rate
-    optimizer = train.optimizer.model_copy(
-        update={"learning_rate": rate, "matrix_learning_rate": train.optimizer.matrix_learning_rate * share}
-    )
     settings = {
         "steps": phase.steps,
         "minutes": None,
@@ -82,7 +160,7 @@ def _phase(config: RunConfig, number: int) -> RunConfig:
         "micro_batch_size": _micro_batch_size(train, number),
         # Other documents stand side by side in a phase than in the stage before it.
         "seed": train.seed + number + 1,
-        "optimizer": optimizer,
+        "optimizer": slower(train.optimizer, rate),
         "schedule": held(train.schedule),
         "extend": (),
     }

@@ -114,7 +114,7 @@ def save_hf(
         WorkFailed: the disk is full.
     """
     state, places = model.state_dict(), published_names(config)
-    token_ids = {} if tokenizer_dir is None else _tokenizer_ids(tokenizer_dir)
+    token_ids = {} if tokenizer_dir is None else tokenizer_ids(tokenizer_dir)
     with new_folder(out, replace=is_written_for(purpose, out)) as draft:
         write_hf(
             draft,
@@ -177,7 +177,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             (target / name).write_bytes(content)
 
 
-def _tokenizer_ids(tokenizer_dir: Path) -> dict[str, Any]:
+def tokenizer_ids(tokenizer_dir: Path) -> dict[str, Any]:
     """Begin token and all tokens that end a turn, the end token first, so that other engines stop where ours does."""
     tokenizer = Tokenizer.load(tokenizer_dir)
     stops = [tokenizer.eos_id, *sorted(tokenizer.stop_ids - {tokenizer.eos_id})]

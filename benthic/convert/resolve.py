@@ -7,7 +7,7 @@ import torch
 from benthic.config.load import load_run_config
 from benthic.config.schema import ModelConfig
 from benthic.config.stages import Stage, stages
-from benthic.convert.huggingface import load_hf
+from benthic.convert.huggingface import load_hf, open_hf
 from benthic.errors import InputError
 from benthic.model import LanguageModel, build_model
 from benthic.model.language_model import cast_parameters
@@ -32,15 +32,30 @@ def load_model(
     Raises:
         InputError: nothing of this kind is there, or it is damaged.
     """
+    found = _find(path)
+    if isinstance(found, Path):
+        return load_hf(found, dtype, device)
+    stage, newest = found
+    return load_checkpoint(stage.config.model, newest, dtype, device)
+
+
+def model_config(path: str | Path) -> ModelConfig:
+    """The sizes of what :func:`load_model` loads. Raises InputError as that does."""
+    found = _find(path)
+    return open_hf(found).config if isinstance(found, Path) else found[0].config.model
+
+
+def _find(path: str | Path) -> Path | tuple[Stage, Path]:
+    """A folder in Hugging Face layout, or a stage's newest checkpoint."""
     path = _directory(path)
     stage, newest = current_stage(path) if any(path.glob("checkpoints/*/step-*")) else (None, None)
     for folder in (path, path / "model"):
         config = folder / "config.json"
         if config.is_file() and (newest is None or _written(config) >= _written(newest)):
-            return load_hf(folder, dtype, device)
+            return folder
     if stage is None or newest is None:
         raise InputError(f"{path}: holds no config.json, model/ or checkpoints/; {WHAT_IS_ALLOWED}")
-    return load_checkpoint(stage.config.model, newest, dtype, device)
+    return stage, newest
 
 
 def find_tokenizer(path: str | Path) -> Path:

@@ -19,16 +19,24 @@ from benthic.errors import InputError
 class Batch(NamedTuple):
     """``tokens_BS`` (int64) and, with document masking, the id of each position's document ``document_BS`` (int64).
 
-    Equal ids within a sequence mean the same document; the ids have no meaning beyond that.
+    Equal ids within a sequence mean the same document; the ids have no meaning beyond that. ``learn_BS`` (bool) says
+    which tokens are to be predicted, if not all are.
     """
 
     tokens_BS: Tensor
     document_BS: Tensor | None
+    learn_BS: Tensor | None = None
 
     def without_last(self, count: int) -> "Batch":
         """The batch without the last ``count`` tokens of each sequence."""
         kept = slice(None, self.tokens_BS.shape[1] - count)
-        return Batch(self.tokens_BS[:, kept], None if self.document_BS is None else self.document_BS[:, kept])
+        document_BS, learn_BS = (None if part is None else part[:, kept] for part in (self.document_BS, self.learn_BS))
+        return Batch(self.tokens_BS[:, kept], document_BS, learn_BS)
+
+    def rows(self, rows: slice) -> "Batch":
+        """Some of its sequences."""
+        document_BS, learn_BS = (None if part is None else part[rows] for part in (self.document_BS, self.learn_BS))
+        return Batch(self.tokens_BS[rows], document_BS, learn_BS)
 
 
 class _Epoch(NamedTuple):

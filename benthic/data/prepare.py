@@ -27,6 +27,8 @@ Progress = Callable[[str, int, int | None], None]
 
 SOURCES_HASH = "source_sha256"
 """Key of the manifest's settings for the hash of the user's files."""
+HELD_OUT = "held_out_up_to"
+"""Key of the manifest's settings for the largest digest, in hexadecimal, of what is held out."""
 ENCODE_BATCH = 256
 REPORT_EVERY = 100
 Item = TypeVar("Item")
@@ -81,11 +83,11 @@ def _prepare(
     """Prepare, and replace what ``before`` describes if the result is the same."""
     files = files_digest(config.sources)
     found = survey(
-        _counted(read_corpus(config.sources), "reading", None, progress), config.validation_fraction, config.seed
+        counted(read_corpus(config.sources), "reading", None, progress), config.validation_fraction, config.seed
     )
     tokenizer = _tokenizer(config, found, vocab_size, progress)
-    settings = {**_settings(config, vocab_size), SOURCES_HASH: files}
-    with _building(out) as folder:
+    settings = {**_settings(config, vocab_size), SOURCES_HASH: files, HELD_OUT: f"{found.threshold:x}"}
+    with building(out) as folder:
         tokenizer.save(folder / "tokenizer")
         splits = _encode(config, found, tokenizer, folder / "data", progress)
         manifest = _manifest(found, tokenizer, splits, settings)
@@ -117,7 +119,7 @@ def _prepared_before(config: DataConfig, vocab_size: int, out: Path) -> Manifest
     manifest = Manifest.load(out / "data")
     # Data of an earlier version may name its sources relative to where it was prepared.
     saved = manifest.settings | _settings(absolute_paths(manifest.prepared(config)), manifest.settings["vocab_size"])
-    changed = _files_changed(config, manifest)
+    changed = files_changed(config, manifest)
     for key, value in _settings(config, vocab_size).items():
         moved = key == "sources" and changed is False
         if saved.get(key) != value and not moved:
@@ -141,7 +143,7 @@ def check_tokenizer(out: Path, manifest: Manifest) -> str:
     return found
 
 
-def _files_changed(config: DataConfig, manifest: Manifest) -> bool | None:
+def files_changed(config: DataConfig, manifest: Manifest) -> bool | None:
     """Whether the sources hold other text now; None if nobody can tell."""
     try:
         now = files_digest(config.sources)
@@ -163,7 +165,7 @@ def _refuse_other_outcome(out: Path, manifest: Manifest, before: Manifest) -> No
 
 def _tokenizer(config: DataConfig, found: Survey, vocab_size: int, progress: Progress) -> Tokenizer:
     if config.tokenizer is None:
-        documents = _counted(_documents(config, found), "training the tokenizer", found.documents, progress)
+        documents = counted(_documents(config, found), "training the tokenizer", found.documents, progress)
         texts = (turn.text for split, document in documents if split == "train" for turn in document.turns)
         return Tokenizer.train(texts, vocab_size)
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -178,7 +180,7 @@ def _encode(
     directory.mkdir()
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {split: ShardWriter(directory, split, dtype) for split in SPLITS}
-    documents = _counted(_documents(config, found), "encoding", found.documents, progress)
+    documents = counted(_documents(config, found), "encoding", found.documents, progress)
     while batch := list(islice(documents, ENCODE_BATCH)):
         encoded = tokenizer.encode_documents([document for _, document in batch])
         for (split, document), ids in zip(batch, encoded, strict=True):
@@ -213,7 +215,7 @@ def _manifest(
 
 
 @contextmanager
-def _building(out: Path) -> Iterator[Path]:
+def building(out: Path) -> Iterator[Path]:
     """A fresh directory inside ``out`` that is gone afterwards."""
     folder = out / ".preparing"
     shutil.rmtree(folder, ignore_errors=True)
@@ -224,7 +226,8 @@ def _building(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _counted(items: Iterable[Item], doing: str, total: int | None, progress: Progress) -> Iterator[Item]:
+def counted(items: Iterable[Item], doing: str, total: int | None, progress: Progress) -> Iterator[Item]:
+    """The items, with a report of how many there were every hundred and at the end."""
     done = 0
     for done, item in enumerate(items, 1):
         if done % REPORT_EVERY == 0:

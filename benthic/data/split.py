@@ -21,10 +21,13 @@ class Survey(NamedTuple):
     threshold: int
 
 
-def survey(items: Iterable[Document | Rejection], validation_fraction: float, seed: int) -> Survey:
+def survey(
+    items: Iterable[Document | Rejection], validation_fraction: float, seed: int, threshold: int | None = None
+) -> Survey:
     """Count a corpus and fix its split.
 
-    The ``validation_fraction`` of unique documents with the smallest digests is held out, at least one and not all.
+    The ``validation_fraction`` of unique documents with the smallest digests is held out, at least one and not all; or
+    all up to the ``threshold`` of another corpus' split, so that none changes sides that is in both.
     Raises ``InputError`` if there are fewer than two documents.
     """
     digests, duplicates, rejected, examples = set[int](), 0, 0, list[Rejection]()
@@ -41,7 +44,10 @@ def survey(items: Iterable[Document | Rejection], validation_fraction: float, se
         raise InputError(
             f"the corpus has {len(digests)} usable document(s), at least 2 are needed to hold one out{first}"
         )
-    held_out = min(max(1, round(validation_fraction * len(digests))), len(digests) - 1)
+    wanted = round(validation_fraction * len(digests))
+    if threshold is not None:
+        wanted = sum(key <= threshold for key in digests)
+    held_out = min(max(1, wanted), len(digests) - 1)
     return Survey(len(digests), duplicates, rejected, tuple(examples), sorted(digests)[held_out - 1])
 
 

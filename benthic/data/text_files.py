@@ -7,9 +7,9 @@ import codecs
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benthic.data.document import ROLES, Document, Rejection, Turn, plain_document
 from benthic.errors import InputError
@@ -17,6 +17,7 @@ from benthic.errors import InputError
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
 MAX_LINE_BYTES = 8 << 20
+Record = TypeVar("Record")
 DOCUMENT_BYTES = 64 << 10
 """A longer text file is cut at its next blank line, so that one large file still has documents to hold out."""
 
@@ -66,7 +67,7 @@ def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 def read_file(path: Path) -> Iterator[Document | Rejection]:
     """The documents of one file in order; raises ``InputError`` if it cannot be read."""
     try:
-        yield from (_read_jsonl(path) if path.suffix.lower() == ".jsonl" else _read_text(path))
+        yield from (_read_jsonl(path, _parse_record) if path.suffix.lower() == ".jsonl" else _read_text(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -124,17 +125,28 @@ def _text_document(path: Path, offset: int, data: bytes) -> Document | Rejection
     return plain_document(text) if text.strip() else Rejection(str(path), offset, "empty document")
 
 
-class _RecordError(ValueError):
-    """A JSON record that is no document."""
+class RecordError(ValueError):
+    """A JSON record that cannot be used."""
 
 
-def _read_jsonl(path: Path) -> Iterator[Document | Rejection]:
+def read_records(path: Path, parse: Callable[[Any], Record]) -> Iterator[Record | Rejection]:
+    """What ``parse``, which may raise ``ValueError``, makes of the lines of a .jsonl file, in order.
+
+    Raises ``InputError`` if the file cannot be read.
+    """
+    try:
+        yield from _read_jsonl(path, parse)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read_jsonl(path: Path, parse: Callable[[Any], Record]) -> Iterator[Record | Rejection]:
     for offset, line in _lines(path):
         if line is None:
             yield _overlong(path, offset)
         elif line.strip():
             try:
-                yield _parse_record(line)
+                yield parse(json.loads(line.decode()))
             except UnicodeDecodeError as error:
                 yield Rejection(str(path), offset + error.start, "invalid UTF-8")
             except (ValueError, RecursionError) as error:
@@ -149,26 +161,25 @@ def _reason(error: Exception) -> str:
     return f"bad JSON: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
-def _parse_record(line: bytes) -> Document:
+def _parse_record(record: Any) -> Document:
     """``{"text": ...}`` or ``{"messages": [{"role", "content"}, ...]}``; raises a ``ValueError`` that says why not."""
-    record = json.loads(line.decode())
     if not isinstance(record, dict) or not isinstance(record.get("messages", []), list):
-        raise _RecordError('not an object with "text" or "messages"')
+        raise RecordError('not an object with "text" or "messages"')
     if "messages" in record:
         document = Document(tuple(_parse_message(message) for message in record["messages"]))
     elif isinstance(record.get("text"), str):
         document = plain_document(record["text"])
     else:
-        raise _RecordError('no string under "text" and no list under "messages"')
+        raise RecordError('no string under "text" and no list under "messages"')
     document.plain_text.encode()
     if not document.plain_text.strip():
-        raise _RecordError("empty document")
+        raise RecordError("empty document")
     return document
 
 
 def _parse_message(message: Any) -> Turn:
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise _RecordError('a message without a string under "content"')
+        raise RecordError('a message without a string under "content"')
     if message.get("role") not in ROLES:
-        raise _RecordError(f'a message whose "role" is not one of {", ".join(ROLES)}')
+        raise RecordError(f'a message whose "role" is not one of {", ".join(ROLES)}')
     return Turn(message["role"], message["content"])

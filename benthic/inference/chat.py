@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any, TextIO
 
+from benthic.data.chat import ChatFormat
 from benthic.errors import InputError
 from benthic.inference.engine import Engine
 from benthic.terminal import without_controls
@@ -91,7 +92,7 @@ class Conversation:
 
     def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
         """The messages without the oldest exchanges, so that a quarter of the context is left to answer; their ids."""
-        ids = self._engine.tokenizer.apply_chat(messages)
+        ids = ChatFormat(self._engine.tokenizer).prompt(messages)
         first = 1 if messages[0]["role"] == "system" else 0
         if len(ids) <= self._engine.config.max_position_embeddings * 3 // 4 or len(messages) == first + 1:
             return messages, ids

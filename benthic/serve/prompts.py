@@ -5,6 +5,7 @@ loop.
 from collections.abc import Mapping
 from typing import Any
 
+from benthic.data.chat import ChatFormat
 from benthic.errors import InputError
 from benthic.inference.request import Sampling
 from benthic.serve import tools
@@ -43,17 +44,9 @@ def _choices(ids: list[int], sampling: Sampling, asked: Asked, grammar: Grammar 
 
 def chat_ids(served: Served, asked: ChatRequest) -> list[int]:
     """A conversation as the model's template renders it. Raises 400."""
-    tokenizer, offered = served.tokenizer, asked.usable_tools
+    messages = [tools.as_message(message) for message in asked.messages]
     try:
-        if not tokenizer.knows_tools:
-            return _checked(served, tokenizer.apply_chat(tools.in_words(asked.messages, offered)), "messages")
-        schemas = [tools.schema(tool) for tool in offered]
-        try:
-            ids = tokenizer.apply_chat(tools.for_template(asked.messages, arguments_as_text=False), tools=schemas)
-        except InputError:
-            if not any(message.tool_calls for message in asked.messages):
-                raise
-            ids = tokenizer.apply_chat(tools.for_template(asked.messages, arguments_as_text=True), tools=schemas)
+        ids = ChatFormat(served.tokenizer).prompt(messages, [tools.schema(tool) for tool in asked.usable_tools])
     except InputError as error:
         raise bad(f"messages: {error}", "messages") from None
     return _checked(served, ids, "messages")

@@ -167,67 +167,19 @@ def _rehomed(schema: Any, home: str) -> Any:
     return moved
 
 
-def for_template(messages: Sequence[ChatMessage], arguments_as_text: bool) -> list[dict[str, Any]]:
-    """Messages as templates that know tools read them.
-
-    Most want a call's arguments as an object, as transformers gives them; DeepSeek's joins them as text.
-    """
-    return [_message(message, arguments_as_text) for message in messages]
-
-
-def _message(message: ChatMessage, arguments_as_text: bool) -> dict[str, Any]:
-    role = "system" if message.role == "developer" else message.role
-    rendered: dict[str, Any] = {"role": role, "content": message.text}
+def as_message(message: ChatMessage) -> dict[str, Any]:
+    """A message as :mod:`benthic.data.chat` reads it, which tells a model of tools that does not know them."""
+    rendered: dict[str, Any] = {"role": message.role, "content": message.text}
     rendered |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key)) is not None}
     if message.tool_calls:
         rendered["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {
-                "name": call.function.name,
-                "arguments": call.function.arguments if arguments_as_text else _arguments(call.function)}}
+            {"id": call.id, "type": "function",
+             "function": {"name": call.function.name, "arguments": call.function.arguments}}
             for call in message.tool_calls
         ]  # fmt: skip
     return rendered
 
 
-def in_words(messages: Sequence[ChatMessage], tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Messages for a template that knows only the roles system, user and assistant, with tools told in the first."""
-    rendered = [{"role": _role_in_words(message), "content": _content_in_words(message)} for message in messages]
-    if not tools:
-        return rendered
-    told = _INSTRUCTION.format("\n".join(json.dumps(schema(tool), ensure_ascii=False) for tool in tools))
-    if rendered[0]["role"] == "system":
-        return [{"role": "system", "content": f"{rendered[0]['content']}\n\n{told}"}, *rendered[1:]]
-    return [{"role": "system", "content": told}, *rendered]
-
-
-_INSTRUCTION = (
-    "You may call functions. Their signatures are between <tools> and </tools>:\n<tools>\n{}\n</tools>\n"
-    'To call one, write <tool_call>\n{{"name": NAME, "arguments": OBJECT}}\n</tool_call>'
-)
-
-
 def schema(tool: Tool) -> dict[str, Any]:
     """A tool as a template gets it."""
     return tool.model_dump(exclude_none=True)
-
-
-def _role_in_words(message: ChatMessage) -> str:
-    return {"developer": "system", "tool": "user"}.get(message.role, message.role)
-
-
-def _content_in_words(message: ChatMessage) -> str:
-    if message.role == "tool":
-        return f"<tool_response>\n{message.text}\n</tool_response>"
-    calls = [
-        json.dumps({"name": call.function.name, "arguments": _arguments(call.function)}, ensure_ascii=False)
-        for call in message.tool_calls or ()
-    ]
-    return "\n".join([*([message.text] if message.text else []), *(f"<tool_call>\n{c}\n</tool_call>" for c in calls)])
-
-
-def _arguments(function: FunctionCall) -> Any:
-    """As an object, or as the text they are if a model once wrote something else."""
-    try:
-        return json.loads(function.arguments)
-    except (ValueError, RecursionError):
-        return function.arguments

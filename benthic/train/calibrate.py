@@ -12,12 +12,11 @@ import torch
 
 from benthic.config.schema import RunConfig, ScheduleConfig
 from benthic.config.stages import stages
-from benthic.data.batches import Batches
 from benthic.precision.compute import Compute
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.optimizer import matrix_products
 from benthic.train.schedule import steps_per_full_batch
-from benthic.train.trial import Trial
+from benthic.train.trial import RandomSequences, Sequences, Trial
 
 _MODES: tuple[Compute, ...] = ("fp32", "bf16")
 _FEWEST_STEPS = 5
@@ -27,22 +26,24 @@ _FORWARD_SHARE = 1 / 3
 """Of a training step's operations: what a validation token costs beside a training token."""
 
 
-def resolve(config: RunConfig, batches: Batches, architecture: Architecture = DEEPSEEK_V3) -> RunConfig:
+def resolve(config: RunConfig, batches: Sequences | None = None, architecture: Architecture = DEEPSEEK_V3) -> RunConfig:
     """The settings with the precisions and ``train.steps`` decided and ``train.minutes`` gone.
 
-    Both are measured on steps of pretraining, whose sequences ``batches`` are.
+    Both are measured on steps of the first stage, whose sequences ``batches`` are; by default, random ones. Where a run
+    begins with another's weights, nothing of pretraining is decided.
     """
-    first = stages(config)[0].config
+    first = next(stage for stage in stages(config) if stage.kind != "base").config
+    batches = batches or RandomSequences(first)
     asked = config.precision.compute
     compute = _fastest(first, batches, architecture) if asked == "auto" else asked
     precision = config.precision.model_copy(update={"compute": compute})
     train = config.train
-    if train.minutes is not None:
+    pretrained_here = config.posttrain.base is None
+    if train.minutes is not None and pretrained_here:
         budget = 60 * train.minutes
         full_step = seconds_per_step(first, batches, compute, budget * _SHARE_OF_RUN, architecture)
         train = train.model_copy(update={"steps": affordable_steps(first, full_step, budget), "minutes": None})
-    assert train.steps is not None
-    if train.ema_span is not None:
+    if train.ema_span is not None and train.steps is not None:
         train = train.model_copy(update={"ema_decay": ema_decay(train.ema_span, train.steps), "ema_span": None})
     if train.optimizer.name == "muon":
         # Of the run, not of the machine: it must not change where the run is resumed.
@@ -56,7 +57,7 @@ def ema_decay(span: float, steps: int) -> float:
     return math.exp(-1 / (span * steps))
 
 
-def _fastest(config: RunConfig, batches: Batches, architecture: Architecture) -> Compute:
+def _fastest(config: RunConfig, batches: Sequences, architecture: Architecture) -> Compute:
     seconds = {mode: seconds_per_step(config, batches, mode, architecture=architecture) for mode in _MODES}
     return min(seconds, key=seconds.__getitem__)
 
@@ -74,7 +75,7 @@ def affordable_steps(config: RunConfig, seconds: float, budget: float) -> int:
 
 def seconds_per_step(
     config: RunConfig,
-    batches: Batches,
+    batches: Sequences,
     compute: Compute,
     budget: float = 0.0,
     architecture: Architecture = DEEPSEEK_V3,

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from benthic.config.schema import RunConfig
+from benthic.config.schema import PosttrainConfig, RunConfig
 from benthic.errors import InputError
 
 MAY_CHANGE = {
@@ -20,7 +20,9 @@ MAY_CHANGE = {
     "train.price_per_hour",
     "train.track",
 }
-_SECTIONS = {"model", "data", "train", "precision"}
+_SECTIONS = {"model", "data", "train", "precision", "posttrain"}
+_OF_EVERY_STAGE = {"data", "tokenizer"}
+"""Of the hashes."""
 _KEYS = ("requested", "resolved", "corpus")
 
 
@@ -39,7 +41,13 @@ def identity(
 
 
 def resume_settings(
-    requested: RunConfig, saved: Any, corpus: dict[str, str], source: str, architecture: dict[str, Any] | None = None
+    requested: RunConfig,
+    saved: Any,
+    corpus: dict[str, str],
+    source: str,
+    architecture: dict[str, Any] | None = None,
+    *,
+    kind: str = "corpus",
 ) -> RunConfig:
     """The settings to go on with: those asked for, with what was once measured taken from the checkpoint.
 
@@ -49,6 +57,7 @@ def resume_settings(
         corpus: hashes of data and tokenizer now.
         source: what the message names.
         architecture: what tells the kind of model from the usual one.
+        kind: of the stage that was reached. What concerns later ones may be settled anew.
 
     Raises:
         InputError: the settings are neither those once asked for nor those once resolved, or the data, tokenizer
@@ -56,16 +65,39 @@ def resume_settings(
     """
     if not isinstance(saved, dict) or not all(isinstance(saved.get(key), dict) for key in _KEYS):
         raise InputError(f"{source}/state.json: does not say which run it is of")
-    given = requested.model_dump(mode="json", include=_SECTIONS)
-    began = {key: _of_this_version(saved[key], source) for key in ("resolved", "requested")}
+    given = _up_to(kind, requested.model_dump(mode="json", include=_SECTIONS))
+    began = {key: _up_to(kind, _of_this_version(saved[key], source)) for key in ("resolved", "requested")}
     changed = differences(given, began["resolved"]) and differences(given, began["requested"])
+    hashes = _OF_EVERY_STAGE | set(_sections_up_to(kind))
     now = {"corpus": corpus, "architecture": architecture or {}}
-    changed = [*changed, *differences(now, {"architecture": {}, **{key: saved[key] for key in now if key in saved}})]
+    before = {"architecture": {}, **{key: saved[key] for key in now if key in saved}}
+    for side in (now, before):
+        side["corpus"] = {name: value for name, value in side["corpus"].items() if name in hashes}
+    changed = [*changed, *differences(now, before)]
     if changed:
         raise InputError(
             f"{source} was made with other settings: {'; '.join(changed)}; restore these, or give another --out"
         )
     return _with_measured(requested, began["resolved"])
+
+
+def renewed(saved: dict[str, Any], settings: RunConfig, corpus: dict[str, str]) -> dict[str, Any]:
+    """The identity of a run, once checked, with what is now given for stages that it has not reached."""
+    posttrain = {"posttrain": settings.model_dump(mode="json", include={"posttrain"})["posttrain"]}
+    both = {key: {**saved[key], **posttrain} for key in ("requested", "resolved")}
+    return {**saved, **both, "corpus": {**saved["corpus"], **corpus}}
+
+
+def _sections_up_to(kind: str) -> tuple[str, ...]:
+    """Keys of ``posttrain`` that concern a stage of this kind or one before it."""
+    names = tuple(PosttrainConfig.model_fields)
+    return names[: names.index(kind) + 1] if kind in names else ()
+
+
+def _up_to(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
+    concerned = _sections_up_to(kind)
+    posttrain = {key: value for key, value in settings["posttrain"].items() if key in concerned}
+    return {**settings, "posttrain": posttrain}
 
 
 def _of_this_version(settings: dict[str, Any], source: str) -> dict[str, Any]:
@@ -78,6 +110,7 @@ def _of_this_version(settings: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _with_measured(requested: RunConfig, resolved: dict[str, Any]) -> RunConfig:
     settings = requested.model_dump(mode="json")
+    resolved = {key: value for key, value in resolved.items() if key != "posttrain"}
     free = {key: value for key, value in settings["train"].items() if f"train.{key}" in MAY_CHANGE}
     return RunConfig.model_validate({**settings, **resolved, "train": {**resolved["train"], **free}})
 

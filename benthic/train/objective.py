@@ -70,15 +70,20 @@ class Objective(nn.Module):
         return Losses(torch.stack(nats), balance, torch.stack([routing.load_E for routing in routings]))
 
 
-def prediction_targets(tokens_BS: Tensor, document_BS: Tensor | None, predictions: int) -> Tensor:
+def prediction_targets(
+    tokens_BS: Tensor, document_BS: Tensor | None, predictions: int, learn_BS: Tensor | None = None
+) -> Tensor:
     """What each position is to predict (K, B, T): k-th row, token i + 1 + k; ``IGNORE`` if of another document.
 
-    A prediction within one document uses only inputs of that document, so nothing else need be masked.
+    A prediction within one document uses only inputs of that document, so nothing else need be masked. With
+    ``learn_BS``, only tokens marked there are predicted, at whatever depth.
     """
     length = tokens_BS.shape[1] - predictions
     shifted = [slice(1 + k, 1 + k + length) for k in range(predictions)]
     targets_KBT = torch.stack([tokens_BS[:, shift] for shift in shifted])
-    if document_BS is None:
-        return targets_KBT
-    same_KBT = torch.stack([document_BS[:, shift] == document_BS[:, :length] for shift in shifted])
-    return targets_KBT.where(same_KBT, IGNORE)
+    if document_BS is not None:
+        same_KBT = torch.stack([document_BS[:, shift] == document_BS[:, :length] for shift in shifted])
+        targets_KBT = targets_KBT.where(same_KBT, IGNORE)
+    if learn_BS is not None:
+        targets_KBT = targets_KBT.where(torch.stack([learn_BS[:, shift] for shift in shifted]), IGNORE)
+    return targets_KBT

@@ -5,11 +5,12 @@ matrices are orthogonalised; embedding, head, router and norms, whose rows are n
 states, stay with AdamW.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benthic.config.schema import OptimizerConfig
 from benthic.model import Trainable
@@ -23,17 +24,18 @@ from benthic.train.muon import Muon
 
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 _MUON_STATE = ("momentum",)
-_MTP = "mtp."
+_MTP = re.compile(r"((down|up)\.)?mtp\W")
+"""Begins the names of MTP modules' parameters, and of their adapters'."""
 
 
 class ModelOptimizer:
     """AdamW, or Muon beside AdamW, over all parameters of a model; ``moments`` is the dtype of AdamW's."""
 
-    def __init__(self, model: Trainable, config: OptimizerConfig, moments: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, moments: torch.dtype = torch.float32) -> None:
         self.config, self.moments = config, moments
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        self._late = {parameter for parameter, name in self._names.items() if name.startswith(_MTP)}
-        matrices = _hidden_matrices(model) if config.name == "muon" else {}
+        self._late = {parameter for parameter, name in self._names.items() if _MTP.match(name)}
+        matrices = _hidden_matrices(model) if config.name == "muon" and isinstance(model, Trainable) else {}
         others = [parameter for parameter in self._names if parameter not in matrices]
         self._parts: list[tuple[torch.optim.Optimizer, float, tuple[str, ...]]] = [
             (adamw(others, config, moments), config.learning_rate, _ADAMW_STATE)
@@ -84,7 +86,7 @@ class ModelOptimizer:
             for optimizer, _, _ in self._parts:
                 optimizer.state.clear()
             return
-        absent = self._late if not any(key.startswith(_MTP) for key in tensors) else set()
+        absent = self._late if not any(_MTP.match(key) for key in tensors) else set()
         for optimizer, _, keys in self._parts:
             optimizer.state.clear()
             for parameter in _parameters(optimizer):

@@ -4,12 +4,13 @@ Shapes: B sequences, S tokens, T positions, K predictions (main model, then MTP 
 N positions, D model width, V vocabulary.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benthic.data.batches import validation_batches
+from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
 from benthic.model import Trainable
 from benthic.ops.cross_entropy import IGNORE
@@ -17,7 +18,7 @@ from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import prediction_targets
 
-_TOKENS = 8192
+PROBED_TOKENS = 8192
 """Enough for half a percent; the logits that accuracy needs are costly."""
 _CHUNK = 512
 
@@ -38,10 +39,12 @@ class _Sums(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens_BS: Tensor, document_BS: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        self, tokens_BS: Tensor, document_BS: Tensor | None, learn_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         document_BI = None if document_BS is None else document_BS[:, :-1]
         states, routings = self.model.training_hidden(tokens_BS[:, :-1], document_BI)
-        targets_KBT = prediction_targets(tokens_BS, document_BS, len(states))
+        targets_KBT = prediction_targets(tokens_BS, document_BS, len(states), learn_BS)
         head = self.model.transformer.head.weight
         right = [
             top1_hits(x_BTD.flatten(0, 1), head, target_BT.flatten())
@@ -52,7 +55,6 @@ class _Sums(nn.Module):
         return torch.tensor(right), counted_K, torch.tensor(entropies), torch.tensor(targets_KBT[0].numel())
 
 
-@torch.no_grad()
 def probe(
     model: Trainable,
     store: TokenStore,
@@ -63,12 +65,19 @@ def probe(
     mask_documents: bool = False,
 ) -> Probe:
     """Accuracies and entropies over evenly spaced sequences of the validation split, about 8192 tokens."""
+    batches = validation_batches(
+        store, batch_size, sequence_length, mask_documents=mask_documents, max_tokens=PROBED_TOKENS
+    )
+    return probe_batches(model, batches, compute)
+
+
+@torch.no_grad()
+def probe_batches(model: Trainable, batches: Iterable[Batch], compute: Compute = "fp32") -> Probe:
+    """Accuracies on the tokens that these batches have to be predicted, and entropies at all their positions."""
     sums = _Sums(model)
     parts = [
-        compute_in(compute, sums, batch.tokens_BS, batch.document_BS)
-        for batch in validation_batches(
-            store, batch_size, sequence_length, mask_documents=mask_documents, max_tokens=_TOKENS
-        )
+        compute_in(compute, sums, *batch)
+        for batch in batches
         if batch.tokens_BS.shape[1] > 1 + len(model.mtp)  # the split's last sequence may be too short for all depths
     ]
     if not parts:

@@ -1,11 +1,13 @@
 """Everything a step changes, and how it goes into a checkpoint and comes back bit for bit."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from benthic.config.schema import RunConfig
+from benthic.config.schema import AdapterConfig, RunConfig
 from benthic.errors import InputError
+from benthic.train.adapter import AdapterOptimizer, Adapters
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.checkpoint import Checkpoint, copy_into
 from benthic.train.compute import moments_dtype
@@ -16,10 +18,23 @@ from benthic.train.optimizer import ModelOptimizer
 from benthic.train.recompute import recompute_activations
 
 
+class Carried(NamedTuple):
+    """What a stage carries from one step to the next besides model and optimizer, such as rollouts not used up."""
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+    """As JSON has it."""
+
+
+NOTHING = Carried({}, {})
+
+
 class TrainState:
     """Model, optimizer and average of the weights after ``step`` steps. Training draws no random numbers."""
 
-    def __init__(self, config: RunConfig, architecture: Architecture = DEEPSEEK_V3) -> None:
+    def __init__(
+        self, config: RunConfig, architecture: Architecture = DEEPSEEK_V3, adapter: AdapterConfig | None = None
+    ) -> None:
         self.step = 0
         self.bits_per_byte: float | None = None
         """Of the last validation; of the averaged weights, where an average is kept."""
@@ -32,45 +47,60 @@ class TrainState:
         self.objective = Objective(self.model)
         compute = config.precision.compute
         moments = moments_dtype("fp32" if compute == "auto" else compute)
-        self.optimizer = ModelOptimizer(self.model, config.train.optimizer, moments)
+        self.adapters = Adapters(self.model, adapter, config.train.seed) if adapter else None
+        self.optimizer = (
+            AdapterOptimizer(self.adapters, config.train.optimizer, moments)
+            if self.adapters
+            else ModelOptimizer(self.model, config.train.optimizer, moments)
+        )
         decay = config.train.ema_decay
         self.average = WeightAverage(self.model, decay) if decay else None
 
-    def to_checkpoint(self, run: dict[str, object], *, on_schedule: bool) -> Checkpoint:
+    def to_checkpoint(self, run: dict[str, object], carried: Carried = NOTHING, *, on_schedule: bool) -> Checkpoint:
         """Tensors and numbers, with what identifies the run, and whether it would be saved had no signal come."""
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_tensors()}
         if self.average is not None:
             tensors["average"] = self.average.tensors
+        if self.adapters is not None:
+            tensors["adapters"] = self.adapters.tensors()
+        if carried.tensors:
+            tensors["carried"] = carried.tensors
         numbers = {
             "step": self.step,
             "bits_per_byte": self.bits_per_byte,
             "sequences_passed_over": self.sequences_passed_over,
             "health": self.health.to_json(),
+            "carried": carried.numbers,
             "on_schedule": on_schedule,
         }
         return Checkpoint(tensors, {**numbers, "run": run})
 
     def restore(self, checkpoint: Checkpoint, source: str) -> None:
         """Become what was saved. Raises InputError, naming ``source``, if it does not fit."""
-        self._take_weights(checkpoint, source, {"model", "optimizer"})
+        self._take_weights(checkpoint, source, {"model", "optimizer"} | ({"adapters"} if self.adapters else set()))
+        if self.adapters is not None:
+            self.adapters.restore(checkpoint.tensors["adapters"], f"{source}/adapters.safetensors")
         self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], f"{source}/optimizer.safetensors")
         self._restore_numbers(checkpoint.state, f"{source}/state.json")
 
     def begin_with(self, checkpoint: Checkpoint, source: str) -> None:
         """Begin a stage with the weights, routers' bias and average that the stage before ended with.
 
-        Nothing else passes over: a stage has moments, and a notion of what a spike is, of its own. Raises InputError,
-        naming ``source``, if it does not fit.
+        Nothing else passes over: a stage has moments, and a notion of what a spike is, of its own. A stage that
+        keeps no average begins with the one that is there. Raises InputError, naming ``source``, if it does not fit.
         """
+        if self.average is None:
+            checkpoint = Checkpoint({"model": weights_of(checkpoint)}, checkpoint.state)
         self._take_weights(checkpoint, source, {"model"})
+        if self.adapters is not None:
+            self.adapters.begin()
 
     @torch.no_grad()
     def _take_weights(self, checkpoint: Checkpoint, source: str, groups: set[str]) -> None:
         groups = groups | ({"average"} if self.average is not None else set())
-        if checkpoint.tensors.keys() != groups:
-            raise InputError(
-                f"{source}: holds {', '.join(sorted(checkpoint.tensors))}; this run needs {', '.join(sorted(groups))}"
-            )
+        found = checkpoint.tensors.keys() - {"carried"}
+        if found != groups:
+            raise InputError(f"{source}: holds {', '.join(sorted(found))}; this run needs {', '.join(sorted(groups))}")
         copy_into(self.model.state_dict(), checkpoint.tensors["model"], f"{source}/model.safetensors")
         if self.average is not None:
             copy_into(self.average.tensors, checkpoint.tensors["average"], f"{source}/average.safetensors")
@@ -82,3 +112,16 @@ class TrainState:
         self.health.restore(saved.get("health"), source)
         self.step, self.bits_per_byte = saved["step"], saved["bits_per_byte"]
         self.sequences_passed_over = saved["sequences_passed_over"]
+
+
+def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights, with buffers, that a checkpoint stands for: the averaged ones where an average was kept."""
+    return {**checkpoint.tensors.get("model", {}), **checkpoint.tensors.get("average", {})}
+
+
+def carried_in(checkpoint: Checkpoint, source: str) -> Carried:
+    """What :meth:`TrainState.to_checkpoint` was given. Raises InputError, naming ``source``, if it is no such thing."""
+    numbers = checkpoint.state.get("carried", {})
+    if not isinstance(numbers, dict):
+        raise InputError(f"{source}/state.json: carried={numbers!r:.80} must be an object")
+    return Carried(checkpoint.tensors.get("carried", {}), numbers)

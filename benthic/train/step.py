@@ -3,7 +3,7 @@
 Shapes: B sequences, K predictions per position, M MoE layers, E experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,25 +33,40 @@ class StepReport(NamedTuple):
     """What was amiss when the batch was first run; all else here is of the second time."""
 
 
+class Gradients(Protocol):
+    """Adds the gradients of a batch's loss to the parameters', and returns the losses without their graph."""
+
+    def __call__(
+        self, objective: Objective, batch: Any, settings: StepSettings, *, micro_batch_size: int, compute: Compute
+    ) -> Losses:
+        """Called a second time if the first looked wrong; must then do the same again."""
+
+
 def train_step(
     objective: Objective,
     optimizer: ModelOptimizer,
-    batch: Batch,
+    batch: Any,
     settings: StepSettings,
     *,
     micro_batch_size: int,
     compute: Compute,
     health: Health | None = None,
+    gradients: Gradients | None = None,
 ) -> StepReport:
-    """Learn from one batch.
+    """Learn from one batch, by ``gradients``: by default, with :func:`accumulate_gradients`, from its next tokens.
 
     A loss or gradient that is NaN or infinite, or by ``health`` a spike, makes the batch run again. If it happens
     again, what is not finite stops the update before it happens; a spike does as ``health`` says.
     """
     health = health or Health()
+    gradients = gradients or accumulate_gradients
 
     def run() -> StepReport:
-        return _gradients(objective, optimizer, batch, settings, micro_batch_size, compute)
+        optimizer.zero_grad()
+        losses = gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
+        numbers = torch.stack([*losses.cross_entropy_K, losses.balance, optimizer.grad_norm()]).tolist()
+        *cross_entropy, balance, grad_norm = numbers
+        return StepReport(cross_entropy, balance, grad_norm, losses.load_ME)
 
     report, incident = run(), None
     if trouble := _trouble(health, report):
@@ -63,22 +78,6 @@ def train_step(
         update_router_bias(objective.routers, report.load_ME, settings.bias_speed)
     health.remember(report.cross_entropy[0], report.grad_norm, updated=updated)
     return report._replace(updated=updated, incident=incident)
-
-
-def _gradients(
-    objective: Objective,
-    optimizer: ModelOptimizer,
-    batch: Batch,
-    settings: StepSettings,
-    micro_batch_size: int,
-    compute: Compute,
-) -> StepReport:
-    """Forward and backward pass from scratch, and what they say."""
-    optimizer.zero_grad()
-    losses = accumulate_gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
-    numbers = torch.stack([*losses.cross_entropy_K, losses.balance, optimizer.grad_norm()]).tolist()
-    *cross_entropy, balance, grad_norm = numbers
-    return StepReport(cross_entropy, balance, grad_norm, losses.load_ME)
 
 
 def _trouble(health: Health, report: StepReport) -> Trouble | None:
@@ -95,15 +94,15 @@ def accumulate_gradients(
     """
     predictions = objective.predictions(settings.mtp_weight)
     batch = batch.without_last(1 + len(objective.model.mtp) - predictions)
-    targets_KBT = prediction_targets(batch.tokens_BS, batch.document_BS, predictions)
+    targets_KBT = prediction_targets(batch.tokens_BS, batch.document_BS, predictions, batch.learn_BS)
     counts_K = _counted(targets_KBT)
     parts = []
     for start in range(0, len(batch.tokens_BS), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
-        document = None if batch.document_BS is None else batch.document_BS[rows]
-        losses: Losses = compute_in(compute, objective, batch.tokens_BS[rows], document, targets_KBT[:, rows])
+        part = batch.rows(rows)
+        losses: Losses = compute_in(compute, objective, part.tokens_BS, part.document_BS, targets_KBT[:, rows])
         share_K = _counted(targets_KBT[:, rows]) / counts_K.clamp_min(1)
-        share = len(batch.tokens_BS[rows]) / len(batch.tokens_BS)
+        share = len(part.tokens_BS) / len(batch.tokens_BS)
         weighted = Losses(losses.cross_entropy_K * share_K, losses.balance * share, losses.load_ME)
         weighted.total(settings.mtp_weight, settings.balance_weight).backward()
         parts.append(Losses(*(part.detach() for part in weighted)))

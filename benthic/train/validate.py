@@ -25,10 +25,10 @@ class _TotalNats(nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, tokens_BS: Tensor, document_BS: Tensor | None) -> tuple[float, int]:
+    def forward(self, tokens_BS: Tensor, document_BS: Tensor | None, learn_BS: Tensor | None) -> tuple[float, int]:
         document_BT = None if document_BS is None else document_BS[:, :-1]
         hidden_BTD, _ = self.transformer.hidden(tokens_BS[:, :-1], document_BT=document_BT)
-        target_N = prediction_targets(tokens_BS, document_BS, 1).flatten()
+        target_N = prediction_targets(tokens_BS, document_BS, 1, learn_BS).flatten()
         mean = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.transformer.head.weight.detach(), target_N)
         counted = int((target_N != IGNORE).sum())
         return float(mean) * counted, counted
@@ -52,10 +52,20 @@ def bits_per_byte(
     batches = validation_batches(
         store, batch_size, sequence_length, mask_documents=mask_documents, max_tokens=max_tokens
     )
-    nats, tokens = map(sum, zip(*nats_of_batches(model, batches, compute), strict=True))
     # With documents masked, the first token of each is predicted by nothing.
     predicted = store.tokens - (store.manifest.val.documents if mask_documents else 1)
-    return nats / math.log(2) / (store.manifest.val.bytes * tokens / predicted)
+    return bits_per_byte_of(model, batches, predicted, store.manifest.val.bytes, compute)
+
+
+def bits_per_byte_of(
+    model: Trainable, batches: Iterable[Batch], predicted: int, text_bytes: int, compute: Compute = "fp32"
+) -> float:
+    """Bits for a byte of a text of ``text_bytes``, ``predicted`` of whose tokens are predicted in all.
+
+    ``batches`` may be a part of them, which is charged for bytes in proportion.
+    """
+    nats, tokens = map(sum, zip(*nats_of_batches(model, batches, compute), strict=True))
+    return nats / math.log(2) / (text_bytes * tokens / predicted)
 
 
 @torch.no_grad()
@@ -65,5 +75,5 @@ def nats_of_batches(
     """Cross-entropy in nats, summed over each batch's tokens, and how many they were."""
     total = _TotalNats(model.transformer)
     for batch in batches:
-        nats: tuple[float, int] = compute_in(compute, total, batch.tokens_BS, batch.document_BS)
+        nats: tuple[float, int] = compute_in(compute, total, *batch)
         yield nats

@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from benthic.data.batches import Batches
 from benthic.train import loop
 from benthic.train.checkpoint import committed, load
 from benthic.train.incidents import Diverged
@@ -27,7 +28,7 @@ def spoil(monkeypatch, sequences: set[int], factor: float, *, times: float = mat
     What a batch does depends on its data alone, as with a spike of the data's making; with ``times``, only its first
     few forward passes are spoilt, as with a spike of the machine's making.
     """
-    real_step, real_at, left, first = loop.train_step, loop.Batches.at, times, 0
+    real_step, real_at, left, first = loop.train_step, Batches.at, times, 0
 
     def at(self, index, count):
         nonlocal first
@@ -50,7 +51,7 @@ def spoil(monkeypatch, sequences: set[int], factor: float, *, times: float = mat
         finally:
             handle.remove()
 
-    monkeypatch.setattr(loop.Batches, "at", at)
+    monkeypatch.setattr(Batches, "at", at)
     monkeypatch.setattr(loop, "train_step", step)
 
 

@@ -156,3 +156,22 @@ def test_a_failed_write_stops_the_run_at_the_next_step(tiny_run_config, make_run
             train(tiny_run_config(checkpoint_every=4), out)
     assert [row["step"] for row in read_metrics(out / "metrics.jsonl")][-1] == 8
     assert load(committed(out / "checkpoints" / "pretrain")[-1]).state["step"] == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no clock that others read")
+def test_a_steps_processor_time_leaves_the_writers_out(tiny_run_config, make_run, monkeypatch):
+    out, written = make_run(), threading.Event()
+    monkeypatch.setattr(background, "save", lambda *_: (work(1.0), written.set()))
+    real_step, count = loop.train_step, 0
+
+    def step(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 11:  # the writer is busy since step 10
+            assert written.wait(120)
+        return real_step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    train(tiny_run_config(steps=11), out)
+    seconds = {row["step"]: row["processor_seconds"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row}
+    assert 0 < seconds[11] < 0.7

@@ -21,7 +21,7 @@ def store(prepared) -> TokenStore:
 def test_accuracies_are_those_of_whole_logits(tiny_run_config, store, monkeypatch, depths):
     config = tiny_run_config(model={"num_nextn_predict_layers": depths, "initializer_range": 0.2}).model
     model, length = build_model(config, seed=depths), 9
-    monkeypatch.setattr("benthic.train.probe._TOKENS", 10**9)
+    monkeypatch.setattr("benthic.train.probe.PROBED_TOKENS", 10**9)
     got = probe(model, store, sequence_length=length, batch_size=5)
     text = torch.tensor(store.take(torch.arange(store.tokens).numpy()))
     right, positions = [0] * (1 + depths), 0

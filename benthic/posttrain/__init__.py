@@ -1,0 +1,1 @@
+"""What makes an assistant of a pretrained model: fine-tuning on answers, and rewards."""
