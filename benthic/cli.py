@@ -50,7 +50,7 @@ def _directory(text: str) -> Path:
     path = _path(text)
     there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
     if there.exists() and not there.is_dir():
-        raise typer.BadParameter(f"{there} is a file; give a directory")
+        raise typer.BadParameter(f"{there} is a file; give a directory", param_hint="'--out'")
     return path
 
 
@@ -308,7 +308,7 @@ def export(
 
         if precision is not None:
             raise InputError(f"--precision {precision}: is for --format gguf; hf keeps the model's own dtype")
-        export_hf(run, out)
+        export_hf(run, _directory(str(out)))
     else:
         from benthic.convert.gguf import export_gguf, precision_named
 

@@ -210,7 +210,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named(
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", broken_disk)
-    monkeypatch.setattr(huggingface, "_tokenizer_ids", lambda folder: {})
+    monkeypatch.setattr(huggingface, "tokenizer_ids", lambda folder: {})
     with pytest.raises(InputError, match=rf"{source}: cannot be read"):
         save_hf(random_model(config), config, tmp_path / "tokenizer", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -214,4 +214,6 @@ def test_greedy_text_is_the_same_as_of_transformers(
             stopped = int(ids[-1]) in tokenizer.stop_ids
             assert list(completion.token_ids) == ids.tolist()[: -1 if stopped else None]
             assert len(completion.token_ids) > 2
-            assert completion.text == their_tokenizer.decode(ids, skip_special_tokens=True)
+            theirs_said = their_tokenizer.decode(ids, skip_special_tokens=True)
+            # A character that the limit cut is left out here, and shown as U+FFFD there.
+            assert completion.text.rstrip("\ufffd") == theirs_said.rstrip("\ufffd")

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -177,7 +178,13 @@ def test_what_does_not_change_the_course_may_change(tiny_run_config, make_run, m
 def test_a_failed_save_says_so_and_leaves_the_last_checkpoint(tiny_run_config, make_run, monkeypatch):
     out = make_run()
     with monkeypatch.context() as patch:
-        at_step(patch, 12, lambda: patch.setattr("benthic.train.checkpoint.save_file", full_disk))
+
+        def fill_the_disk() -> None:
+            while not committed(out / "checkpoints" / "pretrain"):  # step 10's, in the background
+                time.sleep(0.01)
+            patch.setattr("benthic.train.checkpoint.save_file", full_disk)
+
+        at_step(patch, 12, fill_the_disk)
         with pytest.raises(CheckpointFailed, match=r"step-20.*No space left"):
             train(tiny_run_config(), out)
     assert ended(out).state["step"] == 10
