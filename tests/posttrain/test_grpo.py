@@ -101,7 +101,13 @@ def test_what_is_not_an_answer_changes_nothing():
 
 def test_a_token_that_went_far_enough_pulls_no_more():
     settings = Clipping(0.2, 0.3, 0.0)
-    for ratio, advantage, pulls in ((1.25, 1, True), (1.35, 1, False), (0.7, 1, True), (0.7, -1, False), (1.9, -1, True)):
+    for ratio, advantage, pulls in (
+        (1.25, 1, True),
+        (1.35, 1, False),
+        (0.7, 1, True),
+        (0.7, -1, False),
+        (1.9, -1, True),
+    ):
         new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
         found = policy_loss(new, torch.zeros(1, 1), None, torch.tensor([float(advantage)]), torch.ones(1, 1), settings)
         gradient = torch.autograd.grad(found.loss, new)[0].item()
@@ -159,9 +165,12 @@ def test_loss_is_that_of_trl(theirs, ours, kl_weight):
         new, old, reference, advantage, mask = _batch(seed)
         stand_in = SimpleNamespace(
             aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-            importance_sampling_level="token", _entropy_bonus_enabled=False, beta=kl_weight, loss_type=theirs, epsilon_low=settings.clip_low,
-            epsilon_high=settings.clip_high, use_vllm=False, current_gradient_accumulation_steps=1,
-            max_completion_length=9, model=SimpleNamespace(training=True), _metrics=defaultdict(lambda: defaultdict(list)),
+            importance_sampling_level="token", _entropy_bonus_enabled=False, beta=kl_weight, loss_type=theirs,
+            epsilon_low=settings.clip_low,
+            epsilon_high=settings.clip_high, use_vllm=False,
+            current_gradient_accumulation_steps=1,
+            max_completion_length=9, model=SimpleNamespace(training=True),
+            _metrics=defaultdict(lambda: defaultdict(list)),
             args=SimpleNamespace(use_bias_correction_kl=False, delta=None),
             accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1),
             _get_per_token_logps_and_entropies=lambda *a, new=new, **k: (new, torch.zeros_like(new), None),
