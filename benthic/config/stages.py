@@ -13,6 +13,8 @@ from benthic.config.schema import (
     ModelConfig,
     OptimizerConfig,
     PosttrainConfig,
+    PrecisionConfig,
+    RlConfig,
     RunConfig,
     ScheduleConfig,
     SftConfig,
@@ -56,6 +58,8 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
     later = []
     if posttrain.sft is not None:
         later.append(Stage("sft", _sft(last, posttrain.sft), "sft", posttrain.sft.adapter))
+    if posttrain.rl is not None:
+        later.append(Stage("rl", _rl(last, posttrain.rl), "rl"))
     return *first, *later
 
 
@@ -104,6 +108,47 @@ def tuned(train: TrainConfig, sft: SftConfig) -> TrainConfig:
             "optimizer": slower(train.optimizer, sft.learning_rate),
             "schedule": schedule,
             "extend": (),
+        }
+    )
+
+
+def _rl(config: RunConfig, rl: RlConfig) -> RunConfig:
+    """Settings of a stage over rewards, after one with ``config``.
+
+    Only the loss moves the model: routers' bias and balance are left as they are, and weights do not decay.
+    """
+    schedule = held(config.train.schedule)
+    mtp = schedule.mtp_loss_weight if rl.mtp_loss_weight is None else rl.mtp_loss_weight
+    falls = rl.final_learning_rate is not None
+    schedule = schedule.model_copy(
+        update={
+            "warmup": rl.warmup,
+            "decay_start": rl.warmup if falls else 1.0,
+            "decay_factor": (rl.final_learning_rate or 0.0) / rl.learning_rate if falls else 1.0,
+            "bias_update_speed": 0.0,
+            "balance_loss_weight": 0.0,
+            "mtp_loss_weight": mtp,
+            "mtp_late_loss_weight": mtp,
+        }
+    )
+    settings = {
+        "steps": rl.steps,
+        "minutes": None,
+        "batch_size": rl.prompts * rl.group_size,
+        "micro_batch_size": rl.micro_batch_size,
+        "seed": rl.seed,
+        "ema_decay": 0.0,
+        "ema_span": None,
+        "validate_every": rl.validate_every or config.train.validate_every,
+        "checkpoint_every": rl.checkpoint_every or config.train.checkpoint_every,
+        "optimizer": OptimizerConfig(learning_rate=rl.learning_rate, weight_decay=0.0),
+        "schedule": schedule,
+        "extend": (),
+    }
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update=settings),
+            "precision": PrecisionConfig(compute=rl.compute),
         }
     )
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -47,67 +47,77 @@ class Verdict:
     """Of the last trouble, in a few words."""
 
 
+class Case(NamedTuple):
+    """An answer to be judged."""
+
+    prompt: str
+    answer: str
+    problem: Problem
+    rewards: Sequence[Weighted]
+
+
 class Judge:
-    """Gives answers their rewards, in another process, while its context is open.
+    """Gives answers their rewards, in another process, which ends with this object or with :meth:`close`.
 
     Args:
-        rewards: what is added up.
+        names: of the rewards that it will be asked for.
         seconds: for one reward of one answer.
 
     Raises:
-        InputError: on entering, a reward does not exist.
+        InputError: a reward does not exist.
     """
 
-    def __init__(self, rewards: Sequence[Weighted], seconds: float = 30.0) -> None:
-        self._rewards, self._seconds = tuple(rewards), seconds
-        self._worker: _Worker | None = None
-        self.troubles: Counter[Trouble] = Counter()
-        """So far."""
+    def __init__(self, names: Sequence[str], seconds: float = 30.0) -> None:
+        self._names, self._seconds = list(dict.fromkeys(names)), seconds
+        self._start()
 
     def __enter__(self) -> Self:
-        self._worker = _Worker([reward.name for reward in self._rewards])
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._worker is not None:
-            self._worker.close()
-            self._worker = None
+        self.close()
 
-    def judge(self, prompt: str, answer: str, problem: Problem) -> Verdict:
+    def close(self) -> None:
+        """End the process."""
+        self._worker.close()
+
+    def judge(self, case: Case) -> Verdict:
         """The rewards of one answer."""
         parts, troubles, why = dict[str, float](), dict[str, Trouble](), ""
-        for number, reward in enumerate(self._rewards):
-            reply = self._ask([number, prompt, answer, problem])
+        for reward in case.rewards:
+            reply = self._ask([self._names.index(reward.name), case.prompt, case.answer, case.problem])
             parts[reward.name] = reply.get("value", 0.0)
             if "trouble" in reply:
                 troubles[reward.name], why = reply["trouble"], f"{reward.name}: {reply['why']}"
-                self.troubles[reply["trouble"]] += 1
-        value = sum(reward.weight * parts[reward.name] for reward in self._rewards)
+        value = sum(reward.weight * parts[reward.name] for reward in case.rewards)
         return Verdict(value, parts, troubles, why)
 
-    def judge_all(self, answers: Sequence[tuple[str, str, Problem]]) -> list[Verdict]:
-        """The rewards of several answers, each with its prompt and problem.
+    def judge_all(self, cases: Sequence[Case]) -> list[Verdict]:
+        """The rewards of several answers.
 
         Raises:
             WorkFailed: not one of them could be judged, so that there is nothing to learn from; the message says why.
         """
-        verdicts = [self.judge(*answer) for answer in answers]
-        if verdicts and all(len(verdict.troubles) == len(self._rewards) for verdict in verdicts):
+        verdicts = [self.judge(case) for case in cases]
+        if verdicts and all(len(verdict.troubles) == len(verdict.parts) for verdict in verdicts):
             raise WorkFailed(f"rewards: none of {len(verdicts)} answers could be judged: {verdicts[-1].why}")
         return verdicts
 
     def _ask(self, question: list[Any]) -> dict[str, Any]:
-        assert self._worker is not None, "a judge is asked while its context is open"
         if not self._worker.alive:
-            self._worker.close()
-            self._worker = _Worker([reward.name for reward in self._rewards])
+            self._start()
         return self._worker.ask(json.dumps(question), self._seconds)
+
+    def _start(self) -> None:
+        self._worker = _Worker(self._names)
+        weakref.finalize(self, self._worker.close)
 
 
 class _Worker:
     """The process, and a thread that reads what it says."""
 
     def __init__(self, names: Sequence[str]) -> None:
+        self._closed = False
         self._process = subprocess.Popen(  # noqa: S603 - our own module
             [sys.executable, "-m", "benthic.posttrain.reward_worker", json.dumps(list(names))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -137,7 +147,10 @@ class _Worker:
         return reply
 
     def close(self) -> None:
-        """End the process and what it has started."""
+        """End the process and what it has started, if that has not been done."""
+        if self._closed:
+            return
+        self._closed = True
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

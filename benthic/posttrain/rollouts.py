@@ -1,12 +1,11 @@
 """Answers sampled from the weights that are being trained, many at once, with Benthic's own decoding.
 
-The sampler and the trainer must mean the same by a probability: an answer's tokens come with their log-probabilities
-and, where the decoder tells them, with the experts that they visited, so that training can go through the same ones
-(:func:`log_probabilities` computes the former again, with a gradient). A token is drawn with noise that depends on
-nothing but the seed of its answer and its place, so that a resumed run samples the same answers.
+The sampler and the trainer must mean the same by a probability: an answer's tokens come with their log-probabilities,
+which :mod:`benthic.posttrain.policy` computes again with a gradient. A token is drawn with noise that depends on nothing
+but the seed of its answer and its place, so that a resumed run samples the same answers.
 
-Legend: B answers being written, N answers, P prompts, T positions, V vocabulary, D width, M MoE layers, K experts of a
-token, L pages of a sequence.
+Legend: B answers being written, N answers, P prompts, R tokens of prompts, T positions, V vocabulary, L pages of a
+sequence, X blocks of C tokens of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -226,27 +225,3 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 def _pages(tokens: int) -> int:
     return -(-tokens // PAGE)
 
-
-def log_probabilities(
-    model: LanguageModel, tokens_NT: Tensor, sampled_NT: Tensor, *, temperature: float = 1.0,
-    chosen_MNTK: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Log-probabilities (N, T) of the sampled tokens, each in its place, as the model gives them now; 0 elsewhere.
-
-    Gradients flow into the model. ``chosen_MNTK`` are the experts that the tokens visited when they were sampled.
-    """
-    hidden_NTD = model.transformer.hidden(tokens_NT[:, :-1], chosen_MBTK=chosen_MNTK)[0]
-    return sampled_log_probabilities(hidden_NTD, model.transformer.head.weight, tokens_NT, sampled_NT, temperature)
-
-
-def sampled_log_probabilities(
-    hidden_NTD: Tensor, head_VD: Tensor, tokens_NT: Tensor, sampled_NT: Tensor, temperature: float
-) -> Tensor:
-    """The same from the states (N, T - 1, D) that the head reads."""
-    before_NT = sampled_NT[:, 1:]
-    logits_SV = (hidden_NTD[before_NT] @ head_VD.T).float()
-    if temperature not in (0, 1):
-        logits_SV = logits_SV / temperature
-    logprob_S = logits_SV.log_softmax(-1).gather(-1, tokens_NT[:, 1:][before_NT][:, None])[:, 0]
-    empty_NT = torch.zeros(tokens_NT.shape, dtype=logprob_S.dtype, device=logprob_S.device)
-    return empty_NT.masked_scatter(sampled_NT, logprob_S)

@@ -7,7 +7,8 @@ from benthic.config.presets import PRESETS
 from benthic.inference.decode import ReferenceDecoder
 from benthic.model import build_model
 from benthic.posttrain import rollouts
-from benthic.posttrain.rollouts import Sampler, draw, log_probabilities, uniform
+from benthic.posttrain.policy import Policy
+from benthic.posttrain.rollouts import Sampler, draw, uniform
 
 _STOP = (7, 11, 300)
 
@@ -44,7 +45,7 @@ def test_the_trainer_finds_the_samplers_probabilities(model, temperature):
         prompts, list(range(15)), copies=3, max_new_tokens=40, temperature=temperature
     )
     with torch.no_grad():
-        again = log_probabilities(model, found.tokens_NT, found.sampled_NT, temperature=temperature)
+        again = Policy(model, temperature)(found.tokens_NT, found.sampled_NT, found.end_N, None, False).logprob_NT
     assert (again - found.logprob_NT).abs().max() < 1e-5
     assert found.sampled_NT.sum() == (found.end_N - found.prompt_N).sum() > 100
     assert (found.logprob_NT[~found.sampled_NT] == 0).all()
@@ -102,7 +103,7 @@ def test_new_weights_are_sampled_from_at_once(model):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     found = sampler.sample(prompts, [1, 2, 3, 4], max_new_tokens=10)
     with torch.no_grad():
-        again = log_probabilities(other, found.tokens_NT, found.sampled_NT)
+        again = Policy(other, 1.0)(found.tokens_NT, found.sampled_NT, found.end_N, None, False).logprob_NT
     assert (again - found.logprob_NT).abs().max() < 1e-5
 
 
