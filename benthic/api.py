@@ -22,6 +22,7 @@ from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import LanguageModel, Transformer
 from benthic.plan.memory import refuse_too_large
+from benthic.posttrain.rl import Rl
 from benthic.posttrain.sft import Sft, stage_settings
 from benthic.posttrain.sft_data import prepare_sft, split_of
 from benthic.precision.quantise import Precision
@@ -47,7 +48,7 @@ def load(
     return model.transformer.eval()
 
 
-KINDS: Kinds = {**loop.PRETRAINING, "sft": Sft}
+KINDS: Kinds = {**loop.PRETRAINING, "sft": Sft, "rl": Rl}
 """Of stages of training."""
 
 

@@ -145,12 +145,24 @@ def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
 @app.command(epilog="Example: benthic sft chats.toml --out runs/assistant --from runs/quickstart")
 def sft(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
     """Fine-tune a model on the answers in conversations, [posttrain.sft] of a recipe; run it again to resume."""
+    _posttrain("sft", recipe, out, from_, set_)
+
+
+@app.command(epilog="Example: benthic rl sums.toml --out runs/reasoner --from runs/assistant")
+def rl(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
+    """Let a model learn from rewards (GRPO), [posttrain.rl] of a recipe; run it again to resume."""
+    _posttrain("rl", recipe, out, from_, set_)
+
+
+def _posttrain(stage: Literal["sft", "rl"], recipe: str, out: Path, base: Path, set_: list[str] | None) -> None:
     from benthic.config.load import load_posttrain_config
     from benthic.convert.resolve import model_config
 
-    if out.resolve() == from_.resolve():
-        raise InputError(f"--from {from_}: is --out; `benthic run` goes on with a run whose recipe has [posttrain.sft]")
-    config = load_posttrain_config(recipe, set_ or (), str(from_.absolute()), model_config(from_), "sft")
+    if out.resolve() == base.resolve():
+        raise InputError(
+            f"--from {base}: is --out; `benthic run` goes on with a run whose recipe has [posttrain.{stage}]"
+        )
+    config = load_posttrain_config(recipe, set_ or (), str(base.absolute()), model_config(base), stage)
     _prepare_and_train(config, out)
 
 

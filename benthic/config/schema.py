@@ -326,7 +326,7 @@ class ProblemsConfig(Settings):
 
     family: str | None = None
     """reasoning-gym's name of the family, such as ``chain_sum``."""
-    settings: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
+    settings: dict[str, Any] = {}
     """The family's own, such as ``max_digits``."""
     file: str | None = None
     """A .jsonl file with a problem a line: ``prompt`` or ``messages``, and what its rewards ask for."""
@@ -395,8 +395,7 @@ class RlConfig(Settings):
     def _consistent(self) -> Self:
         if self.final_learning_rate is not None and self.final_learning_rate > self.learning_rate:
             raise ValueError(
-                f"final_learning_rate={self.final_learning_rate:g} must be at most "
-                f"learning_rate={self.learning_rate:g}"
+                f"final_learning_rate={self.final_learning_rate:g} must be at most learning_rate={self.learning_rate:g}"
             )
         _check_passes(self.prompts * self.group_size, self.micro_batch_size)
         return self

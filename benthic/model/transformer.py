@@ -69,7 +69,7 @@ class Transformer(Trunk):
             chosen_MBTK: the experts that each MoE layer's tokens visit, where routers are not to choose them anew.
         """
         context = attention_context(self.config, tokens_BT, document_BT, cache)
-        x_BTD, routings = self.embed(tokens_BT), []
+        x_BTD, routings = self.embed(tokens_BT), list[Routing]()
         for block in self.layers:
             chosen_BTK = None if chosen_MBTK is None else chosen_MBTK[len(routings)]
             x_BTD, routing = block(x_BTD, context, chosen_BTK)

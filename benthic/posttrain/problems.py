@@ -13,7 +13,7 @@ from typing import Any
 
 from benthic.config.schema import ProblemsConfig
 from benthic.data.chat_template import Message
-from benthic.data.text_files import read_records
+from benthic.data.text_files import RecordError, read_records
 from benthic.errors import InputError, MissingExtra
 from benthic.files import sha256
 from benthic.posttrain.judge import Weighted
@@ -52,7 +52,7 @@ class Family:
     def __init__(self, config: ProblemsConfig, held_out: int) -> None:
         assert config.family is not None
         self.name, self._count = config.family, held_out
-        self._rewards = _rewards(config, "reasoning_gym")
+        self.rewards = _rewards(config, "reasoning_gym")
         self._data = _dataset(config)
         self.fingerprint = json.dumps([config.family, config.settings, held_out], sort_keys=True, default=list)
 
@@ -86,7 +86,7 @@ class Family:
     def _problem(self, seed: int) -> Problem:
         # As itself JSON: so it goes to the process that judges.
         entry = json.loads(json.dumps(self._data[seed], default=str))
-        return Problem(self.name, ({"role": "user", "content": entry["question"].strip()},), entry, self._rewards)
+        return Problem(self.name, ({"role": "user", "content": entry["question"].strip()},), entry, self.rewards)
 
 
 class File:
@@ -96,9 +96,9 @@ class File:
         path = Path(config.file or "")
         if not path.is_file():
             raise InputError(f"posttrain.rl.problems: {path}: no such file; give a .jsonl file")
-        self.name, rewards = path.stem, _rewards(config, "exact")
+        self.name, self.rewards = path.stem, _rewards(config, "exact")
         found: dict[str, Problem] = {}
-        for item in read_records(path, lambda record: _of_record(record, path.stem, rewards)):
+        for item in read_records(path, lambda record: _of_record(record, path.stem, self.rewards)):
             if not isinstance(item, Problem):
                 raise InputError(f"{path}: byte {item.offset}: {item.reason}")
             found.setdefault(json.dumps(item.messages), item)
@@ -165,12 +165,12 @@ def _dataset(config: ProblemsConfig) -> Any:
 
 def _of_record(record: Any, source: str, rewards: tuple[Weighted, ...]) -> Problem:
     if not isinstance(record, dict):
-        raise ValueError("not an object")
+        raise RecordError("not an object")
     messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise ValueError('neither a text under "prompt" nor a list of {"role", "content"} under "messages"')
+        raise RecordError('neither a text under "prompt" nor a list of {"role", "content"} under "messages"')
     if messages[-1]["role"] != "user":
-        raise ValueError('the last of "messages" must be the user\'s')
+        raise RecordError('the last of "messages" must be the user\'s')
     return Problem(source, tuple(messages), record, rewards)
 
 

@@ -23,7 +23,7 @@ from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.model import LanguageModel
 from benthic.posttrain.grpo import Clipping, differing, group_advantages, policy_loss, token_weights
-from benthic.posttrain.held_out import HeldOut, find_held_out
+from benthic.posttrain.held_out import find_held_out
 from benthic.posttrain.judge import Case, Judge, Verdict
 from benthic.posttrain.policy import Policy, Seen
 from benthic.posttrain.problems import Problem, Source, open_sources, order
@@ -101,7 +101,8 @@ class RlWork:
         self._tokenizer, self._chat = tokenizer, ChatFormat(tokenizer)
         self._sources = open_sources(rl.problems, rl.held_out)
         self._judge = open_judge(rl, self._sources)
-        self._held_out = find_held_out(place)
+        asked = [problem for source in self._sources for problem in source.held_out]
+        self._held_out = find_held_out(place.config, place.out, tokenizer, asked)
         self.measure = self._held_out.measure
         self._clipping = Clipping(rl.clip_low, rl.clip_high, rl.kl_weight)
         self._reference: Policy | None = None
@@ -257,7 +258,7 @@ class RlWork:
             values = [float(verdict.value >= worth) for verdict in verdicts]
             accuracy[source.name] = share(values)
             right += values
-        found = self._held_out.read(state, self._place.compute, last=last)
+        found = self._held_out.validate(state, None if last else self._config.train.validation_tokens)
         row = {**found.row, "accuracy": {**accuracy, "all": share(right)}}
         return Validation(found.bits_per_byte, row)
 

@@ -1,8 +1,8 @@
 """Answers sampled from the weights that are being trained, many at once, with Benthic's own decoding.
 
 The sampler and the trainer must mean the same by a probability: an answer's tokens come with their log-probabilities,
-which :mod:`benthic.posttrain.policy` computes again with a gradient. A token is drawn with noise that depends on nothing
-but the seed of its answer and its place, so that a resumed run samples the same answers.
+which :mod:`benthic.posttrain.policy` computes again with a gradient. A token is drawn with noise that depends on
+nothing but the seed of its answer and its place, so that a resumed run samples the same answers.
 
 Legend: B answers being written, N answers, P prompts, R tokens of prompts, T positions, V vocabulary, L pages of a
 sequence, X blocks of C tokens of the vocabulary.
@@ -42,7 +42,7 @@ class Answers(NamedTuple):
     """fp32, nats: of the distribution that each was drawn from; 0 elsewhere."""
 
     @property
-    def sampled_NT(self) -> Tensor:
+    def sampled_NT(self) -> Tensor:  # noqa: N802 - a shape suffix
         """Which tokens have been sampled."""
         place_T = torch.arange(self.tokens_NT.shape[1])
         return (place_T >= self.prompt_N[:, None]) & (place_T < self.end_N[:, None])
@@ -125,7 +125,7 @@ class _Writing:
 
     def run(self, decode: Decoder, cache: PagedCache, temperature: float, stop_ids: Tensor) -> None:
         """Write until every answer has ended."""
-        tokens_BT, prompt_B, end_B, finished_B, logprob_BT, entropy_BT = self.answers
+        tokens_BT, _, end_B, finished_B, logprob_BT, entropy_BT = self.answers
         logits_BV = self._read_prompts(decode, cache)
         active_B = (end_B < self._limit_B).nonzero()[:, 0]
         logits_BV = logits_BV[active_B]
@@ -224,4 +224,3 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 def _pages(tokens: int) -> int:
     return -(-tokens // PAGE)
-

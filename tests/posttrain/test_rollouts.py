@@ -41,9 +41,7 @@ def decoding(request, monkeypatch):
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7, 0.0])
 def test_the_trainer_finds_the_samplers_probabilities(model, temperature):
     prompts = _prompts(0, 5)
-    found = Sampler(model, _STOP).sample(
-        prompts, list(range(15)), copies=3, max_new_tokens=40, temperature=temperature
-    )
+    found = Sampler(model, _STOP).sample(prompts, list(range(15)), copies=3, max_new_tokens=40, temperature=temperature)
     with torch.no_grad():
         again = Policy(model, temperature)(found.tokens_NT, found.sampled_NT, found.end_N, None, False).logprob_NT
     assert (again - found.logprob_NT).abs().max() < 1e-5
@@ -84,9 +82,7 @@ def test_company_changes_nothing(model):
 
 def test_equal_seeds_give_equal_answers_and_others_differ(model):
     prompt = [list(range(20))]
-    first, second = (
-        Sampler(model, _STOP).sample(prompt, [3, 3, 4], copies=3, max_new_tokens=20) for _ in range(2)
-    )
+    first, second = (Sampler(model, _STOP).sample(prompt, [3, 3, 4], copies=3, max_new_tokens=20) for _ in range(2))
     assert torch.equal(first.tokens_NT, second.tokens_NT)
     assert torch.equal(first.tokens_NT[0], first.tokens_NT[1])
     assert not torch.equal(first.tokens_NT[0], first.tokens_NT[2])
