@@ -68,7 +68,7 @@ class Sampler:
         self._stop_ids = torch.tensor(sorted(stop_ids))
         self._cache: PagedCache | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, copies: int = 1, max_new_tokens: int,
         temperature: float = 1.0,
