@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benthic.inference.decode import Decoder, decoder
+from benthic.inference.decode import Decoder, ReferenceDecoder
+from benthic.inference.native_decode import CannotDecodeNatively, NativeDecoder
 from benthic.inference.paged_cache import PAGE, PagedCache
 from benthic.model import LanguageModel
 
@@ -85,7 +86,7 @@ class Sampler:
         """
         assert len(seeds) == len(prompts) * copies
         longest = min(max(map(len, prompts)) + max_new_tokens, self._model.config.max_position_embeddings)
-        decode = decoder(self._model)  # anew: it keeps copies of some weights
+        decode = _decoder(self._model)  # anew: it keeps copies of some weights
         step = max(1, self._at_once // copies)
         parts = []
         for first in range(0, len(prompts), step):
@@ -101,6 +102,13 @@ class Sampler:
             weight = self._model.transformer.embed.weight
             self._cache = PagedCache(self._model.config, pages, dtype=weight.dtype, device=weight.device)
         return self._cache
+
+
+def _decoder(model: LanguageModel) -> Decoder:
+    try:
+        return NativeDecoder(model)
+    except CannotDecodeNatively as error:
+        return ReferenceDecoder(model, str(error))
 
 
 class _Writing:

@@ -1,6 +1,5 @@
 """Fault 14: rewards that raise, hang, print, end their process or return what is no number."""
 
-import math
 import os
 import time
 

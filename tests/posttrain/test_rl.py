@@ -9,7 +9,6 @@ import torch
 
 from benthic import api
 from benthic.config.schema import RunConfig
-from benthic.data.tokenizer import Tokenizer
 from benthic.posttrain import rl as stage
 from benthic.train import loop
 from benthic.train.checkpoint import load
@@ -67,7 +66,7 @@ def _rows(out):
 
 
 def test_a_run_has_figures_and_ends_with_a_model(config, tmp_path):
-    trained = api.train_from(config(), tmp_path)
+    trained = api.train(config(), tmp_path)
     rows = read_metrics(tmp_path / "metrics.jsonl", "rl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
@@ -92,11 +91,11 @@ def test_a_run_has_figures_and_ends_with_a_model(config, tmp_path):
 @pytest.mark.parametrize("updates", [1, 3])
 def test_interrupted_anywhere_it_goes_on_bit_for_bit(config, tmp_path, updates):
     settings = config(updates=updates, checkpoint_every=100)
-    api.train_from(settings, tmp_path / "whole")
+    api.train(settings, tmp_path / "whole")
     for _ in range(2):  # after the second step, and after the fourth
         with pytest.raises(Interrupted), _stopping_after(2):
-            api.train_from(settings, tmp_path / "parts")
-    api.train_from(settings, tmp_path / "parts")
+            api.train(settings, tmp_path / "parts")
+    api.train(settings, tmp_path / "parts")
     assert _rows(tmp_path / "parts") == _rows(tmp_path / "whole")
     ends = [load(tmp_path / name / "checkpoints" / "rl" / "step-6") for name in ("whole", "parts")]
     for group in ("model", "optimizer"):
@@ -122,7 +121,7 @@ def _stopping_after(steps):
 
 @pytest.mark.slow
 def test_it_learns(config, tmp_path):
-    api.train_from(
+    api.train(
         config(steps=150, prompts=16, group_size=8, learning_rate=3e-3, kl_weight=0.0, validate_every=150), tmp_path
     )
     rows = read_metrics(tmp_path / "metrics.jsonl", "rl")
@@ -134,7 +133,7 @@ def test_mtp_modules_learn_and_leave_the_model_below_them_alone(config, tmp_path
     """Without advantages and without a reference, nothing but MTP has anything to learn."""
     settings = config(kl_weight=0.0, steps=2)
     with mock.patch.object(stage, "group_advantages", lambda reward_NG, **_: torch.zeros_like(reward_NG)):
-        api.train_from(settings, tmp_path)
+        api.train(settings, tmp_path)
     before = load(tmp_path / "checkpoints" / "base" / "step-0").tensors["model"]
     after = load(tmp_path / "checkpoints" / "rl" / "step-2").tensors["model"]
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
@@ -147,9 +146,9 @@ def test_an_answer_that_is_not_ended_is_worth_nothing(config, tmp_path):
     settings = config(steps=1)
     with (
         mock.patch.object(stage.RlWork, "_sample", _endless(stage.RlWork._sample)),
-        mock.patch("benthic.posttrain.judge.Judge.judge_all", side_effect=lambda cases: [pytest.fail("asked")] * len(cases) if cases else []),
+        mock.patch("benthic.posttrain.judge.Judge.judge", side_effect=AssertionError("asked")),
     ):
-        api.train_from(settings, tmp_path)
+        api.train(settings, tmp_path)
     first = next(row for row in read_metrics(tmp_path / "metrics.jsonl", "rl") if "reward" in row)
     assert first["reward"] == 0
     assert first["unfinished"] == 16

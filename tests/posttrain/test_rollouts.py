@@ -35,7 +35,7 @@ def _prompts(seed, count, longest=90):
 @pytest.fixture(params=["native", "reference"])
 def decoding(request, monkeypatch):
     if request.param == "reference":
-        monkeypatch.setattr(rollouts, "decoder", ReferenceDecoder)
+        monkeypatch.setattr(rollouts, "_decoder", ReferenceDecoder)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7, 0.0])
