@@ -154,16 +154,28 @@ def rl(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
     _posttrain("rl", recipe, out, from_, set_)
 
 
+@app.command(epilog="Example: benthic reward preferences.toml --out runs/judge --from runs/assistant")
+def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
+    """Train a reward model on pairs of answers, [posttrain.reward] of a recipe; run it again to resume."""
+    from benthic.api import train_reward_model
+
+    trained = train_reward_model(_posttrain_config("reward", recipe, out, from_, set_), out)
+    print(
+        f"{out}: {trained.bits_per_byte:.4f} {trained.measure}; to learn from it, name {out} among a recipe's rewards"
+    )
+
+
 def _posttrain(stage: Literal["sft", "rl"], recipe: str, out: Path, base: Path, set_: list[str] | None) -> None:
+    _prepare_and_train(_posttrain_config(stage, recipe, out, base, set_), out)
+
+
+def _posttrain_config(stage: str, recipe: str, out: Path, base: Path, set_: list[str] | None) -> "RunConfig":
     from benthic.config.load import load_posttrain_config
     from benthic.convert.resolve import model_config
 
     if out.resolve() == base.resolve():
-        raise InputError(
-            f"--from {base}: is --out; `benthic run` goes on with a run whose recipe has [posttrain.{stage}]"
-        )
-    config = load_posttrain_config(recipe, set_ or (), str(base.absolute()), model_config(base), stage)
-    _prepare_and_train(config, out)
+        raise InputError(f"--from {base}: is --out; give what is made of it a directory of its own")
+    return load_posttrain_config(recipe, set_ or (), str(base.absolute()), model_config(base), stage)
 
 
 @app.command("eval", epilog="Example: benthic eval runs/quickstart --tasks arithmetic.jsonl capitals.jsonl --json")

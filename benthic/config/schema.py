@@ -401,6 +401,34 @@ class RlConfig(Settings):
         return self
 
 
+class RewardModelConfig(Settings):
+    """A reward model, trained on pairs of answers by the loss of Bradley and Terry; a run of its own."""
+
+    pairs: Annotated[tuple[str, ...], Field(min_length=1)]
+    """.jsonl files with ``prompt`` or ``messages``, and the answers that were ``chosen`` and ``rejected``."""
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    batch_size: Positive = 16
+    """Pairs per optimizer step."""
+    micro_batch_size: Positive | None = None
+    """Pairs per forward and backward pass; by default the whole batch."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """AdamW's; small models need more."""
+    held_out: Positive = 100
+    """Pairs, the last ones, that are kept for validation."""
+    compute: Literal["fp32", "bf16", "fp8"] = "fp32"
+    validate_every: Positive | None = None
+    checkpoint_every: Positive | None = None
+    seed: Natural = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        _check_passes(self.batch_size, self.micro_batch_size)
+        return self
+
+
 class PosttrainConfig(Settings):
     """The stages after pretraining, each of which a run has if its section is there."""
 
@@ -408,6 +436,8 @@ class PosttrainConfig(Settings):
     """A run or model directory whose weights and tokenizer the run begins with, in the place of pretraining."""
     sft: SftConfig | None = None
     rl: RlConfig | None = None
+    reward: RewardModelConfig | None = None
+    """Not a stage of the run: ``benthic reward`` trains it."""
 
     @model_validator(mode="after")
     def _something_follows(self) -> Self:

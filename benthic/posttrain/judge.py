@@ -99,8 +99,9 @@ class Judge:
             WorkFailed: not one of them could be judged, so that there is nothing to learn from; the message says why.
         """
         verdicts = [self.judge(case) for case in cases]
-        if verdicts and all(len(verdict.troubles) == len(verdict.parts) for verdict in verdicts):
-            raise WorkFailed(f"rewards: none of {len(verdicts)} answers could be judged: {verdicts[-1].why}")
+        judged = [verdict for verdict in verdicts if verdict.parts]
+        if judged and all(len(verdict.troubles) == len(verdict.parts) for verdict in judged):
+            raise WorkFailed(f"rewards: none of {len(judged)} answers could be judged: {judged[-1].why}")
         return verdicts
 
     def _ask(self, question: list[Any]) -> dict[str, Any]:

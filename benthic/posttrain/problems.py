@@ -20,6 +20,7 @@ from benthic.posttrain.judge import Weighted
 
 HELD_OUT_SEED = 10**9
 """Seeds of reasoning-gym's problems from here on are those held out, lower ones those trained on."""
+NO_PROMPT = 'no text under "prompt", and no list of {"role", "content"} that ends with the user under "messages"'
 _TRIES = 50
 """Seeds that are looked at for each problem that is wanted."""
 
@@ -167,16 +168,20 @@ def _of_record(record: Any, source: str, rewards: tuple[Weighted, ...]) -> Probl
     if not isinstance(record, dict):
         raise RecordError("not an object")
     messages = record.get("messages", [{"role": "user", "content": record.get("prompt")}])
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise RecordError('neither a text under "prompt" nor a list of {"role", "content"} under "messages"')
-    if messages[-1]["role"] != "user":
-        raise RecordError('the last of "messages" must be the user\'s')
+    if not are_messages(messages):
+        raise RecordError(
+            'neither a text under "prompt" nor a list of {"role", "content"} under "messages", the last the user\'s'
+        )
     return Problem(source, tuple(messages), record, rewards)
 
 
-def _is_message(message: Any) -> bool:
+def are_messages(messages: Any) -> bool:
+    """Whether this is a conversation that ends with the user."""
     return (
-        isinstance(message, dict)
-        and message.get("role") in ("system", "user", "assistant")
-        and isinstance(message.get("content"), str)
+        isinstance(messages, list)
+        and bool(messages)
+        and all(isinstance(message, dict) for message in messages)
+        and all(message.get("role") in ("system", "user", "assistant") for message in messages)
+        and all(isinstance(message.get("content"), str) for message in messages)
+        and messages[-1]["role"] == "user"
     )

@@ -24,9 +24,11 @@ from benthic.errors import InputError
 from benthic.model import LanguageModel
 from benthic.posttrain.grpo import Clipping, differing, group_advantages, policy_loss, token_weights
 from benthic.posttrain.held_out import find_held_out
-from benthic.posttrain.judge import Case, Judge, Verdict
+from benthic.posttrain.judge import Case, Judge, Trouble, Verdict, Weighted
 from benthic.posttrain.policy import Policy, Seen
 from benthic.posttrain.problems import Problem, Source, open_sources, order
+from benthic.posttrain.reward_model import Scorer, fingerprint, is_reward_model
+from benthic.posttrain.rewards import is_reward
 from benthic.posttrain.rollouts import Answers, Sampler
 from benthic.posttrain.scores import share
 from benthic.precision.compute import Compute
@@ -64,8 +66,10 @@ class Rl:
                     f"{rl.max_new_tokens}; the model takes {config.model.max_position_embeddings}"
                 )
         open_judge(rl, sources).close()
-        fingerprint = hashlib.sha256("\n".join(source.fingerprint for source in sources).encode()).hexdigest()
-        return config, {"rl": fingerprint, "tokenizer": tokenizer.fingerprint}
+        marks = [source.fingerprint for source in sources]
+        marks += [fingerprint(reward.name) for source in sources for reward in source.rewards]
+        digest = hashlib.sha256("\n".join(marks).encode()).hexdigest()
+        return config, {"rl": digest, "tokenizer": tokenizer.fingerprint}
 
     def open(self, place: Place) -> "RlWork":
         """The stage over these problems."""
@@ -73,8 +77,9 @@ class Rl:
 
 
 def open_judge(rl: RlConfig, sources: Sequence[Source]) -> Judge:
-    """What judges answers to problems of these sources."""
-    return Judge([reward.name for source in sources for reward in source.rewards], rl.reward_seconds)
+    """What judges answers to problems of these sources, but for reward models."""
+    names = [reward.name for source in sources for reward in source.rewards]
+    return Judge([name for name in names if not is_reward_model(name)], rl.reward_seconds)
 
 
 class Rollouts(NamedTuple):
@@ -101,6 +106,8 @@ class RlWork:
         self._tokenizer, self._chat = tokenizer, ChatFormat(tokenizer)
         self._sources = open_sources(rl.problems, rl.held_out)
         self._judge = open_judge(rl, self._sources)
+        rewards = [reward.name for source in self._sources for reward in source.rewards]
+        self._scorers = {name: Scorer(name) for name in dict.fromkeys(rewards) if is_reward_model(name)}
         asked = [problem for source in self._sources for problem in source.held_out]
         self._held_out = find_held_out(place.config, place.out, tokenizer, asked)
         self.measure = self._held_out.measure
@@ -166,13 +173,20 @@ class RlWork:
     def _verdicts(self, problems: Sequence[Problem], answers: Answers, copies: int) -> list[Verdict]:
         """An answer that has not been ended is worth nothing, whatever it says."""
         ended = answers.finished_N.nonzero()[:, 0].tolist()
-        cases = []
-        for number in ended:
-            problem = problems[number // copies]
-            text = self._tokenizer.decode(answers.answer_ids(number))
-            cases.append(Case(problem.prompt, text, problem.facts, problem.rewards))
+        asked = [problems[number // copies] for number in ended]
+        texts = [self._tokenizer.decode(answers.answer_ids(number)) for number in ended]
+        cases = [
+            Case(problem.prompt, text, problem.facts, [one for one in problem.rewards if one.name not in self._scorers])
+            for problem, text in zip(asked, texts, strict=True)
+        ]
+        found = self._judge.judge_all(cases)
+        for name, scorer in self._scorers.items():
+            by_it = [number for number, problem in enumerate(asked) if name in (one.name for one in problem.rewards)]
+            scores = scorer.scores([(asked[number].messages, texts[number]) for number in by_it])
+            for number, score in zip(by_it, scores, strict=True):
+                found[number] = _with_score(found[number], asked[number].rewards, name, score)
         verdicts = [Verdict(0.0, {}) for _ in answers.tokens_NT]
-        for number, verdict in zip(ended, self._judge.judge_all(cases), strict=True):
+        for number, verdict in zip(ended, found, strict=True):
             verdicts[number] = verdict
         return verdicts
 
@@ -288,6 +302,15 @@ class RlWork:
             self._rollouts = Rollouts(answers, reference_NT, used=int(numbers["used"]), **tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{source}: does not hold what this stage carries ({error})") from None
+
+
+def _with_score(verdict: Verdict, rewards: Sequence[Weighted], name: str, score: float) -> Verdict:
+    """A verdict with a reward model's score."""
+    if not is_reward(score):
+        troubles: dict[str, Trouble] = {**verdict.troubles, name: "not a number"}
+        return Verdict(verdict.value, {**verdict.parts, name: 0.0}, troubles, f"{name}: {score}")
+    weight = next(reward.weight for reward in rewards if reward.name == name)
+    return Verdict(verdict.value + weight * score, {**verdict.parts, name: score}, verdict.troubles, verdict.why)
 
 
 def _see(compute: Compute, policy: Policy, answers: Answers, rows: slice, *, mtp: bool) -> Seen:
