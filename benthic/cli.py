@@ -154,6 +154,22 @@ def rl(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
     _posttrain("rl", recipe, out, from_, set_)
 
 
+@app.command(epilog="Example: benthic problems sums.toml --out problems --count 1000")
+def problems(
+    recipe: Recipe, out: Out, set_: Set = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Problems of each source with their answers.")] = 1000,
+) -> None:  # fmt: skip
+    """Write problems of [posttrain.rl] with answers, to fine-tune on first, and task files of those held out."""
+    from benthic.config.load import load_posttrain_config
+    from benthic.config.presets import PRESETS
+    from benthic.posttrain.problem_files import write_problems
+
+    config = load_posttrain_config(recipe, set_ or (), "", PRESETS["tiny"], "rl")
+    assert config.posttrain.rl is not None
+    for path in write_problems(config.posttrain.rl, out, count):
+        print(path)
+
+
 @app.command(epilog="Example: benthic reward preferences.toml --out runs/judge --from runs/assistant")
 def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
     """Train a reward model on pairs of answers, [posttrain.reward] of a recipe; run it again to resume."""
