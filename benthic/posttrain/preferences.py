@@ -16,10 +16,10 @@ from benthic.data.chat_template import Message
 from benthic.data.text_files import RecordError, read_records
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
+from benthic.evaluate.score import share_score
 from benthic.files import sha256
 from benthic.posttrain.problems import NO_PROMPT, are_messages
 from benthic.posttrain.reward_model import RewardModel, padded, preference_loss
-from benthic.posttrain.scores import share
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import Losses, Objective
@@ -179,8 +179,11 @@ class PreferenceWork:
             chosen_P, rejected_P = self._scores(state.model, part, "fp32")
             nats += float(preference_loss(chosen_P, rejected_P)) * len(part)
             right += (chosen_P > rejected_P).double().tolist()
+        score = share_score("preferred", right)
         bits = nats / len(self._held_out) / math.log(2)
-        return Validation(bits, {"preference_bits": bits, "preferred": share(right)})
+        return Validation(
+            bits, {"preference_bits": bits, "preferred": {"value": score.value, "n": score.n, "ci95": score.ci95}}
+        )
 
     def carry(self) -> Carried:
         """What has been spent."""

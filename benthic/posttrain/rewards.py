@@ -12,11 +12,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from fractions import Fraction
-from functools import cache
 from typing import Any
 
 from benthic.errors import InputError, MissingExtra
+from benthic.evaluate import match
 from benthic.posttrain.isolation import Limits, run_isolated
 
 Problem = Mapping[str, Any]
@@ -25,12 +24,9 @@ Reward = Callable[[str, str, Problem], float]
 REASONING = ("<think>", "</think>")
 """What a reasoning section begins and ends with."""
 
-_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?(?:\s*/\s*\d+)?")
 _CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 LARGEST = 1e6
 """The largest size of a reward."""
-_MAX_DIGITS = 400
-"""Of a number that is compared; longer ones are wrong."""
 
 
 def final_answer(answer: str) -> str:
@@ -42,28 +38,23 @@ def final_answer(answer: str) -> str:
 
 
 def exact(prompt: str, answer: str, problem: Problem) -> float:
-    """1 if the final answer is ``problem["answer"]`` but for space around it.
+    """1 if the final answer is ``problem["answer"]``, or one of them, however white space is spread.
 
     >>> exact("2 + 2 =", "<think>two and two</think> 4", {"answer": "4"})
     1.0
     """
-    return float(final_answer(answer) == str(_of(problem, "answer")).strip())
+    return float(match.exact(final_answer(answer), _answers(problem)))
 
 
 def numeric(prompt: str, answer: str, problem: Problem) -> float:
-    """1 if the last number of the final answer equals ``problem["answer"]``, to a relative ``tolerance`` (1e-9).
+    """1 if the last number of the final answer is ``problem["answer"]``, or one of them, give or take a share of
+    ``tolerance``.
 
     >>> numeric("How much is it?", "It is $1,250.50.", {"answer": 1250.5})
     1.0
     """
-    expected = _number(str(_of(problem, "answer")))
-    if expected is None:
-        raise InputError(f"problem: answer={problem['answer']!r} is not a number")
-    found = _number(final_answer(answer))
-    if found is None:
-        return 0.0
-    tolerance = Fraction(str(problem.get("tolerance", 1e-9)))
-    return float(abs(found - expected) <= tolerance * max(abs(found), abs(expected)))
+    tolerance = float(problem.get("tolerance", 0.0))
+    return float(match.numeric(final_answer(answer), _answers(problem), tolerance=tolerance))
 
 
 def reasoning(prompt: str, answer: str, problem: Problem) -> float:
@@ -149,20 +140,7 @@ def reasoning_gym(prompt: str, answer: str, problem: Problem) -> float:
     family = metadata.get("source_dataset") if isinstance(metadata, dict) else None
     if not isinstance(family, str):
         raise InputError("problem: metadata names no source_dataset, reasoning-gym's name of the family")
-    return float(_scorer(family)(final_answer(answer), problem))
-
-
-@cache
-def _scorer(family: str) -> Callable[[str, Problem], float]:
-    try:
-        from reasoning_gym import get_score_answer_fn
-    except ImportError:
-        raise MissingExtra("reasoning-gym", "rl") from None
-    try:
-        found: Callable[[str, Problem], float] = get_score_answer_fn(family)
-    except ValueError:
-        raise InputError(f"problem: reasoning-gym has no family {family!r}") from None
-    return found
+    return match.reasoning_gym(family, final_answer(answer), problem)
 
 
 REWARDS: dict[str, Reward] = {
@@ -199,15 +177,9 @@ def _of(problem: Problem, key: str) -> Any:
     return problem[key]
 
 
-def _number(text: str) -> Fraction | None:
-    """The last number in a text: 12, -1,250.5, 2e3 or 3/4."""
-    found = _NUMBER.findall(text)
-    if not found or len(found[-1]) > _MAX_DIGITS:
-        return None
-    above, _, below = found[-1].replace(",", "").partition("/")
-    if below and not int(below):
-        return None
-    return Fraction(above.strip()) / (int(below) if below else 1)
+def _answers(problem: Problem) -> list[str]:
+    answer = _of(problem, "answer")
+    return [str(one) for one in (answer if isinstance(answer, list | tuple) else [answer])]
 
 
 def _lines(text: str) -> list[str]:

@@ -21,6 +21,7 @@ from benthic.config.schema import RlConfig, RunConfig
 from benthic.data.chat import ChatFormat
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
+from benthic.evaluate.score import share_score
 from benthic.model import LanguageModel
 from benthic.posttrain.grpo import Clipping, differing, group_advantages, policy_loss, token_weights
 from benthic.posttrain.held_out import find_held_out
@@ -30,7 +31,6 @@ from benthic.posttrain.problems import Problem, Source, open_sources, order
 from benthic.posttrain.reward_model import Scorer, fingerprint, is_reward_model
 from benthic.posttrain.rewards import is_reward
 from benthic.posttrain.rollouts import Answers, Sampler
-from benthic.posttrain.scores import share
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import Losses, Objective
@@ -270,10 +270,10 @@ class RlWork:
             verdicts = self._verdicts(problems, answers, 1)
             worth = sum(abs(reward.weight) for reward in source.rewards)
             values = [float(verdict.value >= worth) for verdict in verdicts]
-            accuracy[source.name] = share(values)
+            accuracy[source.name] = _share(values)
             right += values
         found = self._held_out.validate(state, None if last else self._config.train.validation_tokens)
-        row = {**found.row, "accuracy": {**accuracy, "all": share(right)}}
+        row = {**found.row, "accuracy": {**accuracy, "all": _share(right)}}
         return Validation(found.bits_per_byte, row)
 
     # ------------------------------------------------------------------ resumption
@@ -304,6 +304,11 @@ class RlWork:
             raise InputError(f"{source}: does not hold what this stage carries ({error})") from None
 
 
+def _share(right: Sequence[float]) -> dict[str, Any]:
+    score = share_score("accuracy", right)
+    return {"value": score.value, "n": score.n, "ci95": score.ci95}
+
+
 def _with_score(verdict: Verdict, rewards: Sequence[Weighted], name: str, score: float) -> Verdict:
     """A verdict with a reward model's score."""
     if not is_reward(score):
@@ -314,11 +319,12 @@ def _with_score(verdict: Verdict, rewards: Sequence[Weighted], name: str, score:
 
 
 def _see(compute: Compute, policy: Policy, answers: Answers, rows: slice, *, mtp: bool) -> Seen:
-    """Some answers, without padding that none of them needs."""
+    """Some answers, without padding that none of them needs; their tokens go to the experts that they went to."""
     end_N = answers.end_N[rows]
     width = int(end_N.max())
     sampled_NT = answers.sampled_NT[rows, :width]
-    seen: Seen = compute_in(compute, policy, answers.tokens_NT[rows, :width], sampled_NT, end_N, None, mtp)
+    chosen_MNTK = answers.experts_NTMK[rows, : width - 1].permute(2, 0, 1, 3).long().contiguous()
+    seen: Seen = compute_in(compute, policy, answers.tokens_NT[rows, :width], sampled_NT, end_N, chosen_MNTK, mtp)
     return seen
 
 

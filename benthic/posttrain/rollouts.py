@@ -1,11 +1,12 @@
 """Answers sampled from the weights that are being trained, many at once, with Benthic's own decoding.
 
 The sampler and the trainer must mean the same by a probability: an answer's tokens come with their log-probabilities,
-which :mod:`benthic.posttrain.policy` computes again with a gradient. A token is drawn with noise that depends on
+which :mod:`benthic.posttrain.policy` computes again with a gradient, and with the experts that every token visited, so
+that training goes through the same ones. A token is drawn with noise that depends on
 nothing but the seed of its answer and its place, so that a resumed run samples the same answers.
 
-Legend: B answers being written, N answers, P prompts, R tokens of prompts, T positions, V vocabulary, L pages of a
-sequence, X blocks of C tokens of the vocabulary.
+Legend: B answers being written, N answers, P prompts, R tokens read at once, T positions, V vocabulary, L pages of a
+sequence, X blocks of C tokens of the vocabulary, M layers with experts, K experts of a token.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benthic.inference.decode import Decoder, ReferenceDecoder
+from benthic.inference.decode import ReferenceDecoder
 from benthic.inference.native_decode import CannotDecodeNatively, NativeDecoder
 from benthic.inference.paged_cache import PAGE, PagedCache
 from benthic.model import LanguageModel
 
+_Decode = NativeDecoder | ReferenceDecoder
 _ROWS = 256
 """Tokens of prompts that are read at once."""
 _BLOCK = 64
@@ -41,6 +43,8 @@ class Answers(NamedTuple):
     """fp32: log-probability of each sampled token, in its place; 0 elsewhere."""
     entropy_NT: Tensor
     """fp32, nats: of the distribution that each was drawn from; 0 elsewhere."""
+    experts_NTMK: Tensor
+    """int32: the experts that each token visited in the layers that have any; 0 for those that were not read."""
 
     @property
     def sampled_NT(self) -> Tensor:  # noqa: N802 - a shape suffix
@@ -85,13 +89,15 @@ class Sampler:
                 distribution at this temperature (at 0, of that at 1).
         """
         assert len(seeds) == len(prompts) * copies
-        longest = min(max(map(len, prompts)) + max_new_tokens, self._model.config.max_position_embeddings)
         decode = _decoder(self._model)  # anew: it keeps copies of some weights
-        step = max(1, self._at_once // copies)
+        config, step = self._model.config, max(1, self._at_once // copies)
+        experts = config.num_hidden_layers - config.first_k_dense_replace, config.num_experts_per_tok
+        longest = min(max(map(len, prompts)) + max_new_tokens, config.max_position_embeddings)
         parts = []
         for first in range(0, len(prompts), step):
             part = prompts[first : first + step]
-            writing = _Writing(part, seeds[first * copies : (first + step) * copies], copies, longest, max_new_tokens)
+            seeds_of_part = seeds[first * copies : (first + step) * copies]
+            writing = _Writing(part, seeds_of_part, copies, longest, max_new_tokens, experts)
             writing.run(decode, self._cache_for(len(part) * copies, longest), temperature, self._stop_ids)
             parts.append(writing.answers)
         return Answers(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -104,7 +110,7 @@ class Sampler:
         return self._cache
 
 
-def _decoder(model: LanguageModel) -> Decoder:
+def _decoder(model: LanguageModel) -> _Decode:
     try:
         return NativeDecoder(model)
     except CannotDecodeNatively as error:
@@ -115,8 +121,9 @@ class _Writing:
     """Some answers while they are written."""
 
     def __init__(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], copies: int, longest: int, max_new_tokens: int
-    ) -> None:
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], copies: int, longest: int, max_new_tokens: int,
+        experts: tuple[int, int],
+    ) -> None:  # fmt: skip
         self._prompts, self._copies = prompts, copies
         count = len(prompts) * copies
         self._table_BL = torch.arange(count * _pages(longest), dtype=torch.int32).view(count, -1)
@@ -127,13 +134,13 @@ class _Writing:
         prompt_B = torch.tensor([len(ids) for ids in prompts]).repeat_interleave(copies)
         self._limit_B = (prompt_B + max_new_tokens).clamp_max(longest)
         self.answers = Answers(
-            tokens_BT, prompt_B, prompt_B.clone(), torch.zeros(count, dtype=torch.bool),
-            torch.zeros(count, longest), torch.zeros(count, longest),
+            tokens_BT, prompt_B, prompt_B.clone(), torch.zeros(count, dtype=torch.bool), torch.zeros(count, longest),
+            torch.zeros(count, longest), torch.zeros(count, longest, *experts, dtype=torch.int32),
         )  # fmt: skip
 
-    def run(self, decode: Decoder, cache: PagedCache, temperature: float, stop_ids: Tensor) -> None:
+    def run(self, decode: _Decode, cache: PagedCache, temperature: float, stop_ids: Tensor) -> None:
         """Write until every answer has ended."""
-        tokens_BT, _, end_B, finished_B, logprob_BT, entropy_BT = self.answers
+        tokens_BT, _, end_B, finished_B, logprob_BT, entropy_BT, _ = self.answers
         logits_BV = self._read_prompts(decode, cache)
         active_B = (end_B < self._limit_B).nonzero()[:, 0]
         logits_BV = logits_BV[active_B]
@@ -148,9 +155,9 @@ class _Writing:
             going_B = ~finished_B[active_B] & (end_B[active_B] < self._limit_B[active_B])
             active_B = active_B[going_B]
             if len(active_B):
-                logits_BV, _ = decode(token_B[going_B], place_B[going_B], self._table_BL[active_B], cache)
+                logits_BV = self._decode(decode, active_B, place_B[going_B], cache)
 
-    def _read_prompts(self, decode: Decoder, cache: PagedCache) -> Tensor:
+    def _read_prompts(self, decode: _Decode, cache: PagedCache) -> Tensor:
         """Fill the cache with each prompt, and with as many copies of it; logits (B, V) of what follows."""
         first_P = torch.arange(len(self._prompts)) * self._copies
         length_P = self.answers.prompt_N[first_P]
@@ -160,18 +167,30 @@ class _Writing:
         logits = []
         for start in range(0, len(row_R), _ROWS):
             row, place = row_R[start : start + _ROWS], place_R[start : start + _ROWS]
-            part_BV, _ = decode(self.answers.tokens_NT[row, place], place, self._table_BL[row], cache)
+            part_BV = self._decode(decode, row, place, cache)
             here = last_R[(last_R >= start) & (last_R < start + _ROWS)] - start
             logits.append(part_BV[here])
-        self._copy_prompts(cache, int(length_P.max()))
+        self._copy_prompts(cache, first_P, int(length_P.max()))
         return torch.cat(logits).repeat_interleave(self._copies, 0)
 
-    def _copy_prompts(self, cache: PagedCache, longest: int) -> None:
+    def _decode(self, decode: _Decode, row_R: Tensor, place_R: Tensor, cache: PagedCache) -> Tensor:
+        """Read the tokens in these places; logits (R, V) of what follows each."""
+        experts_RMK = torch.zeros(len(row_R), *self.answers.experts_NTMK.shape[2:], dtype=torch.int32)
+        recorded = experts_RMK if experts_RMK.numel() else None
+        tokens_R = self.answers.tokens_NT[row_R, place_R]
+        logits_RV, _ = decode(tokens_R, place_R, self._table_BL[row_R], cache, recorded)
+        self.answers.experts_NTMK[row_R, place_R] = experts_RMK
+        return logits_RV
+
+    def _copy_prompts(self, cache: PagedCache, first_P: Tensor, longest: int) -> None:
+        """To the other answers, what has been read for the first of each prompt's."""
         if self._copies == 1:
             return
+        experts_NTMK = self.answers.experts_NTMK
+        experts_NTMK[:, :longest] = experts_NTMK[first_P, :longest].repeat_interleave(self._copies, 0)
         pages_PCL = self._table_BL[:, : _pages(longest)].unflatten(0, (-1, self._copies)).long()
         source, target = pages_PCL[:, :1].expand_as(pages_PCL[:, 1:]).flatten(), pages_PCL[:, 1:].flatten()
-        for pages in cache.pages_N[: len(cache.pages_N)]:
+        for pages in cache.pages_N:
             pages[target] = pages[source]
 
 

@@ -43,10 +43,42 @@ def test_the_trainer_finds_the_samplers_probabilities(model, temperature):
     prompts = _prompts(0, 5)
     found = Sampler(model, _STOP).sample(prompts, list(range(15)), copies=3, max_new_tokens=40, temperature=temperature)
     with torch.no_grad():
-        again = Policy(model, temperature)(found.tokens_NT, found.sampled_NT, found.end_N, None, False).logprob_NT
+        again = Policy(model, temperature)(
+            found.tokens_NT, found.sampled_NT, found.end_N, _chosen(found), False
+        ).logprob_NT
     assert (again - found.logprob_NT).abs().max() < 1e-5
     assert found.sampled_NT.sum() == (found.end_N - found.prompt_N).sum() > 100
     assert (found.logprob_NT[~found.sampled_NT] == 0).all()
+
+
+def _seen(model, answers, chosen, temperature=1.0):
+    policy = Policy(model, temperature)
+    return policy(answers.tokens_NT, answers.sampled_NT, answers.end_N, chosen, False).logprob_NT
+
+
+def _chosen(answers):
+    return answers.experts_NTMK[:, :-1].permute(2, 0, 1, 3).long()
+
+
+@pytest.mark.usefixtures("decoding")
+def test_tokens_visit_the_experts_that_the_sampler_says(model):
+    found = Sampler(model, _STOP).sample(_prompts(4, 3, longest=20), list(range(6)), copies=2, max_new_tokens=8)
+    for row in range(6):
+        read = int(found.end_N[row]) - 1
+        _, routings = model.transformer.hidden(found.tokens_NT[row : row + 1, :read])
+        for layer, routing in enumerate(routings):
+            assert (
+                routing.index[0].sort(-1).values.tolist()
+                == found.experts_NTMK[row, :read, layer].sort(-1).values.tolist()
+            )
+
+
+def test_training_goes_through_experts_that_the_router_would_not_choose_now(model):
+    """As after an update: by other experts, probabilities differ."""
+    found = Sampler(model, _STOP).sample(_prompts(5, 2, longest=20), [1, 2], max_new_tokens=8)
+    seen = [_seen(model, found, chosen) for chosen in (_chosen(found), (_chosen(found) + 1) % 8)]
+    assert (seen[0] - found.logprob_NT).abs().max() < 1e-5
+    assert (seen[1] - found.logprob_NT).abs().max() > 1e-3
 
 
 @pytest.mark.usefixtures("decoding")
@@ -99,7 +131,7 @@ def test_new_weights_are_sampled_from_at_once(model):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
     found = sampler.sample(prompts, [1, 2, 3, 4], max_new_tokens=10)
     with torch.no_grad():
-        again = Policy(other, 1.0)(found.tokens_NT, found.sampled_NT, found.end_N, None, False).logprob_NT
+        again = _seen(other, found, _chosen(found))
     assert (again - found.logprob_NT).abs().max() < 1e-5
 
 
