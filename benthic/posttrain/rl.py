@@ -213,7 +213,7 @@ class RlWork:
         assert isinstance(objective.model, LanguageModel)
         policy, mtp = Policy(objective.model, self._rl.temperature), bool(settings.mtp_weight)
         answers, counted = batch.answers, batch.answers.sampled_NT
-        parts, totals = [], torch.zeros(4)
+        parts, totals = [], torch.zeros(5)
         for start in range(0, len(counted), micro_batch_size):
             rows = slice(start, start + micro_batch_size)
             seen = _see(compute, policy, answers, rows, mtp=mtp)
@@ -228,13 +228,15 @@ class RlWork:
             loss = found.loss + (settings.mtp_weight * nats_J.mean() if len(nats_J) else 0.0)
             loss.backward()
             new_NT = seen.logprob_NT.detach()
-            apart = (new_NT - old_NT).abs().max()
-            totals[:3] += torch.stack([found.loss.detach(), found.kl, found.clipped])
-            totals[3] = torch.maximum(totals[3], apart)
+            apart_NT = (new_NT - old_NT).abs()
+            totals[:4] += torch.stack([found.loss.detach(), found.kl, found.clipped, apart_NT.sum() / counted.sum()])
+            totals[4] = torch.maximum(totals[4], apart_NT.max())
             nats = -new_NT.sum() / counted.sum()
             parts.append((torch.cat([nats[None], nats_J.detach()]), seen.load_ME))
-        loss, kl, clipped, apart = totals.tolist()
-        self._figures |= {"loss": loss, "kl": kl, "clip_share": clipped} | ({} if batch.used else {"mismatch": apart})
+        loss, kl, clipped, apart, furthest = totals.tolist()
+        self._figures |= {"loss": loss, "kl": kl, "clip_share": clipped}
+        if not batch.used:
+            self._figures |= {"mismatch": furthest, "mean_mismatch": apart}
         nats_K, load_ME = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
         return Losses(nats_K, torch.zeros(()), load_ME)
 

@@ -202,15 +202,15 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float) -> tuple[Tens
         uniform_B: float64 in [0, 1).
         temperature: 0 takes the likeliest.
     """
-    logits_BV = logits_BV.float()
-    scaled_BV = logits_BV / temperature if temperature not in (0, 1) else logits_BV
-    highest_B1 = scaled_BV.amax(-1, keepdim=True)
-    weight_BV = (scaled_BV - highest_B1).exp_()
+    # Measured from the highest: so sums are rounded at the size of what is left, not of the logits.
+    scaled_BV = logits_BV.float() - logits_BV.amax(-1, keepdim=True).float()
+    if temperature not in (0, 1):
+        scaled_BV /= temperature
+    weight_BV = scaled_BV.exp()
     total_B = weight_BV.sum(-1)
-    lognorm_B = total_B.log() + highest_B1[:, 0]
-    entropy_B = lognorm_B - torch.linalg.vecdot(weight_BV, scaled_BV) / total_B
+    entropy_B = total_B.log() - torch.linalg.vecdot(weight_BV, scaled_BV) / total_B
     token_B = logits_BV.argmax(-1) if temperature == 0 else _invert(weight_BV, uniform_B)
-    return token_B, scaled_BV.gather(-1, token_B[:, None])[:, 0] - lognorm_B, entropy_B
+    return token_B, scaled_BV.gather(-1, token_B[:, None])[:, 0] - total_B.log(), entropy_B
 
 
 def _invert(weight_BV: Tensor, uniform_B: Tensor) -> Tensor:
