@@ -1,11 +1,13 @@
 """The public functions that join packages which know nothing of each other: models on disk, training, inference."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from benthic.config.complain import complaint
 from benthic.config.load import inference_defaults
@@ -22,6 +24,9 @@ from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import LanguageModel, Transformer
 from benthic.plan.memory import refuse_too_large
+from benthic.posttrain.preferences import Preferences
+from benthic.posttrain.reward_model import RewardArchitecture, trunk_weights
+from benthic.posttrain.rl import Rl
 from benthic.posttrain.sft import Sft, stage_settings
 from benthic.posttrain.sft_data import prepare_sft, split_of
 from benthic.precision.quantise import Precision
@@ -47,7 +52,7 @@ def load(
     return model.transformer.eval()
 
 
-KINDS: Kinds = {**loop.PRETRAINING, "sft": Sft}
+KINDS: Kinds = {**loop.PRETRAINING, "sft": Sft, "rl": Rl}
 """Of stages of training."""
 
 
@@ -72,6 +77,21 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     return trained
 
 
+def train_reward_model(config: RunConfig, out: str | Path) -> loop.Trained:
+    """Trains a reward model on the trunk of ``config.posttrain.base``, by ``config.posttrain.reward``, or goes on.
+
+    Raises:
+        InputError: there is no such model, ``out`` holds something else, or the pairs are of no use; besides, as
+            :func:`benthic.train.loop.train`.
+    """
+    out = Path(out)
+    refuse_too_large(config.model)
+    with locked(out):
+        if latest(out / "checkpoints" / BASE) is None:
+            _bring(config, out, lambda weights: trunk_weights(weights, config.model.hidden_size))
+        return loop.train(config, out, RewardArchitecture(), {"reward": Preferences})
+
+
 def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress = lambda *_: None) -> list[str]:
     """Everything that the stages after pretraining need besides its weights, or nothing where it is there.
 
@@ -90,7 +110,10 @@ def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress 
         return prepare_sft(stage_settings(config), out, progress).remarks()
 
 
-def _bring(config: RunConfig, out: Path) -> None:
+def _bring(
+    config: RunConfig, out: Path, what: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda weights: weights
+) -> None:
+    """Copy ``what`` a run begins with, of the weights that are there, and the tokenizer."""
     assert config.posttrain.base is not None
     base = Path(config.posttrain.base)
     for name in ("config.toml", "checkpoints", "model", "data"):
@@ -109,7 +132,7 @@ def _bring(config: RunConfig, out: Path) -> None:
     copy_tokenizer(tokenizer, out / "tokenizer")
     write_json(out / "tokenizer" / "generation_config.json", tokenizer_ids(tokenizer))  # what ends a turn
     state = {"step": 0, "base": str(base), **split}
-    save(out / "checkpoints" / BASE, 0, Checkpoint({"model": model.state_dict()}, state), keep=None)
+    save(out / "checkpoints" / BASE, 0, Checkpoint({"model": what(model.state_dict())}, state), keep=None)
 
 
 def _refuse_other_model(out: Path) -> None:

@@ -145,13 +145,53 @@ def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
 @app.command(epilog="Example: benthic sft chats.toml --out runs/assistant --from runs/quickstart")
 def sft(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
     """Fine-tune a model on the answers in conversations, [posttrain.sft] of a recipe; run it again to resume."""
+    _posttrain("sft", recipe, out, from_, set_)
+
+
+@app.command(epilog="Example: benthic rl sums.toml --out runs/reasoner --from runs/assistant")
+def rl(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
+    """Let a model learn from rewards (GRPO), [posttrain.rl] of a recipe; run it again to resume."""
+    _posttrain("rl", recipe, out, from_, set_)
+
+
+@app.command(epilog="Example: benthic problems sums.toml --out problems --count 1000")
+def problems(
+    recipe: Recipe, out: Out, set_: Set = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Problems of each source with their answers.")] = 1000,
+) -> None:  # fmt: skip
+    """Write problems of [posttrain.rl] with answers, to fine-tune on first, and task files of those held out."""
+    from benthic.config.load import load_posttrain_config
+    from benthic.config.presets import PRESETS
+    from benthic.posttrain.problem_files import write_problems
+
+    config = load_posttrain_config(recipe, set_ or (), "", PRESETS["tiny"], "rl")
+    assert config.posttrain.rl is not None
+    for path in write_problems(config.posttrain.rl, out, count):
+        print(path)
+
+
+@app.command(epilog="Example: benthic reward preferences.toml --out runs/judge --from runs/assistant")
+def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
+    """Train a reward model on pairs of answers, [posttrain.reward] of a recipe; run it again to resume."""
+    from benthic.api import train_reward_model
+
+    trained = train_reward_model(_posttrain_config("reward", recipe, out, from_, set_), out)
+    print(
+        f"{out}: {trained.bits_per_byte:.4f} {trained.measure}; to learn from it, name {out} among a recipe's rewards"
+    )
+
+
+def _posttrain(stage: Literal["sft", "rl"], recipe: str, out: Path, base: Path, set_: list[str] | None) -> None:
+    _prepare_and_train(_posttrain_config(stage, recipe, out, base, set_), out)
+
+
+def _posttrain_config(stage: str, recipe: str, out: Path, base: Path, set_: list[str] | None) -> "RunConfig":
     from benthic.config.load import load_posttrain_config
     from benthic.convert.resolve import model_config
 
-    if out.resolve() == from_.resolve():
-        raise InputError(f"--from {from_}: is --out; `benthic run` goes on with a run whose recipe has [posttrain.sft]")
-    config = load_posttrain_config(recipe, set_ or (), str(from_.absolute()), model_config(from_), "sft")
-    _prepare_and_train(config, out)
+    if out.resolve() == base.resolve():
+        raise InputError(f"--from {base}: is --out; give what is made of it a directory of its own")
+    return load_posttrain_config(recipe, set_ or (), str(base.absolute()), model_config(base), stage)
 
 
 @app.command("eval", epilog="Example: benthic eval runs/quickstart --tasks arithmetic.jsonl capitals.jsonl --json")

@@ -15,7 +15,15 @@ from pydantic import ValidationError
 
 from benthic.config.complain import complaint, nearest, shown, source_of
 from benthic.config.presets import PRESETS
-from benthic.config.schema import InferenceConfig, ModelConfig, PosttrainConfig, RunConfig, ServeConfig, Settings
+from benthic.config.schema import (
+    InferenceConfig,
+    ModelConfig,
+    PosttrainConfig,
+    PrecisionConfig,
+    RunConfig,
+    ServeConfig,
+    Settings,
+)
 from benthic.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -56,7 +64,7 @@ def load_posttrain_config(
         overrides: as for ``load_run_config``, but not of ``model``.
         base: the directory the model is from.
         model: its sizes.
-        stage: ``sft`` or ``rl``.
+        stage: ``sft``, ``rl`` or ``reward``.
 
     Raises:
         InputError: as ``load_run_config``, or the section is not there.
@@ -73,7 +81,10 @@ def load_posttrain_config(
     section = getattr(config.posttrain, stage)
     if section is None:
         raise InputError(f"{path}: has no [posttrain.{stage}]")
-    return config.model_copy(update={"posttrain": PosttrainConfig.model_validate({"base": base, stage: section})})
+    posttrain = PosttrainConfig.model_validate({"base": base, stage: section})
+    # What says for itself what it computes in has nothing to be measured.
+    precision = PrecisionConfig(compute=section.compute) if hasattr(section, "compute") else config.precision
+    return config.model_copy(update={"posttrain": posttrain, "precision": precision})
 
 
 def load_preset_or_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -5,7 +5,7 @@ the run let one recipe serve three million tokens and fourteen trillion alike.
 """
 
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -312,12 +312,132 @@ class SftConfig(Settings):
         return self
 
 
+class RewardConfig(Settings):
+    """One of the rewards that an answer's is the sum of."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """One of Benthic's (``exact``, ``numeric``, ``reasoning``, ``json_schema``, ``code``, ``reasoning_gym``), a
+    function of your own as ``module:function``, or the directory of a reward model."""
+    weight: float = 1.0
+
+
+class ProblemsConfig(Settings):
+    """One source of problems: a family of reasoning-gym's, or a file."""
+
+    family: str | None = None
+    """reasoning-gym's name of the family, such as ``chain_sum``."""
+    settings: dict[str, Any] = {}
+    """The family's own, such as ``max_digits``."""
+    file: str | None = None
+    """A .jsonl file with a problem a line: ``prompt`` or ``messages``, and what its rewards ask for."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Its share of the prompts, among those of all sources."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """By default ``reasoning_gym`` for its families, and ``exact`` for files."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.family is None) == (self.file is None):
+            raise ValueError("give either family or file")
+        if self.settings and self.family is None:
+            raise ValueError("settings are those of a family of reasoning-gym's; a file has none")
+        return self
+
+
+class RlConfig(Settings):
+    """Reinforcement learning by GRPO (arXiv 2402.03300, section 4) on problems whose answers can be judged."""
+
+    problems: Annotated[tuple[ProblemsConfig, ...], Field(min_length=1)]
+    steps: Positive = 200
+    """Optimizer steps."""
+    prompts: Positive = 16
+    """Problems that answers are sampled to at a time."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Answers to each problem; they are measured against each other."""
+    updates: Positive = 1
+    """Optimizer steps on the same answers."""
+    max_new_tokens: Positive = 64
+    """Of an answer; one that is not ended by then gets no reward."""
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    at_once: Positive = 256
+    """Answers that are written at the same time."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    """AdamW's; small models need more."""
+    final_learning_rate: Annotated[float, Field(ge=0)] | None = None
+    """What the rate falls to along a cosine; by default it is held."""
+    warmup: Fraction = 0.0
+    micro_batch_size: Positive | None = None
+    """Answers per forward and backward pass; by default all."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    """How far the ratio of new to old probability counts; above ``clip_low``, unlikely tokens have more room."""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.04
+    """Of the divergence from the model that the stage begins with; at 0 that is not kept in memory."""
+    deviation: bool = True
+    """Divide advantages by their group's deviation, as published."""
+    average: Literal["sequence", "token", "constant"] = "sequence"
+    """What counts alike: answers, as published; tokens; or tokens, whatever the length of the answers."""
+    mtp_loss_weight: Annotated[float, Field(ge=0)] | None = None
+    """By default what pretraining ends with. MTP modules learn from the answers, the model below them does not."""
+    reward_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """For one reward of one answer."""
+    compute: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Arithmetic of training; the sampler's is fp32, and what differs is logged as ``mismatch``."""
+    held_out: Positive = 500
+    """Problems of each source that are kept for validation and never trained on."""
+    held_out_quick: Positive = 100
+    """Those of them that validations during the stage read; before it and at its end all are read."""
+    validate_every: Positive | None = None
+    checkpoint_every: Positive | None = None
+    seed: Natural = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.final_learning_rate is not None and self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate={self.final_learning_rate:g} must be at most learning_rate={self.learning_rate:g}"
+            )
+        _check_passes(self.prompts * self.group_size, self.micro_batch_size)
+        return self
+
+
+class RewardModelConfig(Settings):
+    """A reward model, trained on pairs of answers by the loss of Bradley and Terry; a run of its own."""
+
+    pairs: Annotated[tuple[str, ...], Field(min_length=1)]
+    """.jsonl files with ``prompt`` or ``messages``, and the answers that were ``chosen`` and ``rejected``."""
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    batch_size: Positive = 16
+    """Pairs per optimizer step."""
+    micro_batch_size: Positive | None = None
+    """Pairs per forward and backward pass; by default the whole batch."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """AdamW's; small models need more."""
+    held_out: Positive = 100
+    """Pairs, the last ones, that are kept for validation."""
+    compute: Literal["fp32", "bf16", "fp8"] = "fp32"
+    validate_every: Positive | None = None
+    checkpoint_every: Positive | None = None
+    seed: Natural = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        _check_passes(self.batch_size, self.micro_batch_size)
+        return self
+
+
 class PosttrainConfig(Settings):
     """The stages after pretraining, each of which a run has if its section is there."""
 
     base: str | None = None
     """A run or model directory whose weights and tokenizer the run begins with, in the place of pretraining."""
     sft: SftConfig | None = None
+    rl: RlConfig | None = None
+    reward: RewardModelConfig | None = None
+    """Not a stage of the run: ``benthic reward`` trains it."""
 
     @model_validator(mode="after")
     def _something_follows(self) -> Self:

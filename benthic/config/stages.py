@@ -13,6 +13,9 @@ from benthic.config.schema import (
     ModelConfig,
     OptimizerConfig,
     PosttrainConfig,
+    PrecisionConfig,
+    RewardModelConfig,
+    RlConfig,
     RunConfig,
     ScheduleConfig,
     SftConfig,
@@ -22,8 +25,9 @@ from benthic.config.schema import (
 
 PRETRAIN = "pretrain"
 BASE = "base"
-Kind = Literal["corpus", "base", "sft", "rl"]
-"""What a stage learns from: text as it is, nothing (weights that were brought), answers, rewards."""
+Kind = Literal["corpus", "base", "sft", "rl", "reward"]
+"""What a stage learns from: text as it is, nothing (weights that were brought), answers, rewards; of a reward model,
+preferences."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
     later = []
     if posttrain.sft is not None:
         later.append(Stage("sft", _sft(last, posttrain.sft), "sft", posttrain.sft.adapter))
+    if posttrain.rl is not None:
+        later.append(Stage("rl", _rl(last, posttrain.rl), "rl"))
+    if posttrain.reward is not None:
+        later.append(Stage("reward", _reward(last, posttrain.reward), "reward"))
     return *first, *later
 
 
@@ -106,6 +114,45 @@ def tuned(train: TrainConfig, sft: SftConfig) -> TrainConfig:
             "extend": (),
         }
     )
+
+
+def _rl(config: RunConfig, rl: RlConfig) -> RunConfig:
+    """Settings of a stage over rewards, after one with ``config``."""
+    mtp = held(config.train.schedule).mtp_loss_weight if rl.mtp_loss_weight is None else rl.mtp_loss_weight
+    schedule = {"warmup": rl.warmup, "mtp_loss_weight": mtp, "mtp_late_loss_weight": mtp}
+    if rl.final_learning_rate is not None:
+        schedule |= {"decay_start": rl.warmup, "decay_factor": rl.final_learning_rate / rl.learning_rate}
+    return _by_its_loss_alone(config, rl, rl.prompts * rl.group_size, schedule)
+
+
+def _reward(config: RunConfig, reward: RewardModelConfig) -> RunConfig:
+    """Settings of the training of a reward model."""
+    return _by_its_loss_alone(config, reward, reward.batch_size, {})
+
+
+def _by_its_loss_alone(
+    config: RunConfig, stage: RlConfig | RewardModelConfig, batch_size: int, schedule: dict[str, float]
+) -> RunConfig:
+    """Settings of a stage that nothing but its loss moves the model in: routers' bias and balance are left as they are,
+    and weights do not decay.
+    """
+    still = {"bias_update_speed": 0.0, "balance_loss_weight": 0.0}
+    train = {
+        "steps": stage.steps,
+        "minutes": None,
+        "batch_size": batch_size,
+        "micro_batch_size": stage.micro_batch_size,
+        "seed": stage.seed,
+        "ema_decay": 0.0,
+        "ema_span": None,
+        "validate_every": stage.validate_every or config.train.validate_every,
+        "checkpoint_every": stage.checkpoint_every or config.train.checkpoint_every,
+        "optimizer": OptimizerConfig(learning_rate=stage.learning_rate, weight_decay=0.0),
+        "schedule": held(config.train.schedule).model_copy(update={**still, **schedule}),
+        "extend": (),
+    }
+    precision = PrecisionConfig(compute=stage.compute)
+    return config.model_copy(update={"train": config.train.model_copy(update=train), "precision": precision})
 
 
 def slower(optimizer: OptimizerConfig, rate: float) -> OptimizerConfig:

@@ -55,8 +55,9 @@ class Decoder(Protocol):
 
 
 def decode(
-    model: LanguageModel, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache
-) -> tuple[Tensor, Tensor]:
+    model: LanguageModel, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache,
+    experts_BLK: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One new token for each row.
 
     Args:
@@ -65,14 +66,18 @@ def decode(
         positions_B: int64, their positions, which are the tokens cached before them.
         table_BP: int32, page numbers of each row's sequence in order; unused entries are -1.
         cache: receives the new latents.
+        experts_BLK: int32, over the L layers that have experts: receives the K that each token chose.
 
     Returns:
         Logits (B, V) of the token after each, and the hidden states (B, D) after the final norm.
     """
     transformer, hidden = model.transformer, []
-    for token, position, table_P in zip(tokens_B, positions_B.tolist(), table_BP, strict=True):
+    for row, (token, position, table_P) in enumerate(zip(tokens_B, positions_B.tolist(), table_BP, strict=True)):
         view = PagedView(cache, table_P, position, transformer.embed.weight.dtype)
-        hidden.append(transformer.hidden(token.view(1, 1), cache=view)[0][0, 0])
+        hidden_BTD, routings = transformer.hidden(token.view(1, 1), cache=view)
+        hidden.append(hidden_BTD[0, 0])
+        if experts_BLK is not None:
+            experts_BLK[row] = torch.stack([routing.index[0, 0] for routing in routings])
     logits = [transformer.head(hidden_D) for hidden_D in hidden]
     return torch.stack(logits), torch.stack(hidden)
 
@@ -137,10 +142,11 @@ class ReferenceDecoder:
         self._model = model
 
     def __call__(
-        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache,
+        experts_BLK: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As :func:`decode`."""
-        return decode(self._model, tokens_B, positions_B, table_BP, cache)
+        return decode(self._model, tokens_B, positions_B, table_BP, cache, experts_BLK)
 
     def step(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache, ahead: Ahead | None = None

@@ -92,7 +92,9 @@ class NativeDecoder:
         weakref.finalize(self, library.decode_free, ctypes.c_void_p(self._decoder))
         self._cos_TP = self._sin_TP = torch.empty(0, 0, dtype=torch.float32)
 
-    def __call__(self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, experts_BLK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One new token for each row: logits (B, V) and hidden states (B, D) after the final norm, both fp32.
 
         Args:
@@ -100,14 +102,25 @@ class NativeDecoder:
             positions_B: int64, their positions, which are the tokens cached before them.
             table_BP: int32, page numbers of each row's sequence in order; unused entries are not looked at.
             cache: receives the new latents.
+            experts_BLK: int32, contiguous, over the layers that have experts: receives those each token chose.
 
         Raises:
             IndexError: a token, a position or a page is out of range; the cache is as before.
+            ValueError: ``experts_BLK`` has another shape or type.
         """
-        logits_BV = torch.empty(len(tokens_B), self._config.vocab_size, dtype=torch.float32)
-        hidden_BD = torch.empty(len(tokens_B), self._config.hidden_size, dtype=torch.float32)
-        self._run(tokens_B, positions_B, table_BP, cache, outputs={"hidden": hidden_BD, "logits": logits_BV})
+        outputs = self._recorded(experts_BLK, len(tokens_B))
+        logits_BV = outputs["logits"] = torch.empty(len(tokens_B), self._config.vocab_size, dtype=torch.float32)
+        hidden_BD = outputs["hidden"] = torch.empty(len(tokens_B), self._config.hidden_size, dtype=torch.float32)
+        self._run(tokens_B, positions_B, table_BP, cache, outputs=outputs)
         return logits_BV, hidden_BD
+
+    def _recorded(self, experts_BLK: Tensor | None, batch: int) -> dict[str, Tensor]:
+        if experts_BLK is None:
+            return {}
+        shape = (batch, self._sparse_layers, self._config.num_experts_per_tok)
+        if experts_BLK.shape != shape or experts_BLK.dtype != torch.int32 or not experts_BLK.is_contiguous():
+            raise ValueError(f"experts_BLK: must be contiguous int32 {shape}")
+        return {"experts": experts_BLK}
 
     def step(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, ahead: Ahead | None = None,
@@ -119,18 +132,9 @@ class NativeDecoder:
             tokens_B: as for a call; those that drafts become are not looked at, but for being in range.
             positions_B: as for a call. table_BP: as for a call. cache: as for a call.
             ahead: drafts to make first. They are the same whatever else is in the step.
-            experts_BLK: int32, contiguous, over the layers that have experts: receives those each token chose.
-
-        Raises:
-            IndexError: as for a call.
-            ValueError: ``experts_BLK`` has another shape or type.
+            experts_BLK: as for a call, whose errors it raises.
         """
-        batch, outputs = len(tokens_B), {}
-        if experts_BLK is not None:
-            shape = (batch, self._sparse_layers, self._config.num_experts_per_tok)
-            if experts_BLK.shape != shape or experts_BLK.dtype != torch.int32 or not experts_BLK.is_contiguous():
-                raise ValueError(f"experts_BLK: must be contiguous int32 {shape}")
-            outputs["experts"] = experts_BLK
+        batch, outputs = len(tokens_B), self._recorded(experts_BLK, len(tokens_B))
         hidden_BD = outputs["hidden"] = torch.empty(batch, self._config.hidden_size, dtype=torch.float32)
         logits_BV = outputs["logits"] = torch.empty(batch, self._config.vocab_size, dtype=torch.float32)
         best_B = outputs["best"] = torch.empty(batch, dtype=torch.int64)

@@ -67,7 +67,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Shared experts plus the routed experts that a token's router chooses."""
+    """Shared experts plus the routed experts that a token's router chooses, or is told to have chosen."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -78,16 +78,10 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             self.shared = SwiGLU(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x_BTD: Tensor, chosen_BTK: Tensor | None = None) -> tuple[Tensor, Routing]:
         config = self.config
         scores_BTE = self.router(x_BTD)
-        index_BTK = select_experts(
-            scores_BTE.detach(),
-            self.router.bias,
-            n_group=config.n_group,
-            topk_group=config.topk_group,
-            top_k=config.num_experts_per_tok,
-        )
+        index_BTK = self._choose(scores_BTE.detach()) if chosen_BTK is None else chosen_BTK
         gate_BTK = gate_values(
             scores_BTE, index_BTK, normalise=config.norm_topk_prob, scale=config.routed_scaling_factor
         )
@@ -96,3 +90,13 @@ class MoE(nn.Module):
         if self.shared is not None:
             out_BTD = out_BTD + self.shared(x_BTD)
         return out_BTD, Routing(scores_BTE, index_BTK)
+
+    def _choose(self, scores_BTE: Tensor) -> Tensor:
+        config = self.config
+        return select_experts(
+            scores_BTE,
+            self.router.bias,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            top_k=config.num_experts_per_tok,
+        )

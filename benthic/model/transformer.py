@@ -27,10 +27,12 @@ class Block(nn.Module):
         else:
             self.ffn = MoE(config)
 
-    def forward(self, x_BTD: Tensor, context: AttentionContext) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x_BTD: Tensor, context: AttentionContext, chosen_BTK: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), context)
         if isinstance(self.ffn, MoE):
-            out_BTD, routing = self.ffn(self.ffn_norm(x_BTD))
+            out_BTD, routing = self.ffn(self.ffn_norm(x_BTD), chosen_BTK)
             return x_BTD + out_BTD, routing
         return x_BTD + self.ffn(self.ffn_norm(x_BTD)), None
 
@@ -52,18 +54,25 @@ class Transformer(Trunk):
         return logits_BTV
 
     def hidden(
-        self, tokens_BT: Tensor, *, document_BT: Tensor | None = None, cache: Cache | None = None
+        self,
+        tokens_BT: Tensor,
+        *,
+        document_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        chosen_MBTK: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Hidden states after the final norm (B, T, D), and what each MoE layer did.
 
         Args:
             document_BT: document of each position; attention then stays within documents.
             cache: latents of earlier tokens; the new ones follow them and are appended.
+            chosen_MBTK: the experts that each MoE layer's tokens visit, where routers are not to choose them anew.
         """
         context = attention_context(self.config, tokens_BT, document_BT, cache)
-        x_BTD, routings = self.embed(tokens_BT), []
+        x_BTD, routings = self.embed(tokens_BT), list[Routing]()
         for block in self.layers:
-            x_BTD, routing = block(x_BTD, context)
+            chosen_BTK = None if chosen_MBTK is None else chosen_MBTK[len(routings)]
+            x_BTD, routing = block(x_BTD, context, chosen_BTK)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x_BTD), routings
