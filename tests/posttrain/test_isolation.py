@@ -125,11 +125,12 @@ print("started", flush=True)
 @pytest.mark.parametrize("end", ["", "while True: pass", "import time; time.sleep(600)"])
 def test_nothing_outlives_it_and_it_not_its_limit(end):
     marker = f"benthic-marker-{os.getpid()}-{len(end)}"
+    seconds = 8 if end else 30  # a busy machine takes its time to start five interpreters
     start = time.monotonic()
-    ran = run_isolated(_DAEMON.replace("MARKER", repr(marker)) + end, limits=Limits(seconds=3))
+    ran = run_isolated(_DAEMON.replace("MARKER", repr(marker)) + end, limits=Limits(seconds=seconds))
     assert ran.output == "started\n"
     assert ran.outcome == ("timed out" if end else "ended")
-    assert time.monotonic() - start < 3 + isolation._GRACE_S
+    assert time.monotonic() - start < seconds + isolation._GRACE_S
     deadline = time.monotonic() + 5
     while _alive(marker) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -236,9 +237,8 @@ def test_other_systems_are_told(monkeypatch):
     ],
 )
 def test_code_is_worth_the_tests_it_passes(answer, share):
-    problem = {
-        "tests": [{"stdin": "1", "stdout": "2"}, {"stdin": "-4", "stdout": "-3\n"}], "limits": {"seconds": 1.0},
-    }  # fmt: skip
+    tests = [{"stdin": "1", "stdout": "2"}, {"stdin": "-4", "stdout": "-3\n"}]
+    problem = {"tests": tests, "limits": {"seconds": 1.0 if "while" in answer else 30.0}}
     assert code("", answer, problem) == share
 
 
