@@ -212,6 +212,7 @@ class RlWork:
         """Of GRPO's loss, and of the MTP modules' on the same answers."""
         assert isinstance(objective.model, LanguageModel)
         policy, mtp = Policy(objective.model, self._rl.temperature), bool(settings.mtp_weight)
+        batch = batch if self._rl.kl_weight else _with_advantage(batch)
         answers, counted = batch.answers, batch.answers.sampled_NT
         parts, totals = [], torch.zeros(5)
         for start in range(0, len(counted), micro_batch_size):
@@ -223,7 +224,8 @@ class RlWork:
             found = policy_loss(
                 seen.logprob_NT, old_NT, reference_NT, batch.advantage_N[rows], weight_NT, self._clipping
             )
-            share_J = _further(counted[rows], len(seen.mtp_nats_J)) / _further(counted, len(seen.mtp_nats_J))
+            depths = len(seen.mtp_nats_J)
+            share_J = _further(counted[rows], depths) / _further(counted, depths).clamp_min(1)
             nats_J = seen.mtp_nats_J * share_J
             loss = found.loss + (settings.mtp_weight * nats_J.mean() if len(nats_J) else 0.0)
             loss.backward()
@@ -262,21 +264,24 @@ class RlWork:
     # ------------------------------------------------------------------ validation
 
     def validate(self, state: TrainState, *, last: bool) -> Validation:
-        """Accuracy on problems held out, by the likeliest tokens, and whatever text is held out."""
+        """Accuracy on problems held out, of the likeliest and of sampled answers; and whatever text is held out."""
         assert isinstance(state.model, LanguageModel)
         count = self._rl.held_out if last else min(self._rl.held_out_quick, self._rl.held_out)
-        accuracy, right = dict[str, Any](), list[float]()
+        found = self._held_out.validate(state, None if last else self._config.train.validation_tokens)
+        likeliest, sampled = (self._accuracy(state.model, count, heat) for heat in (0.0, self._rl.temperature))
+        return Validation(found.bits_per_byte, {**found.row, "accuracy": likeliest, "sampled_accuracy": sampled})
+
+    def _accuracy(self, model: LanguageModel, count: int, temperature: float) -> dict[str, Any]:
+        """Share of problems held out whose answer gets all the reward there is, by source and of all."""
+        found, every = dict[str, Any](), list[float]()
         for source in self._sources:
             problems = source.held_out[:count]
-            answers = self._sample(state.model, problems, [0] * count, 1, 0.0)
-            verdicts = self._verdicts(problems, answers, 1)
+            answers = self._sample(model, problems, range(count), 1, temperature)
             worth = sum(abs(reward.weight) for reward in source.rewards)
-            values = [float(verdict.value >= worth) for verdict in verdicts]
-            accuracy[source.name] = _share(values)
-            right += values
-        found = self._held_out.validate(state, None if last else self._config.train.validation_tokens)
-        row = {**found.row, "accuracy": {**accuracy, "all": _share(right)}}
-        return Validation(found.bits_per_byte, row)
+            right = [float(verdict.value >= worth) for verdict in self._verdicts(problems, answers, 1)]
+            found[source.name] = _share(right)
+            every += right
+        return {**found, "all": _share(every)}
 
     # ------------------------------------------------------------------ resumption
 
@@ -320,6 +325,17 @@ def _with_score(verdict: Verdict, rewards: Sequence[Weighted], name: str, score:
     return Verdict(verdict.value + weight * score, {**verdict.parts, name: score}, verdict.troubles, verdict.why)
 
 
+def _with_advantage(rollouts: Rollouts) -> Rollouts:
+    """Answers that pull in either direction; all, if none does. Without a reference the others change nothing."""
+    kept_N = rollouts.advantage_N != 0
+    if not kept_N.any():
+        return rollouts
+    answers = Answers(*(column[kept_N] for column in rollouts.answers))
+    return rollouts._replace(
+        answers=answers, advantage_N=rollouts.advantage_N[kept_N], weight_NT=rollouts.weight_NT[kept_N]
+    )
+
+
 def _see(compute: Compute, policy: Policy, answers: Answers, rows: slice, *, mtp: bool) -> Seen:
     """Some answers, without padding that none of them needs; their tokens go to the experts that they went to."""
     end_N = answers.end_N[rows]
@@ -332,7 +348,7 @@ def _see(compute: Compute, policy: Policy, answers: Answers, rows: slice, *, mtp
 
 def _further(sampled_NT: Tensor, depths: int) -> Tensor:
     """How many sampled tokens each MTP depth predicts (J,): not those too near the beginning of their row."""
-    return torch.stack([sampled_NT[:, depth + 1 :].sum() for depth in range(1, depths + 1)] or [torch.ones(0)])
+    return torch.tensor([int(sampled_NT[:, depth + 1 :].sum()) for depth in range(1, depths + 1)])
 
 
 def _described(

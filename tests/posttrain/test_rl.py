@@ -1,6 +1,8 @@
 """The stage of reinforcement learning on a tiny model: that it learns, resumes bit for bit, and says what it does."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from unittest import mock
 
@@ -37,12 +39,23 @@ def problems(tmp_path_factory) -> Path:
     return path
 
 
+_REWARD = """
+def vowels(prompt, answer, problem):
+    return 0.5 + 0.5 * sum(letter in "aeiou" for letter in answer) / max(1, len(answer))
+"""
+
+
 @pytest.fixture
-def config(base, problems):
+def config(base, problems, tmp_path_factory, monkeypatch):
+    """Rewards for ending at all, and for vowels: what a model can find out that has hardly been trained."""
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "rewards_of_test.py").write_text(_REWARD)
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
     def build(**settings) -> RunConfig:
         given = {
-            "problems": [{"file": str(problems), "rewards": [{"name": "exact"}]}],
-            "steps": 6, "prompts": 4, "group_size": 4, "max_new_tokens": 4, "learning_rate": 1e-3, "held_out": 10,
+            "problems": [{"file": str(problems), "rewards": [{"name": "rewards_of_test:vowels"}]}],
+            "steps": 6, "prompts": 4, "group_size": 4, "max_new_tokens": 24, "learning_rate": 1e-3, "held_out": 10,
             "held_out_quick": 5, "validate_every": 3, "checkpoint_every": 2, "kl_weight": 0.05, "mtp_loss_weight": 0.3,
         }  # fmt: skip
         settings = {"posttrain": {"base": str(base), "rl": {**given, **settings}}}
@@ -73,16 +86,18 @@ def test_a_run_has_figures_and_ends_with_a_model(config, tmp_path):
     for row in steps:
         assert row["mismatch"] < 1e-5
         assert 0 <= row["reward"] <= 1
-        assert row["reward_by_source"] == {"letters": row["reward"]}
+        assert row["reward_by_source"] == {"letters": pytest.approx(row["reward"])}
         assert 0 <= row["groups_without_variance"] <= 4
-        assert 0 <= row["answer_length"] <= 4
+        assert 0 <= row["answer_length"] <= 24
         assert row["kl"] >= 0
         assert row["entropy"] > 0
         assert len(row["mtp_losses"]) == 1
+    assert any(row["groups_without_variance"] < 4 and row["reward"] > 0 for row in steps)
     assert steps[0]["kl"] < 1e-9  # the policy is its own reference still
     validations = [row for row in rows if "accuracy" in row]
     assert [row["step"] for row in validations] == [0, 3, 6]
-    assert [row["accuracy"]["letters"]["n"] for row in validations] == [10, 5, 10]
+    for kind in ("accuracy", "sampled_accuracy"):
+        assert [row[kind]["letters"]["n"] for row in validations] == [10, 5, 10]
     assert trained.measure == "bits per byte of held-out text"
     assert (tmp_path / "model" / "config.json").is_file()
     assert json.loads((tmp_path / "ledger.json").read_text())["stages"]["rl"]["tokens"] == steps[-1]["tokens"]
@@ -105,9 +120,6 @@ def test_interrupted_anywhere_it_goes_on_bit_for_bit(config, tmp_path, updates):
 
 def _stopping_after(steps):
     """A signal that comes during the last of so many steps."""
-    import os
-    import signal
-
     original, done = loop.train_step, []
 
     def step(*arguments, **keywords):
@@ -117,6 +129,19 @@ def _stopping_after(steps):
         return original(*arguments, **keywords)
 
     return mock.patch.object(loop, "train_step", step)
+
+
+def test_answers_without_advantage_may_be_left_out(config, tmp_path):
+    """Without a reference they change nothing, and are not computed with."""
+    settings = config(kl_weight=0.0, mtp_loss_weight=0.0, steps=4)
+    api.train(settings, tmp_path / "left_out")
+    with mock.patch.object(stage, "_with_advantage", lambda rollouts: rollouts):
+        api.train(settings, tmp_path / "all")
+    rows = [[row for row in _rows(tmp_path / name) if "loss" in row] for name in ("left_out", "all")]
+    assert any(0 < row["groups_without_variance"] < 4 for row in rows[0])
+    ends = [load(tmp_path / name / "checkpoints" / "rl" / "step-4").tensors["model"] for name in ("left_out", "all")]
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], atol=2e-5, rtol=0)
 
 
 @pytest.mark.slow
