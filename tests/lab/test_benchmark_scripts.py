@@ -71,7 +71,17 @@ def test_load_is_judged_after_warm_up_by_the_worst_window_of_a_layer():
     assert found["percentile_99"] == pytest.approx(1.8)
     late = balance.load(with_loads(early + [[1.0]] * 100 + [[1.0, 1.6]] * 80))
     assert late["worst_window"] == pytest.approx(1.6)
-    assert late["mean"] == pytest.approx((180 * 1.0 + 80 * 1.6) / 260)
+    # 200 steps, of which the late layer's first 20 are its own warm-up
+    assert late["mean"] == pytest.approx((180 * 1.0 + 60 * 1.6) / 240)
+
+
+def test_a_late_layers_warm_up_is_told_apart():
+    balance = script("balance")
+    found = balance.load(with_loads([[1.0]] * 120 + [[1.0, 3.0]] * 20 + [[1.0, 1.4]] * 60))
+    assert found["worst_window"] == pytest.approx(1.4)
+    assert found["worst_with_late_warm_up"] == pytest.approx((20 * 3.0 + 30 * 1.4) / 50)
+    brief = balance.load(with_loads([[1.0]] * 190 + [[1.0, 3.0]] * 10))
+    assert brief["worst_window"] == pytest.approx(1.0)
 
 
 def test_the_weight_is_the_best_of_those_that_balance():
