@@ -8,11 +8,11 @@ auxiliary loss over each batch, the classical one, and `sequence-loss` one withi
 chosen first, in short runs of another seed (--tune-steps): the one with the fewest bits per byte among those that
 balance as well as the bias does there (5% more load allowed), or else the one that balances best.
 
-Load is the tokens of a layer's busiest expert over the mean of its experts, in each step. Once a layer has trained for a
-tenth of the run's steps, its warm-up, the figure is the highest, over layers and windows of 50 steps, of a window's mean.
-(The load summed over a window is never less even than that.) The MTP module's layer begins late in the run, with a router
-and a bias as they were made; `worst_with_late_warm_up` is the same figure with that layer's first steps in it. Besides:
-the mean over steps and layers, and the 99th percentile of single steps.
+Load is the tokens of a layer's busiest expert over the mean of its experts, in each step. Once a layer has trained for
+a tenth of the run's steps, its warm-up, the figure is the highest, over layers and windows of 50 steps, of a window's
+mean. (The load summed over a window is never less even than that.) The MTP module's layer begins late in the run, with
+a router and a bias as they were made; `worst_with_late_warm_up` is the same figure with that layer's first steps in it.
+Besides: the mean over steps and layers, and the 99th percentile of single steps.
 
 Runs are kept in DIR: called again, the script goes on where it stopped. It writes DIR/balance.json and DIR/balance.svg.
 --set KEY=VALUE changes any setting of all runs.
