@@ -14,7 +14,7 @@ from benthic.config.load import inference_defaults
 from benthic.config.schema import InferenceConfig, RunConfig
 from benthic.config.stages import BASE, PRETRAIN
 from benthic.convert.huggingface import copy_tokenizer, is_written_for, save_hf, tokenizer_ids
-from benthic.convert.resolve import find_tokenizer, load_model
+from benthic.convert.resolve import find_tokenizer, load_model, model_config
 from benthic.convert.shards import write_json
 from benthic.data.manifest import Manifest
 from benthic.data.prepare import Progress, refuse_model_directory
@@ -30,6 +30,8 @@ from benthic.posttrain.rl import Rl
 from benthic.posttrain.sft import Sft, stage_settings
 from benthic.posttrain.sft_data import prepare_sft, split_of
 from benthic.precision.quantise import Precision
+from benthic.report import page
+from benthic.report.facts import Facts
 from benthic.train import loop
 from benthic.train.checkpoint import Checkpoint, latest, save
 from benthic.train.work import Kinds
@@ -142,6 +144,18 @@ def _refuse_other_model(out: Path) -> None:
         return
     if not (is_written_for("training", model) and any(latest(out / "checkpoints" / name) for name in (PRETRAIN, BASE))):
         raise InputError(f"{model}: already there, and not of a training in {out}; give another --out")
+
+
+def write_report(run: str | Path) -> tuple[Path, Facts]:
+    """Writes ``report.html`` of a run, finished or not, trained here or imported; returns its path and what it tells.
+
+    Raises:
+        InputError: this is no run, or the page cannot be written.
+        WorkFailed: the disk is full.
+    """
+    run = Path(run)
+    imported = not (run / "config.toml").is_file() and (run / "model" / "config.json").is_file()
+    return page.write_report(run, model_config(run) if imported else None)
 
 
 class Engine(engine.Engine):

@@ -357,6 +357,19 @@ def export(
     print(f"wrote {out}")
 
 
+@app.command(epilog="Example: benthic report runs/quickstart")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")], json_: Json = False) -> None:
+    """One page of all that is known of a run: curves, evaluation, samples, data, cost; RUN/report.html."""
+    from benthic.api import write_report
+
+    path, facts = write_report(run)
+    console.print_notes(facts.damaged)
+    if json_:
+        console.print_json({"report": str(path), **facts.figures()})
+    else:
+        print(f"the report is {path}")
+
+
 @app.command(epilog="Example: benthic plan v3-671b --json")
 def plan(
     name: Annotated[str, typer.Argument(metavar="PRESET|RECIPE", help="A model preset, or a recipe.")],

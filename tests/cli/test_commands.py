@@ -146,6 +146,19 @@ def test_export_for_llama_cpp(benthic, small_run, tmp_path):
     assert out.read_bytes() == before
 
 
+def test_report(benthic, small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    assert output(benthic("report", run)) == f"the report is {run / 'report.html'}\n"
+    assert "4 of 4" in (run / "report.html").read_text(encoding="utf-8")
+    found = json.loads(output(benthic("report", run, "--json")))
+    assert found["report"] == str(run / "report.html")
+    assert found["stages"] == [{"name": "pretrain", "kind": "corpus", "done": 4, "planned": 4, "state": "done"}]
+    assert found["ledger"].keys() == {"pretrain"}
+    assert found["evaluation"] == {}
+    assert found["damaged"] == []
+    assert benthic("report", tmp_path).returncode == 2
+
+
 def test_plan(benthic):
     plan = json.loads(output(benthic("plan", "v3-671b", "--json")))
     assert plan.keys() >= {"total_parameters", "active_parameters", "kv_bytes_per_token", "parameters"}
