@@ -65,7 +65,7 @@ class RandomBatch:
 
     @torch.inference_mode()
     def expected(self, model, kept=None):
-        """Logits (B, V) and hidden states (B, D) by plain PyTorch, row by row; new latents as ``kept(row)`` has them."""
+        """Logits (B, V) and hidden states (B, D) by plain PyTorch, row by row, new latents as ``kept(row)`` gives."""
         hidden = [
             model.transformer.hidden(token.view(1, 1), cache=SequenceLatents(latents, kept and kept(row)))[0][0, 0]
             for row, (token, latents) in enumerate(zip(self.tokens_B, self.latents, strict=True))
