@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benthic.config.complain import complaint
 from benthic.config.load import inference_defaults
-from benthic.config.schema import InferenceConfig, RunConfig
+from benthic.config.schema import PROBLEMS, InferenceConfig, RunConfig
 from benthic.config.stages import BASE, PRETRAIN
 from benthic.convert.huggingface import copy_tokenizer, is_written_for, save_hf, tokenizer_ids
 from benthic.convert.resolve import find_tokenizer, load_model, model_config
@@ -25,6 +25,8 @@ from benthic.lock import locked
 from benthic.model import LanguageModel, Transformer
 from benthic.plan.memory import refuse_too_large
 from benthic.posttrain.preferences import Preferences
+from benthic.posttrain.problem_files import FOLDER as PROBLEMS_FOLDER
+from benthic.posttrain.problem_files import write_problems
 from benthic.posttrain.reward_model import RewardArchitecture, trunk_weights
 from benthic.posttrain.rl import Rl
 from benthic.posttrain.sft import Sft, stage_settings
@@ -99,7 +101,7 @@ def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress 
     """Everything that the stages after pretraining need besides its weights, or nothing where it is there.
 
     A model that the run begins with, ``config.posttrain.base``, is copied into ``out``, which then needs nothing of it;
-    conversations to learn from become samples. Returns what somebody should know who did not ask.
+    problems to learn from are written down, and conversations become samples. Returns what somebody should know who did not ask.
 
     Raises:
         InputError: there is no such model, ``out`` holds something else, or the conversations are of no use.
@@ -108,7 +110,11 @@ def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress 
     with locked(out):
         if config.posttrain.base is not None and latest(out / "checkpoints" / BASE) is None:
             _bring(config, out)
-        if config.posttrain.sft is None:
+        rl, sft = config.posttrain.rl, config.posttrain.sft
+        if rl is not None:
+            told = sft is not None and PROBLEMS in (one.source for one in sft.sources)
+            write_problems(rl, out / PROBLEMS_FOLDER, sft.problems if sft is not None and told else 0)
+        if sft is None:
             return []
         return prepare_sft(stage_settings(config), out, progress).remarks()
 

@@ -265,11 +265,16 @@ class AdapterConfig(Settings):
     """Which matrices: parts of their names, such as ``attention``, ``q_b``, ``ffn.shared``, ``experts`` or ``mtp``."""
 
 
+PROBLEMS = "problems"
+"""Name of the source of conversations that is made of the problems of reinforcement learning."""
+
+
 class ConversationsConfig(Settings):
     """One source of conversations in a mixture."""
 
     source: str
-    """``chitchat``, or the path of a .jsonl file, or of a folder of them, with a conversation a line."""
+    """``chitchat``, or ``problems``, those of ``posttrain.rl`` with right answers, or the path of a .jsonl file, or of
+    a folder of them, with a conversation a line."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How many times an epoch reads each conversation: with 0.5 it reads half of them, others each time."""
 
@@ -279,6 +284,8 @@ class SftConfig(Settings):
 
     sources: tuple[ConversationsConfig, ...] = ()
     """By default those of ``data.sources``."""
+    problems: Positive = 1000
+    """How many of each source's problems the source ``problems`` tells the answers of."""
     answers: Literal["all", "last"] = "all"
     """Which of a conversation's answers are learnt."""
     epochs: Positive | None = None
@@ -440,6 +447,15 @@ class PosttrainConfig(Settings):
     """Not a stage of the run: ``benthic reward`` trains it."""
 
     @model_validator(mode="after")
+    def _there_are_problems(self) -> Self:
+        if self.rl is None and self.sft is not None and PROBLEMS in (one.source for one in self.sft.sources):
+            raise ValueError(
+                f"sft.sources: source = {PROBLEMS!r} is made of posttrain.rl, which is not there; `benthic problems` "
+                "writes them as a file"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_follows(self) -> Self:
         stages = [name for name in type(self).model_fields if name != "base"]
         if self.base is not None and not any(getattr(self, name) for name in stages):
@@ -463,6 +479,23 @@ class InferenceConfig(Settings):
     top_k: Natural = 0
     """Keep the k likeliest tokens; 0 keeps all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class EvaluationConfig(Settings):
+    """What ``benthic run`` measures of the model that each stage of training has led to. Always: bits per byte of
+    what is held out, of text and of answers; how many drafts of the MTP modules are right; the problems of
+    ``posttrain.rl`` that are held out; and where the context is extended, the use that is made of it."""
+
+    tasks: tuple[str, ...] = ()
+    """Task files besides."""
+    prompts: tuple[str, ...] = ("Hi! How are you today?", "What do you like to do at the weekend?", "Do you have a pet?")
+    """What every model is asked, so that its likeliest answers can be laid side by side."""
+    max_new_tokens: Positive = 60
+    """Of these answers."""
+    sequences: Positive = 24
+    """Held-out sequences, of four times the pretrained length, that are read where the context is extended."""
+    retrieval: Positive = 40
+    """Facts, at each length, that are then to be found."""
 
 
 class ServeConfig(Settings):
@@ -521,6 +554,7 @@ class RunConfig(Settings):
     train: TrainConfig
     precision: PrecisionConfig = PrecisionConfig()
     posttrain: PosttrainConfig = PosttrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
     serve: ServeConfig = ServeConfig()
 
