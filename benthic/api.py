@@ -14,7 +14,14 @@ from benthic.config.load import inference_defaults
 from benthic.config.schema import PROBLEMS, InferenceConfig, RunConfig
 from benthic.config.stages import BASE, PRETRAIN
 from benthic.convert.huggingface import copy_tokenizer, is_written_for, save_hf, tokenizer_ids
-from benthic.convert.resolve import find_tokenizer, load_model, model_config
+from benthic.convert.resolve import (
+    current_stage,
+    find_tokenizer,
+    is_exported,
+    load_checkpoint,
+    load_model,
+    model_config,
+)
 from benthic.convert.shards import write_json
 from benthic.data.manifest import Manifest
 from benthic.data.prepare import Progress, refuse_model_directory
@@ -37,6 +44,7 @@ from benthic.report import page
 from benthic.report.facts import Facts
 from benthic.train import loop
 from benthic.train.checkpoint import Checkpoint, latest, save
+from benthic.train.progress import Opener, open_progress
 from benthic.train.work import Kinds
 
 
@@ -71,15 +79,41 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
         InputError: besides, ``out/model`` is there and not of this training, or another process works in ``out``.
     """
     out = Path(out)
-    refuse_too_large(config.model)
-    refuse_model_directory(out)
-    prepare_posttraining(config, out)
+    trained = train_stages(config, out)
     with locked(out):
-        _refuse_other_model(out)
-        trained = loop.train(config, out, kinds=KINDS)
         assert isinstance(trained.model, LanguageModel)
         save_hf(trained.model, trained.model.config, out / "tokenizer", out / "model", purpose="training")
     return trained
+
+
+def train_stages(config: RunConfig, out: Path, *, kinds: Kinds = KINDS, show: Opener = open_progress) -> loop.Trained:
+    """As :func:`train`, without writing ``out/model``; of stages of these kinds alone."""
+    refuse_too_large(config.model)
+    refuse_model_directory(out)
+    prepare_posttraining(config, out, kinds=kinds)
+    with locked(out):
+        _refuse_other_model(out)
+        return loop.train(config, out, kinds=kinds, show=show)
+
+
+def export_trained(out: Path) -> bool:
+    """Write ``out/model``, in Hugging Face layout, of the last weights of a run's training, if it is not of those yet.
+
+    Returns whether there was anything to do.
+
+    Raises:
+        InputError: ``out/model`` is there and not of this training, or a checkpoint is damaged.
+    """
+    with locked(out):
+        _refuse_other_model(out)
+        stage, newest = current_stage(out)
+        if newest is None:
+            raise InputError(f"{out}: nothing has been trained that could be exported")
+        if is_exported(out):
+            return False
+        model, sizes = load_checkpoint(stage.config.model, newest)
+        save_hf(model, sizes, out / "tokenizer", out / "model", purpose="training")
+        return True
 
 
 def train_reward_model(config: RunConfig, out: str | Path) -> loop.Trained:
@@ -97,11 +131,14 @@ def train_reward_model(config: RunConfig, out: str | Path) -> loop.Trained:
         return loop.train(config, out, RewardArchitecture(), {"reward": Preferences})
 
 
-def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress = lambda *_: None) -> list[str]:
+def prepare_posttraining(
+    config: RunConfig, out: str | Path, progress: Progress = lambda *_: None, *, kinds: Kinds = KINDS
+) -> list[str]:
     """Everything that the stages after pretraining need besides its weights, or nothing where it is there.
 
     A model that the run begins with, ``config.posttrain.base``, is copied into ``out``, which then needs nothing of it;
-    problems to learn from are written down, and conversations become samples. Returns what somebody should know who did not ask.
+    problems to learn from are written down, and conversations become samples. Returns what somebody should know who did
+    not ask.
 
     Raises:
         InputError: there is no such model, ``out`` holds something else, or the conversations are of no use.
@@ -114,7 +151,7 @@ def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress 
         if rl is not None:
             told = sft is not None and PROBLEMS in (one.source for one in sft.sources)
             write_problems(rl, out / PROBLEMS_FOLDER, sft.problems if sft is not None and told else 0)
-        if sft is None:
+        if sft is None or "sft" not in kinds:
             return []
         return prepare_sft(stage_settings(config), out, progress).remarks()
 

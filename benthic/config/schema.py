@@ -484,11 +484,12 @@ class InferenceConfig(Settings):
 class EvaluationConfig(Settings):
     """What ``benthic run`` measures of the model that each stage of training has led to. Always: bits per byte of
     what is held out, of text and of answers; how many drafts of the MTP modules are right; the problems of
-    ``posttrain.rl`` that are held out; and where the context is extended, the use that is made of it."""
+    ``posttrain.rl`` that are held out; and where the context is extended, the use that is made of it.
+    """
 
     tasks: tuple[str, ...] = ()
     """Task files besides."""
-    prompts: tuple[str, ...] = ("Hi! How are you today?", "What do you like to do at the weekend?", "Do you have a pet?")
+    prompts: tuple[str, ...] = ("Hi! How are you today?", "What do you do at weekends?", "Do you have a pet?")
     """What every model is asked, so that its likeliest answers can be laid side by side."""
     max_new_tokens: Positive = 60
     """Of these answers."""

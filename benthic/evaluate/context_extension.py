@@ -100,13 +100,13 @@ def context_extension(
     if tokens_BS.shape[1] != length + 1:
         raise InputError(f"sequences of {tokens_BS.shape[1]} tokens; {length + 1} are needed, one to be predicted")
     count = len(tokens_BS)
-    found = [
-        by_position(
-            read(model, tokens_BS, pretrained_length, lambda done, _, before=before: progress(before + done, 2 * count)),
-            bytes_a_token,
-        )
-        for model, before in ((extended, 0), (unextended, count))
-    ]
+    found = []
+    for model, before in ((extended, 0), (unextended, count)):
+
+        def report(done: int, _: int, before: int = before) -> None:
+            progress(before + done, 2 * count)
+
+        found.append(by_position(read(model, tokens_BS, pretrained_length, report), bytes_a_token))
     return ContextExtension(pretrained_length, length, *found)
 
 
@@ -119,9 +119,7 @@ class Read(NamedTuple):
     """Of the last ones, as many as pretraining read at a time, where nothing before them is read."""
 
 
-def read(
-    model: LanguageModel, tokens_BS: Tensor, pretrained_length: int, progress: Callable[[int, int], None]
-) -> Read:
+def read(model: LanguageModel, tokens_BS: Tensor, pretrained_length: int, progress: Callable[[int, int], None]) -> Read:
     """What a model makes of sequences, a token longer than is read; ``progress`` is told of those read."""
     long, short = [], []
     for number, tokens_1S in enumerate(tokens_BS.split(1), start=1):

@@ -151,8 +151,8 @@ def in_order(
     answers: AnswerStore, length: int, lookahead: int, batch_size: int, padding: int, max_tokens: int | None = None,
     *, among: slice = slice(None),
 ) -> Iterator[Batch]:  # fmt: skip
-    """All samples (``among`` these) once, packed in their stored order; with ``max_tokens``, evenly spaced ones of about
-    so many.
+    """All samples once, or these ``among`` them, packed in their stored order; with ``max_tokens``, evenly spaced ones
+    of about so many.
     """
     chosen = np.arange(len(answers.lengths))[among]
     if max_tokens is not None and max_tokens < answers.lengths[chosen].sum():

@@ -115,7 +115,8 @@ def _write(
     for split, counts in samples.items():
         if not sum(counts):
             side = "to learn from" if split == "train" else "held out"
-            raise InputError(f"posttrain.sft: of {', '.join(settings['sources'])}, no conversation {side} holds an answer")
+            names = ", ".join(settings["sources"])
+            raise InputError(f"posttrain.sft: of {names}, no conversation {side} holds an answer")
     parts = {split: writer.close() for split, writer in writers.items()}
     train, val = parts["train"], parts["val"]
     manifest = Manifest(

@@ -41,7 +41,7 @@ from benthic.train.incidents import (
 from benthic.train.ledger import Ledger
 from benthic.train.memory import settle_memory
 from benthic.train.metrics import MetricsLog, read_metrics
-from benthic.train.progress import Progress, describe, open_progress
+from benthic.train.progress import Opener, Progress, describe, open_progress
 from benthic.train.schedule import Course, StepSettings
 from benthic.train.signals import Interrupted, StopRequest
 from benthic.train.state import TrainState, carried_in, weights_of
@@ -66,12 +66,13 @@ class Trained(NamedTuple):
 
 
 def train(
-    config: RunConfig, out: str | Path, architecture: Architecture = DEEPSEEK_V3, kinds: Kinds = PRETRAINING
-) -> Trained:
+    config: RunConfig, out: str | Path, architecture: Architecture = DEEPSEEK_V3, kinds: Kinds = PRETRAINING,
+    show: Opener = open_progress,
+) -> Trained:  # fmt: skip
     """Run the stages of training on what is prepared in ``out``, or go on with the training begun there.
 
     ``architecture`` is the kind of model, for those that ``config.model`` does not describe; ``kinds`` are the kinds of
-    stages that are run: the others are left out.
+    stages that are run: the others are left out. ``show`` is what people see of a stage.
     Writes ``config.toml``, ``metrics.jsonl``, ``ledger.json`` and ``checkpoints/STAGE/step-N`` into ``out``.
 
     Raises:
@@ -109,7 +110,7 @@ def train(
         run = renewed(run, config, hashes)
     assert resolved.precision.compute != "auto"
     peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute))
-    whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak)
+    whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak, show)
     trainer = _Trainer(whole, number)
     trainer.begin(checkpoint, str(newest))
     del checkpoint
@@ -154,6 +155,7 @@ class _Run(NamedTuple):
     architecture: Architecture
     peak_flops: float
     """Operations a second of a matrix product here."""
+    show: Opener
 
 
 class _Trainer:
@@ -204,7 +206,7 @@ class _Trainer:
             self.ledger,
             self.writer,
             self._open_metrics() as metrics,
-            open_progress(self.stage.name, self.stage.steps) as progress,
+            self.run.show(self.stage.name, self.stage.steps) as progress,
         ):
             progress.note(
                 f"{self.stage.name}: {self.stage.steps} steps of {self.work.describe()} in {self.place.compute}, "
@@ -261,7 +263,7 @@ class _Trainer:
         metrics.write(row)
         self.ledger.update(*self.work.spent(state.step))
         tokens_left = row["tokens"] * (self.course.sequences / self.course.sequences_before(state.step) - 1)
-        progress.update(state.step, describe(row, state.bits_per_byte, round(tokens_left)))
+        progress.update(state.step, describe(row, state.bits_per_byte), tokens_left / row["tokens_per_s"])
         if report.incident is None:
             return True
         return self._respond(report, range(first, first + settings.batch_size), metrics, progress)
