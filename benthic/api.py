@@ -27,6 +27,7 @@ from benthic.data.manifest import Manifest
 from benthic.data.prepare import Progress, refuse_model_directory
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
+from benthic.files import write_atomically
 from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import LanguageModel, Transformer
@@ -41,7 +42,9 @@ from benthic.posttrain.sft_data import prepare_sft, split_of
 from benthic.precision.latents import CachePrecision
 from benthic.precision.quantise import Precision
 from benthic.report import page
-from benthic.report.facts import Facts
+from benthic.report.card import FILE_NAME as CARD
+from benthic.report.card import model_card
+from benthic.report.facts import Facts, read_facts
 from benthic.train import loop
 from benthic.train.checkpoint import Checkpoint, latest, save
 from benthic.train.progress import Opener, open_progress
@@ -96,10 +99,9 @@ def train_stages(config: RunConfig, out: Path, *, kinds: Kinds = KINDS, show: Op
         return loop.train(config, out, kinds=kinds, show=show)
 
 
-def export_trained(out: Path) -> bool:
-    """Write ``out/model``, in Hugging Face layout, of the last weights of a run's training, if it is not of those yet.
-
-    Returns whether there was anything to do.
+def export_trained(out: Path) -> None:
+    """Write ``out/model``, in Hugging Face layout with a model card, of the last weights of a run's training; where it
+    is of those already, the card alone, for there may be more to tell.
 
     Raises:
         InputError: ``out/model`` is there and not of this training, or a checkpoint is damaged.
@@ -109,11 +111,12 @@ def export_trained(out: Path) -> bool:
         stage, newest = current_stage(out)
         if newest is None:
             raise InputError(f"{out}: nothing has been trained that could be exported")
+        card = model_card(read_facts(out, stage.config.model))
         if is_exported(out):
-            return False
+            write_atomically(out / "model" / CARD, card)
+            return
         model, sizes = load_checkpoint(stage.config.model, newest)
-        save_hf(model, sizes, out / "tokenizer", out / "model", purpose="training")
-        return True
+        save_hf(model, sizes, out / "tokenizer", out / "model", purpose="training", card=card)
 
 
 def train_reward_model(config: RunConfig, out: str | Path) -> loop.Trained:

@@ -1,8 +1,8 @@
 """Every stage of a run, one after another: ``benthic run``.
 
-Data, pretraining, context extension, fine-tuning, reinforcement learning, evaluation, export. What is done is not done
-again, so the same call after an interruption, or with stages that were left out before, goes on. Training or preparing
-that fails ends the run; of what comes after training nothing needs another, so the rest of it is done all the same.
+Data, pretraining, context extension, fine-tuning, reinforcement learning, evaluation, export, report. What is done is
+not done again, so the same call after an interruption, or with stages that were left out before, goes on. Training or
+preparing that fails ends the run; of what comes after training nothing needs another, so the rest of it is done.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from benthic.api import KINDS, export_trained, prepare_posttraining, train_stages
+from benthic.api import KINDS, export_trained, prepare_posttraining, train_stages, write_report
 from benthic.config.load import load_run_config
 from benthic.config.schema import RunConfig
 from benthic.config.stages import stages, without_extension
@@ -28,7 +28,7 @@ from benthic.train.checkpoint import latest
 from benthic.train.ledger import Ledger
 from benthic.train.work import Kinds
 
-AFTER = ("evaluation", "export")
+AFTER = ("evaluation", "export", "report")
 """What comes after training, in order."""
 SKIPPABLE = ("data", "pretrain", "extend", "sft", "rl", *AFTER)
 
@@ -136,7 +136,8 @@ def _refuse_gaps(out: Path, training: list[str]) -> None:
 def in_words(out: Path, outcome: Outcome) -> str:
     """What has become of a run, and what to do with it."""
     what = f"{outcome.bits_per_byte:.4f} {outcome.measure}"
-    return f"{out}: {what}; to talk to it: benthic chat {out}"
+    report = f"; all about it: {out / 'report.html'}" if (out / "report.html").is_file() else ""
+    return f"{out}: {what}; to talk to it: benthic chat {out}{report}"
 
 
 def run(the: Plan, out: Path) -> Outcome:
@@ -160,6 +161,7 @@ def run(the: Plan, out: Path) -> Outcome:
         works: dict[str, Callable[[StageProgress], None]] = {
             "evaluation": lambda progress: _evaluate(config, out, progress),
             "export": lambda progress: _export(out, progress),
+            "report": lambda progress: _report(out, progress),
         }
         for name in AFTER:
             if name in the.names:
@@ -209,3 +211,10 @@ def _evaluate(config: RunConfig, out: Path, progress: StageProgress) -> None:
 def _export(out: Path, progress: StageProgress) -> None:
     progress.count("the model in Hugging Face layout", 0, None)
     export_trained(out)
+
+
+def _report(out: Path, progress: StageProgress) -> None:
+    progress.count("a page of the whole run", 0, None)
+    _, facts = write_report(out)
+    for line in facts.damaged:
+        progress.note(f"note: {line}")
