@@ -105,7 +105,7 @@ class StageProgress:
     def _show(self, done: int, total: int, text: str, seconds_left: float | None) -> None:
         if seconds_left is not None:
             both = "" if not self._after else f", {clock(seconds_left + self._after)} in all"
-            text = f"{text}  {clock(seconds_left)} left{both}"
+            text = "  ".join(filter(None, [text, f"{clock(seconds_left)} left{both}"]))
         self._view.show(self._title, done, total, text, last=bool(self._total) and done == self._total)
 
     def note(self, text: str) -> None:
@@ -120,17 +120,17 @@ class StageProgress:
 
 
 class Lines:
-    """Plain lines, at most one in ten seconds, and one for the last step of a stage."""
+    """Plain lines, at most one in ten seconds, and one for the beginning and the last step of a stage."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._next = 0.0
+        self._next, self._where = 0.0, ""
 
     def show(self, where: str, done: int, total: int, text: str, *, last: bool) -> None:
         """Print a line if it is time for one."""
         now = time.monotonic()
-        if last or now >= self._next:
-            self._next = now + SECONDS_BETWEEN_LINES
+        if last or now >= self._next or where != self._where:
+            self._next, self._where = now + SECONDS_BETWEEN_LINES, where
             self.note(f"{where} {_counted(done, total)}{text}")
 
     def note(self, text: str) -> None:

@@ -210,7 +210,7 @@ def _acceptance(subject: Subject, report: Report) -> Found:
 
 
 def _agreements(model: LanguageModel, tokens_BS: Tensor, document_BS: Tensor | None) -> Iterator[Tensor]:
-    """By depth: whether the favourites are the same, at the positions where all read tokens are of one document."""
+    """By depth: whether the favourites are the same, where all that is read and the token after it are one document's."""
     states, _ = model.training_hidden(tokens_BS, document_BS)
     favourites = [_favourites(model, state_BTD) for state_BTD in states]
     for depth in range(1, len(favourites)):
@@ -220,7 +220,7 @@ def _agreements(model: LanguageModel, tokens_BS: Tensor, document_BS: Tensor | N
             yield same_BT.flatten()
         else:
             length = same_BT.shape[1]
-            yield same_BT[document_BS[:, :length] == document_BS[:, depth : depth + length]]
+            yield same_BT[document_BS[:, :length] == document_BS[:, depth + 1 : depth + 1 + length]]
 
 
 def _favourites(model: LanguageModel, state_BTD: Tensor) -> Tensor:
