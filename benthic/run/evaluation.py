@@ -18,7 +18,7 @@ from benthic.config.stages import Stage, stages
 from benthic.convert.resolve import load_checkpoint
 from benthic.errors import InputError, WorkFailed
 from benthic.evaluate.records import FOLDER, EvaluationRecord
-from benthic.files import sha256
+from benthic.files import read_json_object, sha256
 from benthic.run.measures import Found, Measure, Subject, measures, tasks
 
 Progress = Callable[[str, int, int], None]
@@ -78,9 +78,9 @@ def _evaluations(run: Path, config: RunConfig) -> "list[_Evaluation]":
     files = {task.name: sha256(task.path) for task in tasks(run, config)}
     found = []
     for stage, path in finished(run, config):
-        # The manifest has the hashes of all weights.
-        asked = json.dumps([settings, files, sha256(path / "manifest.json")], sort_keys=True)
-        digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        listed = read_json_object(path / "manifest.json").get("files", {})
+        weights = [listed.get(f"{group}.safetensors", {}).get("sha256") for group in ("model", "average")]
+        digest = hashlib.sha256(json.dumps([settings, files, weights], sort_keys=True).encode()).hexdigest()[:16]
         found.append(_Evaluation(run, config, stage, path, digest))
     return found
 

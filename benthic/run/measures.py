@@ -210,7 +210,7 @@ def _acceptance(subject: Subject, report: Report) -> Found:
 
 
 def _agreements(model: LanguageModel, tokens_BS: Tensor, document_BS: Tensor | None) -> Iterator[Tensor]:
-    """By depth: whether the favourites are the same, where all that is read and the token after it are one document's."""
+    """By depth: whether the favourites are the same, where all that is read, and what comes next, is one document's."""
     states, _ = model.training_hidden(tokens_BS, document_BS)
     favourites = [_favourites(model, state_BTD) for state_BTD in states]
     for depth in range(1, len(favourites)):

@@ -187,9 +187,7 @@ def _seconds(the: Plan, out: Path) -> dict[str, float]:
 def _account(config: RunConfig, out: Path, display: Display, name: str) -> Iterator[StageProgress]:
     """A stage that is no training, with its time in the ledger if it comes to its end."""
     with Ledger(out, name, price_per_hour=config.train.price_per_hour) as ledger:
-        progress = display.stage(name)
-        progress.count("", 0, None)
-        yield progress
+        yield display.stage(name)
         ledger.update(0, 0.0)
 
 

@@ -14,7 +14,7 @@ from benthic.config.presets import PRESETS
 from benthic.config.schema import RunConfig
 from benthic.run import whole
 
-WORDS = "sea deep dark cold light slow fish drift soft mud".split()
+WORDS = ["sea", "deep", "dark", "cold", "light", "slow", "fish", "drift", "soft", "mud"]
 
 
 @pytest.fixture(scope="session")
@@ -81,8 +81,8 @@ def whole_run(whole_config: Callable[..., RunConfig], tmp_path_factory: pytest.T
     """A finished run; tests that change it copy it first."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     with (
-        mock.patch("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0),
-        mock.patch("benthic.run.forecast.measure_gemm_gflops", lambda: 100.0),
+        mock.patch("benthic.train.loop.measure_gemm_gflops", return_value=100.0),
+        mock.patch("benthic.run.forecast.measure_gemm_gflops", return_value=100.0),
     ):
         whole.run(whole.plan(whole_config(), out), out)
     return out

@@ -80,7 +80,10 @@ def test_the_forecast_is_asked_for_anew_at_each_stage(clock):
         shown.stage("a", 2).update(2, "", 5.0)
         known["b"] = 90.0
         shown.stage("b").count("", 0, None)
-    assert [line.split("  ")[-1] for line in stream.getvalue().splitlines()] == ["0:05 left, 1:05 in all", "2/2 b 1:30 left"]
+    assert [line.split("  ")[-1] for line in stream.getvalue().splitlines()] == [
+        "0:05 left, 1:05 in all",
+        "2/2 b 1:30 left",
+    ]
 
 
 def test_a_terminal_gets_one_bar():

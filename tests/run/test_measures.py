@@ -24,9 +24,7 @@ from benthic.run.measures import measures
 def run(whole_run):
     config = load_run_config(whole_run / "config.toml")
     records = {path.stem: EvaluationRecord.load(path) for path in (whole_run / "evaluation").glob("*.json")}
-    models = {
-        stage.name: load_checkpoint(stage.config.model, path)[0] for stage, path in finished(whole_run, config)
-    }
+    models = {stage.name: load_checkpoint(stage.config.model, path)[0] for stage, path in finished(whole_run, config)}
     return whole_run, config, records, models
 
 
