@@ -11,7 +11,8 @@ def refuse_misfit(config: RunConfig, processes: int) -> None:
     if parallel.processes != processes:
         product = f"{parallel.pipeline} x {parallel.expert} x {parallel.shard} x {parallel.replicate}"
         raise InputError(
-            f"{axes} = {product} = {parallel.processes}, but {_count(processes)} started; {_would_fit(config, processes)}"
+            f"{axes} = {product} = {parallel.processes}, but {_count(processes)} started; "
+            f"{_would_fit(config, processes)}"
         )
     if processes == 1:
         return
@@ -34,14 +35,11 @@ def refuse_misfit(config: RunConfig, processes: int) -> None:
 
 
 def _refuse_batch(config: RunConfig) -> None:
-    train, ranks = config.train, config.parallel.data_ranks
-    rows = ranks * (train.micro_batch_size or 1)
-    if train.batch_size % rows:
-        nearest = max(1, round(train.batch_size / rows)) * rows
-        passes = f" in passes of train.micro_batch_size={train.micro_batch_size}" if train.micro_batch_size else ""
+    batch, ranks = config.train.batch_size, config.parallel.data_ranks
+    if batch % ranks:
         raise InputError(
-            f"train.batch_size={train.batch_size} cannot be divided among {ranks} data ranks "
-            f"(parallel.expert x shard x replicate){passes}; {nearest} can"
+            f"train.batch_size={batch} cannot be divided among {ranks} data ranks "
+            f"(parallel.expert x shard x replicate); {max(1, round(batch / ranks)) * ranks} can"
         )
 
 

@@ -97,16 +97,17 @@ class Layout:
         return sorted({self.group(rank, axes) for rank in range(self.world)})
 
 
-def rows_of_rank(batch: int, ranks: int, rank: int, micro_batch: int | None = None) -> list[range]:
-    """The rows of a batch that a data rank reads, a pass at a time; as many passes on every rank.
+def rows_of_rank(batch: int, ranks: int, rank: int, micro_batch: int) -> range:
+    """The rows of a batch that a data rank reads, in passes of at most ``micro_batch``.
 
-    Without ``micro_batch`` each rank makes one pass. With it, a pass has so many rows, as on one process, the last of
-    the batch maybe fewer. Ranks that the rows do not suffice for have empty passes.
+    Where there are passes for all ranks, they are those that one process would make, each wholly on one rank.
     """
-    if micro_batch is None:
-        return [range(batch * rank // ranks, batch * (rank + 1) // ranks)]
-    passes = -(-batch // micro_batch)
-    own = range(passes * rank // ranks, passes * (rank + 1) // ranks)
-    rows = [range(number * micro_batch, min((number + 1) * micro_batch, batch)) for number in own]
-    end = rows[-1].stop if rows else 0
-    return rows + [range(end, end)] * (-(-passes // ranks) - len(rows))
+    whole = -(-batch // micro_batch)
+    if whole >= ranks:
+        return range(*(min(batch, micro_batch * (whole * end // ranks)) for end in (rank, rank + 1)))
+    return range(batch * rank // ranks, batch * (rank + 1) // ranks)
+
+
+def passes_of_ranks(batch: int, ranks: int, micro_batch: int) -> int:
+    """How many passes every rank makes; some make an empty one where rows do not suffice for all."""
+    return -(-batch // (micro_batch * ranks))

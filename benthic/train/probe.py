@@ -14,6 +14,7 @@ from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
 from benthic.model import Trainable
 from benthic.ops.cross_entropy import IGNORE
+from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import prediction_targets
@@ -63,26 +64,29 @@ def probe(
     batch_size: int,
     compute: Compute = "fp32",
     mask_documents: bool = False,
+    world: World = ALONE,
 ) -> Probe:
     """Accuracies and entropies over evenly spaced sequences of the validation split, about 8192 tokens."""
     batches = validation_batches(
         store, batch_size, sequence_length, mask_documents=mask_documents, max_tokens=PROBED_TOKENS
     )
-    return probe_batches(model, batches, compute)
+    return probe_batches(model, batches, compute, world)
 
 
 @torch.no_grad()
-def probe_batches(model: Trainable, batches: Iterable[Batch], compute: Compute = "fp32") -> Probe:
+def probe_batches(model: Trainable, batches: Iterable[Batch], compute: Compute = "fp32", world: World = ALONE) -> Probe:
     """Accuracies on the tokens that these batches have to be predicted, and entropies at all their positions."""
     sums = _Sums(model)
+    # The split's last sequence may be too short for all depths.
+    long_enough = (batch for batch in batches if batch.tokens_BS.shape[1] > 1 + len(model.mtp))
     parts = [
-        compute_in(compute, sums, *batch)
-        for batch in batches
-        if batch.tokens_BS.shape[1] > 1 + len(model.mtp)  # the split's last sequence may be too short for all depths
+        [part * counts for part in compute_in(compute, sums, *batch)] for batch, counts in world.share(long_enough)
     ]
     if not parts:
         return Probe([], [])
-    right_K, counted_K, entropy_M, positions = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    right_K, counted_K, entropy_M, positions = (
+        world.total(torch.stack(part).sum(0)) for part in zip(*parts, strict=True)
+    )
     return Probe((right_K / counted_K.clamp_min(1)).tolist(), (entropy_M / positions).tolist())
 
 

@@ -13,6 +13,7 @@ from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
 from benthic.model import Trainable, Trunk
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy
+from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import prediction_targets
@@ -43,6 +44,7 @@ def bits_per_byte(
     compute: Compute = "fp32",
     mask_documents: bool = False,
     max_tokens: int | None = None,
+    world: World = ALONE,
 ) -> float:
     """Bits the model needs for a byte of the validation split.
 
@@ -54,26 +56,44 @@ def bits_per_byte(
     )
     # With documents masked, the first token of each is predicted by nothing.
     predicted = store.tokens - (store.manifest.val.documents if mask_documents else 1)
-    return bits_per_byte_of(model, batches, predicted, store.manifest.val.bytes, compute)
+    return bits_per_byte_of(model, batches, predicted, store.manifest.val.bytes, compute, world)
 
 
 def bits_per_byte_of(
-    model: Trainable, batches: Iterable[Batch], predicted: int, text_bytes: int, compute: Compute = "fp32"
+    model: Trainable,
+    batches: Iterable[Batch],
+    predicted: int,
+    text_bytes: int,
+    compute: Compute = "fp32",
+    world: World = ALONE,
 ) -> float:
     """Bits for a byte of a text of ``text_bytes``, ``predicted`` of whose tokens are predicted in all.
 
-    ``batches`` may be a part of them, which is charged for bytes in proportion.
+    ``batches`` may be a part of them, which is charged for bytes in proportion. Processes share them out.
     """
-    nats, tokens = map(sum, zip(*nats_of_batches(model, batches, compute), strict=True))
-    return nats / math.log(2) / (text_bytes * tokens / predicted)
+    found = [
+        (nats, tokens) if counts else (0.0, 0)
+        for (nats, tokens), counts in _nats_of_shared(model, batches, compute, world)
+    ]
+    sums = torch.tensor([sum(column) for column in zip(*found, strict=True)], dtype=torch.float64)
+    nats: float
+    nats, tokens = world.total(sums).tolist()
+    return nats / math.log(2) / (text_bytes * int(tokens) / predicted)
 
 
-@torch.no_grad()
 def nats_of_batches(
     model: Trainable, batches: Iterable[Batch], compute: Compute = "fp32"
 ) -> Iterator[tuple[float, int]]:
     """Cross-entropy in nats, summed over each batch's tokens, and how many they were."""
+    return (nats for nats, _ in _nats_of_shared(model, batches, compute, ALONE))
+
+
+@torch.no_grad()
+def _nats_of_shared(
+    model: Trainable, batches: Iterable[Batch], compute: Compute, world: World
+) -> Iterator[tuple[tuple[float, int], bool]]:
+    """The same of the batches of this process, and whether they count."""
     total = _TotalNats(model.transformer)
-    for batch in batches:
+    for batch, counts in world.share(batches):
         nats: tuple[float, int] = compute_in(compute, total, *batch)
-        yield nats
+        yield nats, counts

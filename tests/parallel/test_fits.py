@@ -21,7 +21,6 @@ def config(*settings):
         (3, ["parallel.expert=3"], "parallel.expert=3 must divide model.n_routed_experts=8: 1, 2, 4 or 8 would"),
         (8, ["parallel.shard=8"], "train.batch_size=12 cannot be divided among 8 data ranks"),
         (8, ["parallel.shard=8"], "; 16 can"),
-        (4, ["parallel.shard=4", "train.micro_batch_size=2"], "in passes of train.micro_batch_size=2; 16 can"),
         (2, ["parallel.expert=2", "parallel.fp8_dispatch=true"], 'precision.compute="fp8"'),
         (64, ["parallel.pipeline=64"], "must be at most model.num_hidden_layers"),
     ],

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from benthic.parallel.layout import AXES, DATA_AXES, SHARDED_AXES, Coordinates, Layout, rows_of_rank
+from benthic.parallel.layout import AXES, DATA_AXES, SHARDED_AXES, Coordinates, Layout, passes_of_ranks, rows_of_rank
 
 LAYOUTS = [Layout(*sizes) for sizes in itertools.product((1, 2, 3), repeat=4)]
 
@@ -47,14 +47,19 @@ def test_the_ranks_of_a_pipeline_share_their_rows():
     assert sorted(layout.data_rank(rank) for rank in layout.group(0, DATA_AXES)) == list(range(4))
 
 
-@pytest.mark.parametrize("micro_batch", [None, 1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4, 12])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("batch", [1, 2, 5, 6, 8, 12])
-def test_every_row_is_read_once_in_passes_as_of_one_process(batch, ranks, micro_batch):
+def test_every_row_is_read_once_in_as_few_passes_as_can_be(batch, ranks, micro_batch):
     shares = [rows_of_rank(batch, ranks, rank, micro_batch) for rank in range(ranks)]
-    assert list(itertools.chain(*itertools.chain(*shares))) == list(range(batch))
-    assert len({len(share) for share in shares}) == 1  # passes
-    if micro_batch is not None:
-        alone = rows_of_rank(batch, 1, 0, micro_batch)
-        assert [rows for share in shares for rows in share if rows] == alone
-        assert len(shares[0]) == -(-len(alone) // ranks)
+    assert list(itertools.chain(*shares)) == list(range(batch))
+    passes = passes_of_ranks(batch, ranks, micro_batch)
+    assert passes == -(-batch // (micro_batch * ranks))
+    assert all(len(share) <= passes * micro_batch for share in shares)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_passes_are_those_of_one_process_where_there_are_enough(ranks):
+    for share in (rows_of_rank(13, ranks, rank, 3) for rank in range(ranks)):
+        assert share.start % 3 == 0
+        assert share.stop % 3 == 0 or share.stop == 13
