@@ -65,13 +65,16 @@ class _Experts(torch.autograd.Function):
         token_S, gate_S = order_S // index_NK.shape[1], gate_NK.flatten()[order_S]
         x8_ND = quantise(x_ND, ROW_TILE, powers_of_two=True)
         weights = quantise(gate_up_EGD), quantise(down_EDF)
-        gate_up_SG, y_SD = (gate_S.new_empty(len(token_S), weight.shape[1]) for weight in (gate_up_EGD, down_EDF))
+        gate_up_SG = gate_S.new_empty(len(token_S), gate_up_EGD.shape[1])
+        # Sums over experts and parts are as precise as the tokens and weights are.
+        y_SD = x_ND.new_empty(len(token_S), down_EDF.shape[1])
         for number, rows in segments(counts):
             expert = number % len(down_EDF)
             gate_up_SG[rows] = product(x8_ND[token_S[rows]], weights[0][expert])
             hidden_RF = swiglu(gate_up_SG[rows]) * gate_S[rows, None]
             y_SD[rows] = product(quantise(hidden_RF, ROW_TILE), weights[1][expert])
         ctx.save_for_backward(order_S, slot_NK, counts, token_S, gate_S)
+        ctx.weights_dtype = gate_up_EGD.dtype
         ctx.quantised = x8_ND, quantise(gate_up_SG, ROW_TILE), *weights
         return combine(y_SD, slot_NK)
 
@@ -80,8 +83,10 @@ class _Experts(torch.autograd.Function):
         order_S, slot_NK, counts, token_S, gate_S = ctx.saved_tensors
         x8_ND, gate_up8_SG, gate_up8_EGD, down8_EDF = ctx.quantised
         dy8_ND = quantise(grads[0], ROW_TILE, powers_of_two=True)
-        dx_SD, dgate_S = gate_S.new_empty(len(token_S), grads[0].shape[1]), torch.empty_like(gate_S)
-        dgate_up_EGD, ddown_EDF = (gate_S.new_zeros(x.numbers.shape) for x in (gate_up8_EGD, down8_EDF))
+        dx_SD, dgate_S = grads[0].new_empty(len(token_S), grads[0].shape[1]), torch.empty_like(gate_S)
+        dgate_up_EGD, ddown_EDF = (
+            gate_S.new_zeros(x.numbers.shape, dtype=ctx.weights_dtype) for x in (gate_up8_EGD, down8_EDF)
+        )
         for number, rows in segments(counts):
             expert = number % len(down8_EDF.numbers)
             x8_RD, dy8_RD = x8_ND[token_S[rows]], dy8_ND[token_S[rows]]
