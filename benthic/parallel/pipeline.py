@@ -5,11 +5,11 @@ cutting batches into micro-batches: both are known.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch.distributed import P2POp, ProcessGroup
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _add_send_recv, _PipelineScheduleRuntime
 
@@ -20,54 +20,40 @@ Call = Callable[[nn.Module, Tensor | None, MicroBatch], Tensor]
 """Runs a stage in some precision."""
 
 
-class Shape(NamedTuple):
-    """What goes from stage to stage for each micro-batch of a step."""
-
-    micro_batches: int
-    size: tuple[int, int, int]
-    """Sequences, positions, model width."""
-    dtype: torch.dtype
-
-
 class Pipeline:
     """The stages that this rank holds, of a model whose other stages the other ranks of ``group`` hold."""
 
     def __init__(self, stages: dict[int, Stage], schedule: Schedule, group: ProcessGroup) -> None:
-        self._stages, self._schedule, self._group = stages, schedule, group
+        self._schedule, self._group = schedule, group
         self._parts = {number: _Part(stage) for number, stage in stages.items()}
-        self._runners: dict[tuple[Shape, bool], _Runner] = {}
+        self._runners: dict[tuple[int, bool], _Runner] = {}
 
-    def backward(self, micro_batches: Sequence[MicroBatch], shape: Shape, call: Call) -> None:
-        """Adds the gradients of the micro-batches' losses to those of this rank's parameters."""
-        self._run(micro_batches, shape, call, learn=True)
+    def backward(self, micro_batches: Sequence[MicroBatch], call: Call, dtype: torch.dtype) -> None:
+        """Adds the gradients of the micro-batches' losses to those of this rank's parameters.
+
+        Every rank gives the same micro-batches; ``call`` runs a stage, whose states are of this dtype.
+        """
+        self._run(micro_batches, call, dtype, learn=True)
 
     @torch.no_grad()
-    def forward(self, micro_batches: Sequence[MicroBatch], shape: Shape, call: Call) -> None:
+    def forward(self, micro_batches: Sequence[MicroBatch], call: Call, dtype: torch.dtype) -> None:
         """Shows the micro-batches to all stages, without gradients."""
-        self._run(micro_batches, shape, call, learn=False)
+        self._run(micro_batches, call, dtype, learn=False)
 
-    def _run(self, micro_batches: Sequence[MicroBatch], shape: Shape, call: Call, *, learn: bool) -> None:
+    def _run(self, micro_batches: Sequence[MicroBatch], call: Call, dtype: torch.dtype, *, learn: bool) -> None:
         for part in self._parts.values():
             part.call = call
-        if (shape, learn) not in self._runners:
-            self._runners[shape, learn] = self._runner(shape, learn=learn)
-        self._runners[shape, learn].run(micro_batches)
+        key = len(micro_batches), learn
+        if key not in self._runners:
+            self._runners[key] = self._runner(*key)
+        self._runners[key].run(micro_batches, dtype)
 
-    def _runner(self, shape: Shape, *, learn: bool) -> "_Runner":
+    def _runner(self, micro_batches: int, learn: bool) -> "_Runner":
         ranks = self._group.size()
         ranks_of = ranks_of_stages(self._schedule, ranks)
-        between = torch.empty(shape.size, dtype=shape.dtype, device="meta", requires_grad=learn)
-        scalar = torch.empty((), device="meta")
-        stages = []
-        for number, part in self._parts.items():
-            device = next(part.parameters()).device
-            inputs = torch.empty((), device="meta") if number == 0 else between
-            outputs = scalar if number == len(ranks_of) - 1 else between
-            stages.append(
-                PipelineStage(part, number, len(ranks_of), device, inputs, outputs, group=self._group)
-            )
+        stages = [_TorchStage(part, number, len(ranks_of), self._group) for number, part in self._parts.items()]
         make = orders if learn else forward_orders
-        return _Runner(stages, shape.micro_batches, make(self._schedule, ranks, shape.micro_batches), ranks_of, learn)
+        return _Runner(stages, micro_batches, make(self._schedule, ranks, micro_batches), ranks_of, learn=learn)
 
 
 class _Part(nn.Module):
@@ -90,13 +76,61 @@ class _Opaque:
         self.held = held
 
 
+class _TorchStage(PipelineStage):
+    """A stage whose micro-batches may differ in size, and whose memory for what arrives is held no longer than needed.
+
+    Torch's own holds it for all micro-batches from the first step to the last.
+    """
+
+    sizes: list[tuple[int, ...]]
+    """Of what arrives, by micro-batch."""
+    dtype: torch.dtype
+
+    def __init__(self, part: _Part, number: int, stages: int, group: ProcessGroup) -> None:
+        # Sizes are given for each step; of these, only that they have gradients counts.
+        some = torch.empty(1, device="meta", requires_grad=True)
+        device = next(part.parameters()).device
+        super().__init__(part, number, stages, device, some, some, group=group)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[P2POp]:
+        """With memory for the states that arrive."""
+        self._allocate(self.args_recv_info, fwd_chunk_id)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[P2POp]:
+        """With memory for the gradients that arrive."""
+        self._allocate(self.grad_recv_info, bwd_chunk_id)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Lets go of what has arrived, which autograd keeps as long as needed."""
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self._release(self.args_recv_info, fwd_chunk_id)
+        return output
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """Lets go of what has arrived."""
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        self._release(self.grad_recv_info, bwd_chunk_id)
+
+    def _allocate(self, infos: dict[int, Any], chunk: int) -> None:
+        for info in infos[chunk]:
+            if not info.is_root_arg:
+                info.buffer = torch.empty(self.sizes[chunk], dtype=self.dtype, device=self.device)
+
+    def _release(self, infos: dict[int, Any], chunk: int) -> None:
+        for info in infos.get(chunk, ()):
+            info.buffer = None
+
+
 class _Runner(_PipelineScheduleRuntime):
     """Torch's runtime over one schedule for so many micro-batches."""
 
     def __init__(
-        self, stages: list[PipelineStage], micro_batches: int, orders: Orders, ranks_of: list[int], learn: bool
+        self, stages: list[_TorchStage], micro_batches: int, orders: Orders, ranks_of: list[int], *, learn: bool
     ) -> None:
         super().__init__(stages, micro_batches, loss_fn=_itself if learn else None, scale_grads=False)
+        self._torch_stages = stages
         if learn:
             self._prepare_schedule_with_comms(orders)
         else:
@@ -109,10 +143,12 @@ class _Runner(_PipelineScheduleRuntime):
             stage.stage_index_to_group_rank = self.stage_index_to_group_rank
         self.pipeline_order_with_comms = _add_send_recv(orders, ranks_of.__getitem__, len(ranks_of))
 
-    def run(self, micro_batches: Sequence[MicroBatch]) -> None:
+    def run(self, micro_batches: Sequence[MicroBatch], dtype: torch.dtype) -> None:
         """One step; as torch's ``step``, for batches that are cut already."""
-        for stage in self._stages:
+        for stage in self._torch_stages:
             stage.has_backward = self._has_backward
+            stage.sizes = [stage.submod.stage.size(micro_batch) for micro_batch in micro_batches]
+            stage.dtype = dtype
             stage.clear_runtime_states()
         held = [{"micro_batch": _Opaque(micro_batch)} for micro_batch in micro_batches]
         nothing: list[Any] = [()] * len(held)

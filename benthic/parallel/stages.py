@@ -63,6 +63,11 @@ class Stage(nn.Module):
         if last:
             self.norm, self.head, self.mtp = transformer.norm, transformer.head, model.mtp
 
+    def size(self, micro_batch: MicroBatch) -> tuple[int, int, int]:
+        """Of the states that stages hand on."""
+        sequences, tokens = micro_batch.tokens_BS.shape
+        return sequences, tokens - micro_batch.depths, self.config.hidden_size
+
     def forward(self, x_BTD: Tensor | None, micro_batch: MicroBatch) -> Tensor:
         """States (B, T, D) for the next stage, or the loss after the last; the first stage takes none."""
         depths = micro_batch.depths

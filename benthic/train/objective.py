@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benthic.model import Trainable
 from benthic.model.moe import Router
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy
+from benthic.parallel.stages import routers_here
 
 
 class Losses(NamedTuple):
@@ -44,9 +45,12 @@ class Objective(nn.Module):
         return 1 + (len(self.model.mtp) if mtp_weight else 0)
 
     @property
-    def routers(self) -> list[Router]:
-        """Routers in the order of the rows of ``load_ME``, which has none for MTP modules that did not run."""
-        return [module for module in self.model.modules() if isinstance(module, Router)]
+    def routers(self) -> list[Router | None]:
+        """Routers in the order of the rows of ``load_ME``, which has none for MTP modules that did not run.
+
+        None stands for one that another rank of a pipeline holds.
+        """
+        return routers_here(self.model)
 
     def forward(self, tokens_BS: Tensor, document_BS: Tensor | None, targets_KBT: Tensor) -> Losses:
         """Losses of whole sequences.

@@ -144,7 +144,7 @@ def adamw(
 
 def _hidden_matrices(model: Trainable) -> dict[Tensor, int]:
     """Muon's parameters, and how many matrices each holds one above the other: gate and up are two."""
-    apart = [model.transformer.embed.weight, model.transformer.head.weight]
+    apart = [*model.transformer.embed.parameters(), *model.transformer.head.parameters()]
     apart += [module.weight for module in model.modules() if isinstance(module, Router)]
     fused = {id(module.gate_up.weight) for module in model.modules() if isinstance(module, SwiGLU)}
     fused |= {id(module.gate_up) for module in model.modules() if isinstance(module, Experts)}

@@ -126,12 +126,13 @@ def accumulate_gradients(
 
 
 @torch.no_grad()
-def update_router_bias(routers: list[Router], load_ME: Tensor, speed: float) -> None:
+def update_router_bias(routers: list[Router | None], load_ME: Tensor, speed: float) -> None:
     """Raise the bias of experts below the mean load and lower it above (arXiv 2408.15664; V3 report 2.1.2)."""
     if not speed:
         return
     for router, load_E in zip(routers, load_ME.to(torch.float32), strict=False):  # MTP modules, last, may not have run
-        router.bias.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
+        if router is not None:
+            router.bias.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
 
 
 def _counted(targets_KBT: Tensor) -> Tensor:
