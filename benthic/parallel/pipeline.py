@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import P2POp, ProcessGroup
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward_weight
 from torch.distributed.pipelining.schedules import _add_send_recv, _PipelineScheduleRuntime
 
 from benthic.parallel.schedules import Orders, Schedule, forward_orders, orders, ranks_of_stages
@@ -112,6 +113,18 @@ class _TorchStage(PipelineStage):
         """Lets go of what has arrived."""
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         self._release(self.grad_recv_info, bwd_chunk_id)
+
+    def backward_maybe_with_nosync(
+        self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False
+    ) -> tuple[Any, Any]:
+        """Keeps the graph until all gradients of weights are there.
+
+        Those of the embedding, used by one MTP module and the next, are found by way of what lies between, which
+        torch would have thrown away before other weights there had theirs.
+        """
+        if backward_type == "weight":
+            return stage_backward_weight(self.submod.parameters(), bwd_kwargs["param_groups"], retain_graph=True), None
+        return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
 
     def _allocate(self, infos: dict[int, Any], chunk: int) -> None:
         for info in infos[chunk]:

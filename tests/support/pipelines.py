@@ -1,10 +1,12 @@
 """Training runs of a few steps on one process and on the ranks of a pipeline, and what is compared of them."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import run_processes
 from torch import Tensor
 
 from benthic.config.presets import PRESETS
@@ -79,8 +81,12 @@ def run_alone(case: Case) -> Outcome:
     return _train(case, objective, accumulate_gradients, set())
 
 
-def run_on_rank(rank: int, case: Case) -> Outcome:
-    """One rank's part of a run."""
+def run_on_rank(rank: int, cases: list[Case]) -> list[Outcome]:
+    """One rank's part of several runs, one after the other."""
+    return [_run_on_rank(case) for case in cases]
+
+
+def _run_on_rank(case: Case) -> Outcome:
     objective = _objective(case)
     stages = case.ranks * KINDS[case.schedule].stages_per_rank
     layers = cut(computed_costs(case.config, LENGTH, mtp=bool(case.mtp)), stages)
@@ -125,6 +131,20 @@ def _norm(objective: Objective, copies: set[str]) -> Tensor:
     return total.sqrt()
 
 
+def largest_difference(cases: list[Case]) -> dict[Case, float]:
+    """Of each case between one process and as many as it has ranks, which is the same for all of them."""
+    ranks = {case.ranks for case in cases}
+    by_rank = run_processes(run_on_rank, *ranks, cases, timeout=280.0)
+    return {
+        case: difference(together([outcomes[number] for outcomes in by_rank]), _alone(replace(case, schedule="1f1b")))
+        for number, case in enumerate(cases)
+    }
+
+
+_alone = cache(run_alone)
+"""Schedules have no say in what one process does."""
+
+
 def together(outcomes: list[Outcome]) -> Outcome:
     """One run's, out of its ranks'; what several ranks hold must be equal bit for bit."""
     whole: dict[str, Tensor] = {}
@@ -139,6 +159,6 @@ def together(outcomes: list[Outcome]) -> Outcome:
 def difference(left: Outcome, right: Outcome) -> float:
     """The greatest of any loss or weight, relative to the greatest number of its kind."""
     assert left.weights.keys() == right.weights.keys()
-    pairs = [(torch.tensor(left.losses), torch.tensor(right.losses))]
+    pairs = [(torch.tensor(a), torch.tensor(b)) for a, b in zip(left.losses, right.losses, strict=True)]
     pairs += [(tensor, right.weights[name]) for name, tensor in left.weights.items()]
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-3)) for a, b in pairs)
