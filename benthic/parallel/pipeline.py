@@ -4,7 +4,7 @@ Its runtime takes any schedule as a list of actions. What it is spared here is f
 cutting batches into micro-batches: both are known.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.pipelining._backward import stage_backward_weight
 from torch.distributed.pipelining.schedules import _add_send_recv, _PipelineScheduleRuntime
 
 from benthic.parallel.schedules import Orders, Schedule, forward_orders, orders, ranks_of_stages
-from benthic.parallel.stages import MicroBatch, Stage
+from benthic.parallel.stages import AnyStage, MicroBatch
 
 Call = Callable[[nn.Module, Tensor | None, MicroBatch], Tensor]
 """Runs a stage in some precision."""
@@ -24,7 +24,7 @@ Call = Callable[[nn.Module, Tensor | None, MicroBatch], Tensor]
 class Pipeline:
     """The stages that this rank holds, of a model whose other stages the other ranks of ``group`` hold."""
 
-    def __init__(self, stages: dict[int, Stage], schedule: Schedule, group: ProcessGroup) -> None:
+    def __init__(self, stages: Mapping[int, AnyStage], schedule: Schedule, group: ProcessGroup) -> None:
         self._schedule, self._group = schedule, group
         self._parts = {number: _Part(stage) for number, stage in stages.items()}
         self._runners: dict[tuple[int, bool], _Runner] = {}
@@ -62,7 +62,7 @@ class _Part(nn.Module):
 
     call: Call
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: AnyStage) -> None:
         super().__init__()
         self.stage = stage
 

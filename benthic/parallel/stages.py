@@ -11,6 +11,7 @@ the copies stay equal bit for bit.
 Shapes: B sequences, T positions, S = T + depths tokens, D model width, V vocabulary, K predictions.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +50,19 @@ class MicroBatch(Protocol):
         """The loss of states (B, T, D) ready for the head, the main model's and those of MTP modules, a scalar."""
 
 
-class Stage(nn.Module):
+class AnyStage(nn.Module, ABC):
+    """What a pipeline runs on one rank: gives states to the next stage, or after the last a loss."""
+
+    @abstractmethod
+    def size(self, micro_batch: MicroBatch) -> tuple[int, ...]:
+        """Of the states that stages hand on."""
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        """States (B, T, D) for the next stage, or the loss after the last; the first stage takes none."""
+
+
+class Stage(AnyStage):
     """Some consecutive layers of a model, with the embedding before the first and the head after the last."""
 
     def __init__(self, model: LanguageModel, layers: range, *, first: bool, last: bool) -> None:
@@ -63,13 +76,11 @@ class Stage(nn.Module):
         if last:
             self.norm, self.head, self.mtp = transformer.norm, transformer.head, model.mtp
 
-    def size(self, micro_batch: MicroBatch) -> tuple[int, int, int]:
-        """Of the states that stages hand on."""
+    def size(self, micro_batch: MicroBatch) -> tuple[int, ...]:
         sequences, tokens = micro_batch.tokens_BS.shape
         return sequences, tokens - micro_batch.depths, self.config.hidden_size
 
     def forward(self, x_BTD: Tensor | None, micro_batch: MicroBatch) -> Tensor:
-        """States (B, T, D) for the next stage, or the loss after the last; the first stage takes none."""
         depths = micro_batch.depths
         tokens_BS = micro_batch.tokens_BS
         tokens_BT = tokens_BS[:, : tokens_BS.shape[1] - depths]
@@ -85,9 +96,9 @@ class Stage(nn.Module):
             loss = micro_batch.routed(self.first_moe_layer, routings)
             return x_BTD if loss is None else with_loss(x_BTD, loss)
         modules = list(self.mtp[:depths])
-        hidden_BTD = self.norm(x_BTD)
-        states, further = mtp_states(modules, self.embed, hidden_BTD, tokens_BS, context) if modules else (
-            [hidden_BTD], [])  # fmt: skip
+        states, further = [self.norm(x_BTD)], list[Routing]()
+        if modules:
+            states, further = mtp_states(modules, self.embed, states[0], tokens_BS, context)
         loss = micro_batch.routed(self.first_moe_layer, routings + further)
         prediction_loss = micro_batch.predicted(states, self.head.weight)
         return prediction_loss if loss is None else prediction_loss + loss
