@@ -8,24 +8,44 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import P2POp, ProcessGroup
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward_weight
 from torch.distributed.pipelining.schedules import _add_send_recv, _PipelineScheduleRuntime
 
-from benthic.parallel.schedules import Orders, Schedule, forward_orders, orders, ranks_of_stages
-from benthic.parallel.stages import AnyStage, MicroBatch
+from benthic.model import LanguageModel
+from benthic.parallel.cut import computed_costs, cut
+from benthic.parallel.local import local
+from benthic.parallel.schedules import (
+    KINDS,
+    Orders,
+    Schedule,
+    forward_orders,
+    orders,
+    ranks_of_stages,
+    stages_of_rank,
+)
+from benthic.parallel.stages import EMBEDDING, AnyStage, MicroBatch, drop_other_stages, make_stages
+
+_PIPELINE = "_pipeline"
 
 Call = Callable[[nn.Module, Tensor | None, MicroBatch], Tensor]
 """Runs a stage in some precision."""
 
 
 class Pipeline:
-    """The stages that this rank holds, of a model whose other stages the other ranks of ``group`` hold."""
+    """The stages that this rank holds, of a model whose other stages the other ranks of ``group`` hold.
 
-    def __init__(self, stages: Mapping[int, AnyStage], schedule: Schedule, group: ProcessGroup) -> None:
-        self._schedule, self._group = schedule, group
+    Args:
+        copying_rank: has a copy of the first rank's embedding; 0 if none has.
+    """
+
+    def __init__(
+        self, stages: Mapping[int, AnyStage], schedule: Schedule, group: ProcessGroup, copying_rank: int = 0
+    ) -> None:
+        self._schedule, self._group, self._copying_rank = schedule, group, copying_rank
         self._parts = {number: _Part(stage) for number, stage in stages.items()}
         self._runners: dict[tuple[int, bool], _Runner] = {}
 
@@ -35,6 +55,33 @@ class Pipeline:
         Every rank gives the same micro-batches; ``call`` runs a stage, whose states are of this dtype.
         """
         self._run(micro_batches, call, dtype, learn=True)
+
+    def add_up_copies(self, embedding: nn.Module) -> None:
+        """Sums the embedding's gradient with that of its copy, on both ranks that have one.
+
+        Called on all ranks once the gradients are there; a copy has none in a step without MTP.
+        """
+        rank, last = self._group.rank(), self._copying_rank
+        if not last or rank not in (0, last):
+            return
+        weight = embedding.get_parameter("weight")
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        grad = local(weight.grad)
+        if rank:
+            dist.send(grad, group=self._group, group_dst=0)
+            dist.recv(grad, group=self._group, group_src=0)
+        else:
+            other = torch.empty_like(grad)
+            dist.recv(other, group=self._group, group_src=last)
+            grad += other
+            dist.send(grad, group=self._group, group_dst=last)
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """Their sum over all stages."""
+        total = numbers.clone()
+        dist.all_reduce(total, group=self._group)
+        return total
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[MicroBatch], call: Call, dtype: torch.dtype) -> None:
@@ -55,6 +102,32 @@ class Pipeline:
         stages = [_TorchStage(part, number, len(ranks_of), self._group) for number, part in self._parts.items()]
         make = orders if learn else forward_orders
         return _Runner(stages, micro_batches, make(self._schedule, ranks, micro_batches), ranks_of, learn=learn)
+
+
+def divide_layers(objective: nn.Module, schedule: Schedule, group: ProcessGroup, length: int) -> None:
+    """Keep this rank's stages of the model in an objective, and let its steps go through the pipeline.
+
+    Args:
+        length: of the sequences, by which the cost of attention is told.
+
+    Raises:
+        InputError: the model has too few layers.
+    """
+    model = next(part for part in objective.modules() if isinstance(part, LanguageModel))
+    stages = group.size() * KINDS[schedule].stages_per_rank
+    layers = cut(computed_costs(model.config, length, mtp=len(model.mtp) > 0), stages)
+    held = make_stages(model, layers, stages_of_rank(schedule, group.size(), group.rank()))
+    drop_other_stages(model, held)
+    copying_rank = ranks_of_stages(schedule, group.size())[-1] if len(model.mtp) else 0
+    model.__dict__[_PIPELINE] = Pipeline(held, schedule, group, copying_rank)
+    if copying_rank == group.rank() != 0:
+        model.copies = frozenset([EMBEDDING])
+
+
+def pipeline_of(model: nn.Module) -> Pipeline | None:
+    """What the model's steps go through; None if all of it is here."""
+    found: Pipeline | None = model.__dict__.get(_PIPELINE)
+    return found
 
 
 class _Part(nn.Module):
