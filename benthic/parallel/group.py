@@ -1,6 +1,5 @@
 """A run of several processes, which torchrun has started: what they divide among them and what they agree on."""
 
-import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,8 @@ from benthic.parallel.experts import divide_experts
 from benthic.parallel.fits import refuse_misfit
 from benthic.parallel.layout import Layout, passes_of_ranks, rows_of_rank
 from benthic.parallel.mesh import Mesh
+from benthic.parallel.messages import broadcast
+from benthic.parallel.pipeline import divide_layers
 from benthic.parallel.shard import gathered, reduce_in_pass, shard
 from benthic.parallel.traffic import Traffic
 from benthic.parallel.world import ALONE, Stop, Tensors, World
@@ -76,8 +77,10 @@ class Group(World):
         self._stop: Stop | None = None
         self._stopped_by: int | None = None
 
-    def spread(self, objective: nn.Module, compute: Compute) -> None:
-        """Experts by the expert axis, then all weights by the others."""
+    def spread(self, objective: nn.Module, compute: Compute, length: int) -> None:
+        """Layers by the pipeline, experts by the expert axis, then all weights by the others."""
+        if self._parallel.pipeline > 1:
+            divide_layers(objective, self._parallel.schedule, self.mesh.pipeline_group, length)
         if self._parallel.expert > 1:
             sender = Sender(self.mesh.expert_group, self.traffic)
             divide_experts(objective, sender, fp8=self._parallel.fp8_dispatch)
@@ -145,7 +148,7 @@ class Group(World):
             except tuple(_ERRORS.values()) as error:
                 kind = next(name for name, one in _ERRORS.items() if isinstance(error, one))
                 answer, raised = {kind: str(error)}, error
-        found = _broadcast(answer)
+        found = broadcast(answer)
         if raised is not None:
             raise raised
         for kind, failure in _ERRORS.items():
@@ -162,20 +165,11 @@ class Group(World):
     def own(self, model: nn.Module, tensors: Tensors) -> Tensors:
         """Cut out of them."""
         parts = gather.divided(model, self.layout)
+        if self.layout.pipeline > 1:
+            here = model.state_dict().keys()
+            tensors = {group: gather.of_stages(named, here) for group, named in tensors.items()}
         return {group: gather.own(named, parts, self.layout, self.rank) for group, named in tensors.items()}
 
     def figures(self) -> dict[str, Any]:
         """Bytes that this process has sent, by purpose."""
         return {"bytes_sent": self.traffic.take()}
-
-
-def _broadcast(message: Any) -> Any:
-    """What the main process has, as JSON, on all."""
-    text = json.dumps(message).encode()
-    size = torch.tensor(len(text))
-    dist.broadcast(size, 0)
-    data = torch.zeros(int(size), dtype=torch.uint8)
-    if dist.get_rank() == 0:
-        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    dist.broadcast(data, 0)
-    return json.loads(bytes(data.tolist()))

@@ -35,6 +35,11 @@ class Mesh:
         return self._axes.get_group("expert")
 
     @property
+    def pipeline_group(self) -> ProcessGroup:
+        """The ranks that have the other stages, of the same share of the batch."""
+        return self._axes.get_group("pipeline")
+
+    @property
     def data_group(self) -> ProcessGroup:
         """The ranks that share out the batch; each stage of a pipeline has one."""
         return self._data.get_group("data")

@@ -76,6 +76,33 @@ def reduce_in_pass(objective: nn.Module, zero: int, *, last: bool) -> None:
 
 
 @contextmanager
+def whole_for_step(objective: nn.Module) -> Iterator[None]:
+    """A pipeline's step: weights stay gathered from its beginning, and gradients are reduced once, at its end.
+
+    Parts of the objective are run by themselves within, forward and backward, for one micro-batch before another.
+    """
+    if not isinstance(objective, FSDPModule):
+        yield
+        return
+    _reduce_from_now_on(objective, False)
+    for part in _parts(objective, FSDPModule):
+        part.unshard()
+    yield
+    _reduce_from_now_on(objective, True)
+    state = objective._get_fsdp_state()
+    for part in state._state_ctx.all_states:
+        for group in part._fsdp_param_groups:
+            group.post_backward()
+    state._root_post_backward_final_callback()
+
+
+def _reduce_from_now_on(objective: FSDPModule, reduce: bool) -> None:
+    objective.set_is_last_backward(reduce)
+    objective.set_reshard_after_backward(reduce)
+    objective.set_requires_gradient_sync(reduce)
+
+
+@contextmanager
 def gathered(objective: nn.Module, compute: Compute) -> Iterator[None]:
     """Within it, parts of the model run by themselves, without gradients, in this precision; weights stay as they are.
 

@@ -32,8 +32,8 @@ class World:
     """Whether this process writes files and speaks to people; one of a run does."""
     processes = 1
 
-    def spread(self, objective: nn.Module, compute: Compute) -> None:
-        """Divide a model among the processes; ``compute`` is what its steps are computed in."""
+    def spread(self, objective: nn.Module, compute: Compute, length: int) -> None:
+        """Divide a model among the processes; ``compute`` is what its steps are computed in, of such sequences."""
 
     def rows(self, batch: int, micro_batch: int) -> range:
         """The rows of a batch that this process learns from."""

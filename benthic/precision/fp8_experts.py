@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benthic.ops.experts import combine, segments, sort_by_expert, swiglu_backward
 from benthic.ops.swiglu import swiglu
+from benthic.ops.wanted import wanted
 from benthic.precision.blocks import COLUMN_TILE, ROW_TILE
 from benthic.precision.fp8 import product, quantise
 
@@ -83,19 +84,22 @@ class _Experts(torch.autograd.Function):
         order_S, slot_NK, counts, token_S, gate_S = ctx.saved_tensors
         x8_ND, gate_up8_SG, gate_up8_EGD, down8_EDF = ctx.quantised
         dy8_ND = quantise(grads[0], ROW_TILE, powers_of_two=True)
+        of_x, _, of_gate, *of_weights = wanted(ctx)
+        of_inputs = of_x or of_gate
         dx_SD, dgate_S = grads[0].new_empty(len(token_S), grads[0].shape[1]), torch.empty_like(gate_S)
-        dgate_up_EGD, ddown_EDF = (
-            gate_S.new_zeros(x.numbers.shape, dtype=ctx.weights_dtype) for x in (gate_up8_EGD, down8_EDF)
-        )
+        weights8 = (gate_up8_EGD, down8_EDF) if any(of_weights) else ()
+        dweights = [gate_S.new_zeros(x.numbers.shape, dtype=ctx.weights_dtype) for x in weights8]
         for number, rows in segments(counts):
             expert = number % len(down8_EDF.numbers)
             x8_RD, dy8_RD = x8_ND[token_S[rows]], dy8_ND[token_S[rows]]
             hidden_RF, dgate_up_RG, dgate_S[rows] = swiglu_backward(
                 gate_up8_SG[rows].dequantised(), gate_S[rows, None], product(dy8_RD, down8_EDF[expert].mT)
             )
-            dx_SD[rows] = product(quantise(dgate_up_RG, ROW_TILE), gate_up8_EGD[expert].mT)
-            x8_RD, dy8_RD = (x.requantised(COLUMN_TILE, powers_of_two=True) for x in (x8_RD, dy8_RD))
-            dgate_up_EGD[expert] += product(quantise(dgate_up_RG, COLUMN_TILE).mT, x8_RD.mT)
-            ddown_EDF[expert] += product(dy8_RD.mT, quantise(hidden_RF, COLUMN_TILE).mT)
+            if of_inputs:
+                dx_SD[rows] = product(quantise(dgate_up_RG, ROW_TILE), gate_up8_EGD[expert].mT)
+            if dweights:
+                x8_RD, dy8_RD = (x.requantised(COLUMN_TILE, powers_of_two=True) for x in (x8_RD, dy8_RD))
+                dweights[0][expert] += product(quantise(dgate_up_RG, COLUMN_TILE).mT, x8_RD.mT)
+                dweights[1][expert] += product(dy8_RD.mT, quantise(hidden_RF, COLUMN_TILE).mT)
         dgate_NK = torch.empty_like(dgate_S).index_copy_(0, order_S, dgate_S).view(slot_NK.shape)
-        return combine(dx_SD, slot_NK), None, dgate_NK, dgate_up_EGD, ddown_EDF, None
+        return combine(dx_SD, slot_NK) if of_inputs else None, None, dgate_NK, *(dweights or (None, None)), None

@@ -37,6 +37,7 @@ class ModelOptimizer:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, moments: torch.dtype = torch.float32) -> None:
         self.config, self.moments = config, moments
+        self._copies: frozenset[str] = model.copies if isinstance(model, Trainable) else frozenset()
         parameters = dict(model.named_parameters())
         held = {name: _held(parameter) for name, parameter in parameters.items()}
         self._names: dict[Tensor, str] = {part: name for name, part in held.items()}
@@ -65,8 +66,11 @@ class ModelOptimizer:
             parameter.grad = None
 
     def grad_norm(self) -> Tensor:
-        """L2 norm of all gradients together that are held here, a scalar."""
-        return total_norm(list(self._grads()))
+        """L2 norm of all gradients together that are held here, a scalar; what another process counts is left out."""
+        grads = list(self._grads())
+        if self._copies:
+            grads = [p.grad for p, name in self._names.items() if p.grad is not None and name not in self._copies]
+        return total_norm(grads) if grads else torch.zeros(())
 
     def step(self, learning_rate_factor: float, grad_norm: float) -> None:
         """Clip the gradients, whose norm is given, and update at this share of the peak rates."""
@@ -144,7 +148,7 @@ def adamw(
 
 def _hidden_matrices(model: Trainable) -> dict[Tensor, int]:
     """Muon's parameters, and how many matrices each holds one above the other: gate and up are two."""
-    apart = [model.transformer.embed.weight, model.transformer.head.weight]
+    apart = [*model.transformer.embed.parameters(), *model.transformer.head.parameters()]
     apart += [module.weight for module in model.modules() if isinstance(module, Router)]
     fused = {id(module.gate_up.weight) for module in model.modules() if isinstance(module, SwiGLU)}
     fused |= {id(module.gate_up) for module in model.modules() if isinstance(module, Experts)}

@@ -55,7 +55,7 @@ class TrainState:
             recompute_activations(self.model)
         self.objective = Objective(self.model)
         compute: Compute = "fp32" if config.precision.compute == "auto" else config.precision.compute
-        world.spread(self.objective, compute)
+        world.spread(self.objective, compute, config.train.sequence_length)
         moments = moments_dtype(compute)
         self.adapters = Adapters(self.model, adapter, config.train.seed) if adapter else None
         self.optimizer = (

@@ -11,12 +11,14 @@ from torch import Tensor
 from benthic.data.batches import Batch
 from benthic.model.moe import Router
 from benthic.ops.cross_entropy import IGNORE
+from benthic.parallel.pipeline import pipeline_of
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.health import Health, Incident, Trouble
 from benthic.train.objective import Losses, Objective, prediction_targets
 from benthic.train.optimizer import ModelOptimizer
+from benthic.train.pipelined import Pass, learn
 from benthic.train.schedule import StepSettings
 
 
@@ -108,16 +110,20 @@ def accumulate_gradients(
     own = torch.tensor([*_counted(targets_KBT).tolist(), len(batch.tokens_BS)], device=batch.tokens_BS.device)
     *counted, sequences = world.total(own)
     counts_K = torch.stack(counted)
-    parts = []
-    passes = world.passes(int(sequences), micro_batch_size)
-    for number in range(passes):
+    passes = []
+    for number in range(world.passes(int(sequences), micro_batch_size)):
         rows = slice(number * micro_batch_size, (number + 1) * micro_batch_size)
         part, part_KBT = batch.rows(rows), targets_KBT[:, rows]
         share_K, share = _counted(part_KBT) / counts_K.clamp_min(1), len(part.tokens_BS) / int(sequences)
         if not len(part.tokens_BS):
             # The others need this process beside them, though it has nothing left to do.
             part, part_KBT = _nothing(batch), _nothing_to_predict(targets_KBT)
-        world.begin_pass(objective, last=number == passes - 1)
+        passes.append(Pass(part, part_KBT, share_K, share))
+    if pipeline := pipeline_of(objective.model):
+        return learn(pipeline, objective, passes, settings, compute)
+    parts = []
+    for number, (part, part_KBT, share_K, share) in enumerate(passes, start=1):
+        world.begin_pass(objective, last=number == len(passes))
         losses: Losses = compute_in(compute, objective, part.tokens_BS, part.document_BS, part_KBT)
         weighted = Losses(losses.cross_entropy_K * share_K, losses.balance * share, losses.load_ME * bool(share))
         weighted.total(settings.mtp_weight, settings.balance_weight).backward()
@@ -126,12 +132,13 @@ def accumulate_gradients(
 
 
 @torch.no_grad()
-def update_router_bias(routers: list[Router], load_ME: Tensor, speed: float) -> None:
+def update_router_bias(routers: list[Router | None], load_ME: Tensor, speed: float) -> None:
     """Raise the bias of experts below the mean load and lower it above (arXiv 2408.15664; V3 report 2.1.2)."""
     if not speed:
         return
     for router, load_E in zip(routers, load_ME.to(torch.float32), strict=False):  # MTP modules, last, may not have run
-        router.bias.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
+        if router is not None:
+            router.bias.add_(torch.sign(load_E.mean() - load_E), alpha=speed)
 
 
 def _counted(targets_KBT: Tensor) -> Tensor:
