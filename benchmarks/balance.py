@@ -8,9 +8,11 @@ auxiliary loss over each batch, the classical one, and `sequence-loss` one withi
 chosen first, in short runs of another seed (--tune-steps): the one with the fewest bits per byte among those that
 balance as well as the bias does there (5% more load allowed), or else the one that balances best.
 
-Load is the tokens of a layer's busiest expert over the mean of its experts, in each step. Once a tenth of the steps is
-over, the figure is the highest, over layers and windows of 50 steps, of a window's mean. (The load summed over a window
-is never less even than that.) Besides: the mean over steps and layers, and the 99th percentile of single steps.
+Load is the tokens of a layer's busiest expert over the mean of its experts, in each step. Once a layer has trained for
+a tenth of the run's steps, its warm-up, the figure is the highest, over layers and windows of 50 steps, of a window's
+mean. (The load summed over a window is never less even than that.) The MTP module's layer begins late in the run, with
+a router and a bias as they were made; `worst_with_late_warm_up` is the same figure with that layer's first steps in it.
+Besides: the mean over steps and layers, and the 99th percentile of single steps.
 
 Runs are kept in DIR: called again, the script goes on where it stopped. It writes DIR/balance.json and DIR/balance.svg.
 --set KEY=VALUE changes any setting of all runs.
@@ -76,13 +78,20 @@ def chosen(trials: dict[Any, tuple[float, float]], aim: float) -> Any:
 def load(outcome: Outcome) -> dict[str, float]:
     """Load of the busiest expert over the mean, after warm-up."""
     loads = outcome.steps("expert_load_max_over_mean")
-    layers = by_layer(loads[round(WARM_UP * len(loads)) :])
+    warm_up = round(WARM_UP * len(loads))
+    layers = [layer[warm_up:] for layer in by_layer(loads)]
     steps = [step for layer in layers for step in layer]
     return {
-        "worst_window": max(max(windows(layer, WINDOW)) for layer in layers),
+        "worst_window": worst_window(layers),
+        "worst_with_late_warm_up": worst_window(by_layer(loads[warm_up:])),
         "mean": fmean(steps),
         "percentile_99": quantiles(steps, n=100)[98],
     }
+
+
+def worst_window(layers: list[list[float]]) -> float:
+    """The highest mean of a window in any layer that is past its warm-up."""
+    return max(max(windows(layer, WINDOW)) for layer in layers if layer)
 
 
 def by_layer(loads: list[list[float]]) -> list[list[float]]:

@@ -7,12 +7,14 @@ for PyTorch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from benthic.version import VERSION
+
 if TYPE_CHECKING:
     from benthic.api import Engine, load, train
     from benthic.data.tokenizer import Tokenizer
     from benthic.plan.report import plan
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Engine", "Tokenizer", "__version__", "load", "plan", "train"]
 
 _HOMES = {"Engine": "benthic.api", "Tokenizer": "benthic.data.tokenizer", "load": "benthic.api"}

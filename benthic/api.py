@@ -14,7 +14,7 @@ from benthic.config.load import inference_defaults
 from benthic.config.schema import InferenceConfig, RunConfig
 from benthic.config.stages import BASE, PRETRAIN
 from benthic.convert.huggingface import copy_tokenizer, is_written_for, save_hf, tokenizer_ids
-from benthic.convert.resolve import find_tokenizer, load_model
+from benthic.convert.resolve import find_tokenizer, load_model, model_config
 from benthic.convert.shards import write_json
 from benthic.data.manifest import Manifest
 from benthic.data.prepare import Progress, refuse_model_directory
@@ -29,7 +29,10 @@ from benthic.posttrain.reward_model import RewardArchitecture, trunk_weights
 from benthic.posttrain.rl import Rl
 from benthic.posttrain.sft import Sft, stage_settings
 from benthic.posttrain.sft_data import prepare_sft, split_of
+from benthic.precision.latents import CachePrecision
 from benthic.precision.quantise import Precision
+from benthic.report import page
+from benthic.report.facts import Facts
 from benthic.train import loop
 from benthic.train.checkpoint import Checkpoint, latest, save
 from benthic.train.work import Kinds
@@ -144,6 +147,18 @@ def _refuse_other_model(out: Path) -> None:
         raise InputError(f"{model}: already there, and not of a training in {out}; give another --out")
 
 
+def write_report(run: str | Path) -> tuple[Path, Facts]:
+    """Writes ``report.html`` of a run, finished or not, trained here or imported; returns its path and what it tells.
+
+    Raises:
+        InputError: this is no run, or the page cannot be written.
+        WorkFailed: the disk is full.
+    """
+    run = Path(run)
+    imported = not (run / "config.toml").is_file() and (run / "model" / "config.json").is_file()
+    return page.write_report(run, model_config(run) if imported else None)
+
+
 class Engine(engine.Engine):
     """The inference engine over a run, an exported or a Hugging Face directory.
 
@@ -154,8 +169,8 @@ class Engine(engine.Engine):
         cache_gib: memory of the latent cache, in GiB.
         max_batch: prompts decoded at once.
         max_draft: tokens the MTP modules may draft ahead; 0 switches them off.
-        cache_dtype: of the cached latents, fp32 or bf16; by default that of the weights.
         precision: that weights are kept in for decoding: fp32, bf16, fp8, int8 or int4; by default their own.
+        cache_precision: that latents are cached in: fp32, bf16 or fp8; by default the type of the weights.
         **settings: defaults for every request, keys of ``InferenceConfig``; over the ``[inference]`` of a run.
 
     Raises:
@@ -164,15 +179,15 @@ class Engine(engine.Engine):
 
     def __init__(
         self, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-        cache_gib: float = 1.0, max_batch: int = 16, max_draft: int = 3, cache_dtype: torch.dtype | None = None,
-        precision: Precision | None = None, **settings: Any,
+        cache_gib: float = 1.0, max_batch: int = 16, max_draft: int = 3, precision: Precision | None = None,
+        cache_precision: CachePrecision | None = None, **settings: Any,
     ) -> None:  # fmt: skip
         tokenizer = Tokenizer.load(find_tokenizer(path))
         defaults = _defaults(Path(path), settings)
         model, _ = load_model(path, dtype, device)
         super().__init__(
             model, tokenizer, defaults, cache_gib=cache_gib, max_batch=max_batch, max_draft=max_draft,
-            cache_dtype=cache_dtype, precision=precision,
+            precision=precision, cache_precision=cache_precision,
         )  # fmt: skip
 
 

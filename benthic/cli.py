@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from benthic.evaluate.held_out import HeldOut
     from benthic.evaluate.score import Score
     from benthic.evaluate.task_files import Task
+    from benthic.precision.latents import CachePrecision
     from benthic.precision.quantise import Precision
 
 INTERRUPTED = 130
@@ -37,6 +38,12 @@ app.add_typer(bench, name="bench")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a recipe of Benthic's own.")]
 AtRest = Literal["fp32", "bf16", "fp8", "int8", "int4"]
+CacheAtRest = Literal["fp32", "bf16", "fp8"]
+Kept = Annotated[AtRest | None, typer.Option("--precision", help="That weights are kept in; by default their own.")]
+Cached = Annotated[
+    CacheAtRest | None,
+    typer.Option("--cache-precision", help="That latents are cached in; by default as the weights are stored."),
+]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run, or an exported or Hugging Face model directory.")]
 
 
@@ -210,6 +217,9 @@ def evaluate(
     precision: Annotated[
         AtRest | None, typer.Option("--precision", help="Held-out text also with weights kept in this.")
     ] = None,
+    cache_precision: Annotated[
+        CacheAtRest | None, typer.Option("--cache-precision", help="Held-out text also with latents cached in this.")
+    ] = None,
     json_: Json = False,
 ) -> None:  # fmt: skip
     """How good a model is, with 95% confidence intervals: bits per byte of the text its run has held out, or tasks."""
@@ -219,7 +229,8 @@ def evaluate(
         raise InputError(f"{more[0]}: what is it for? Task files come after --tasks")
     files = read_tasks([*(tasks or ()), *(more or ())])
     scores = _scores_of_tasks(run, files, lm_eval or ()) if files or lm_eval else {}
-    held_out = None if scores and not (baseline or precision) else _held_out(run, baseline, precision)
+    besides = baseline or precision or cache_precision
+    held_out = None if scores and not besides else _held_out(run, baseline, precision, cache_precision)
     if json_:
         own = held_out.scores if held_out else {}
         if both := own.keys() & scores.keys():
@@ -249,7 +260,9 @@ def _scores_of_tasks(run: Path, tasks: "Sequence[Task]", lm_eval: Sequence[str])
     return scores
 
 
-def _held_out(run: Path, baseline: bool, precision: "Precision | None") -> "HeldOut":
+def _held_out(
+    run: Path, baseline: bool, precision: "Precision | None", cache_precision: "CachePrecision | None"
+) -> "HeldOut":
     from benthic.convert.resolve import current_stage, load_model
     from benthic.data.shards import TokenStore
     from benthic.evaluate.held_out import held_out
@@ -260,29 +273,33 @@ def _held_out(run: Path, baseline: bool, precision: "Precision | None") -> "Held
         )
     model, _ = load_model(run)
     store = TokenStore(run / "data", "val")
-    return held_out(model, store, current_stage(run)[0].config, baseline=baseline, precision=precision)
+    return held_out(
+        model, store, current_stage(run)[0].config, baseline=baseline, precision=precision,
+        cache_precision=cache_precision,
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: benthic chat runs/quickstart --set inference.temperature=0.5")
-def chat(run: Run, set_: Set = None) -> None:
+def chat(run: Run, precision: Kept = None, cache_precision: Cached = None, set_: Set = None) -> None:
     """Talk to a model."""
     from benthic.api import Engine
     from benthic.config.load import section_settings
     from benthic.inference.chat import chat
 
-    chat(Engine(run), **section_settings("inference", set_ or ()))
+    chat(Engine(run, precision=precision, cache_precision=cache_precision), **section_settings("inference", set_ or ()))
 
 
 @app.command(epilog="Example: benthic generate runs/quickstart --prompt 'Once upon a time' --set inference.seed=1")
 def generate(
     run: Run, prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
-    set_: Set = None, json_: Json = False,
+    precision: Kept = None, cache_precision: Cached = None, set_: Set = None, json_: Json = False,
 ) -> None:  # fmt: skip
     """Let a model continue a text."""
     from benthic.api import Engine
     from benthic.config.load import section_settings
 
-    engine, sampling = Engine(run), section_settings("inference", set_ or ())
+    engine = Engine(run, precision=precision, cache_precision=cache_precision)
+    sampling = section_settings("inference", set_ or ())
     engine.settings(**sampling)
     if json_:
         console.print_json(asdict(engine.generate(prompt, **sampling)[0]))
@@ -301,12 +318,14 @@ def serve(
         str | None, typer.Option("--api-key", help="Ask for this key. BENTHIC_API_KEY keeps it out of listings.")
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML with [serve].")] = None,
+    precision: Kept = None,
+    cache_precision: Cached = None,
     set_: Set = None,
 ) -> None:  # fmt: skip
     """Serve models over HTTP as OpenAI's API does, with a page to talk to them."""
     from benthic.config.load import load_serve_config
 
-    flags = {"host": host, "port": port}
+    flags = {"host": host, "port": port, "precision": precision, "cache_precision": cache_precision}
     given = [f"serve.{key}={value}" for key, value in flags.items() if value is not None]
     settings = load_serve_config(config, [*(set_ or ()), *given])
 
@@ -357,6 +376,19 @@ def export(
     print(f"wrote {out}")
 
 
+@app.command(epilog="Example: benthic report runs/quickstart")
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")], json_: Json = False) -> None:
+    """One page of all that is known of a run: curves, evaluation, samples, data, cost; RUN/report.html."""
+    from benthic.api import write_report
+
+    path, facts = write_report(run)
+    console.print_notes(facts.damaged)
+    if json_:
+        console.print_json({"report": str(path), **facts.figures()})
+    else:
+        print(f"the report is {path}")
+
+
 @app.command(epilog="Example: benthic plan v3-671b --json")
 def plan(
     name: Annotated[str, typer.Argument(metavar="PRESET|RECIPE", help="A model preset, or a recipe.")],
@@ -386,7 +418,7 @@ def bench_train(set_: Set = None, json_: Json = False) -> None:
 
 
 Prompt = Annotated[int, typer.Option("--context", min=1, help="Tokens of each prompt.")]
-Cached = Annotated[int, typer.Option("--context", min=0, help="Tokens before the first that is decoded.")]
+Before = Annotated[int, typer.Option("--context", min=0, help="Tokens before the first that is decoded.")]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time.")]
 Arithmetic = Annotated[Literal["fp32", "bf16"], typer.Option("--precision", help="Of weights, cache and arithmetic.")]
 
@@ -404,15 +436,19 @@ def bench_prefill(
 
 @bench.command("decode", epilog="Example: benthic bench decode --context 2048 --json")
 def bench_decode(
-    context: Cached = 128, batch: Batch = 1,
+    context: Before = 128, batch: Batch = 1,
     precision: Annotated[AtRest, typer.Option("--precision", help="In which weights are kept.")] = "fp32",
+    cache_precision: Annotated[
+        CacheAtRest | None, typer.Option("--cache-precision", help="In which latents are cached; as the weights' type.")
+    ] = None,
     set_: Set = None, json_: Json = False,
 ) -> None:  # fmt: skip
     """Writing token by token with bench-400m, against the rate of reading memory."""
     from benthic.lab.bench_inference import bench_decode
 
     model = _model_to_measure(set_ or (), context, batch, precision)
-    _print(asdict(bench_decode(model, context=context, batch=batch, precision=precision)), json_)
+    speed = bench_decode(model, context=context, batch=batch, precision=precision, cache_precision=cache_precision)
+    _print(asdict(speed), json_)
 
 
 def _model_to_measure(overrides: Sequence[str], context: int, batch: int, precision: str) -> "ModelConfig":

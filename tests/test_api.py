@@ -22,7 +22,7 @@ def test_a_precision_changes_numbers(greedy, option):
 
 
 def test_the_cache_is_kept_in_the_type_asked_for(served_model):
-    half, full = (benthic.Engine(served_model, cache_dtype=dtype).stats() for dtype in (torch.bfloat16, None))
+    half, full = (benthic.Engine(served_model, cache_precision=kept).stats() for kept in ("bf16", None))
     assert 2 * half.page_bytes == full.page_bytes
 
 

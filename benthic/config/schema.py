@@ -520,6 +520,10 @@ class ServeConfig(Settings):
     """Names that requests may call this server by, besides local ones; where some are given, no other is answered."""
     cache_gib: Annotated[float, Field(gt=0)] = 1.0
     """Memory of each model's latent cache."""
+    precision: Literal["fp32", "bf16", "fp8", "int8", "int4"] | None = None
+    """That weights are kept in for decoding; by default their own."""
+    cache_precision: Literal["fp32", "bf16", "fp8"] | None = None
+    """That latents are cached in; by default the type of the weights."""
     max_batch: Positive = 16
     """Requests that each model works on at once."""
     max_queue: Positive = 2048

@@ -23,6 +23,8 @@ from benthic.errors import InputError
 from benthic.files import read_json_object
 from benthic.model import LanguageModel, build_model
 from benthic.plan.memory import refuse_too_large
+from benthic.report.card import FILE_NAME as CARD
+from benthic.report.card import is_untouched
 
 SHARD_BYTES = 5 * 10**9
 EMBEDDING = "model.embed_tokens.weight"
@@ -97,6 +99,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     purpose: Purpose = "export",
+    card: str | None = None,
 ) -> None:
     """Writes a model as a Hugging Face directory, complete or not at all.
 
@@ -108,6 +111,7 @@ def save_hf(
         dtype: to store weights in, by default the model's; the routers' bias has at least fp32.
         max_shard_bytes: of a safetensors file, unless a single tensor is larger.
         purpose: what may later replace it.
+        card: ``README.md``, as of :func:`benthic.report.card.model_card`; by default there is none.
 
     Raises:
         InputError: ``out`` holds something else or cannot be written.
@@ -127,6 +131,8 @@ def save_hf(
         )
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, draft)
+        if card is not None:
+            (draft / CARD).write_text(card, encoding="utf-8")
 
 
 def check_copies(published: PublishedModel) -> None:
@@ -198,7 +204,9 @@ def is_written_for(purpose: Purpose, folder: Path) -> bool:
         # An earlier version did not say what for.
         ours = index["metadata"]["producer"] == PRODUCER and index["metadata"].get("purpose", purpose) == purpose
         written = {INDEX, *CONFIG_FILES, *TOKENIZER_FILES, *index["weight_map"].values()}
-    except (InputError, KeyError, TypeError, AttributeError):
+        if (folder / CARD).is_file() and is_untouched((folder / CARD).read_text(encoding="utf-8")):
+            written.add(CARD)  # what somebody has added to a card exists nowhere else
+    except (InputError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
         return False
     return ours and all(path.name in written for path in folder.iterdir())
 

@@ -11,6 +11,8 @@ from benthic.convert.folder import new_folder
 from benthic.convert.huggingface import check_copies, copy_tokenizer, open_hf, save_hf, write_hf
 from benthic.convert.resolve import find_tokenizer, load_model
 from benthic.errors import InputError
+from benthic.report.card import model_card
+from benthic.report.facts import read_facts
 
 
 class Imported(NamedTuple):
@@ -75,7 +77,7 @@ def _refuse_no_model(folder: Path) -> None:
 
 
 def export_hf(run: Path, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes the model and tokenizer of a run as a Hugging Face directory.
+    """Writes the model and tokenizer of a run as a Hugging Face directory, with a model card.
 
     Raises:
         InputError: there is no model or tokenizer, or ``out`` holds something else than an earlier export, or is
@@ -84,7 +86,7 @@ def export_hf(run: Path, out: Path, dtype: torch.dtype | None = None) -> None:
     _refuse_a_runs_model(out)
     tokenizer = find_tokenizer(run)
     model, config = load_model(run, dtype)
-    save_hf(model, config, tokenizer, out)
+    save_hf(model, config, tokenizer, out, card=model_card(read_facts(run, config)))
 
 
 def _refuse_a_runs_model(out: Path) -> None:

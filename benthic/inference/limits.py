@@ -3,15 +3,12 @@
 from collections.abc import Sequence
 from typing import TypedDict
 
-import torch
-
 from benthic.config.schema import ModelConfig
 from benthic.errors import InputError
 from benthic.inference.paged_cache import PAGE, pages_for
 from benthic.inference.request import Sampling
+from benthic.precision.latents import CACHE_DTYPES, CachePrecision
 from benthic.precision.quantise import PRECISIONS, Precision
-
-CACHE_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Options(TypedDict, total=False):
@@ -20,19 +17,21 @@ class Options(TypedDict, total=False):
     cache_gib: float
     max_batch: int
     max_draft: int
-    cache_dtype: torch.dtype | None
     precision: Precision | None
+    cache_precision: CachePrecision | None
 
 
-def check_options(max_batch: int, max_draft: int, cache_dtype: torch.dtype | None, precision: Precision | None) -> None:
+def check_options(
+    max_batch: int, max_draft: int, precision: Precision | None, cache_precision: CachePrecision | None
+) -> None:
     """Raises ``InputError`` if one is wrong."""
     for name, value, least in (("max_batch", max_batch, 1), ("max_draft", max_draft, 0)):
         if value < least:
             raise InputError(f"{name}={value}: must be at least {least}")
     if precision not in (None, *PRECISIONS):
         raise InputError(f"precision={precision}: must be one of {', '.join(PRECISIONS)}")
-    if cache_dtype not in (None, *CACHE_DTYPES):
-        raise InputError(f"cache_dtype={cache_dtype}: must be one of {', '.join(map(str, CACHE_DTYPES))}")
+    if cache_precision not in (None, *CACHE_DTYPES):
+        raise InputError(f"cache_precision={cache_precision}: must be one of {', '.join(CACHE_DTYPES)}")
 
 
 def chunk_length(config: ModelConfig) -> int:

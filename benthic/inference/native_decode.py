@@ -39,13 +39,14 @@ from benthic.precision.quantise import Precision, bits_of, head_precision, quant
 
 _FIRST_ANGLES = 4096
 _KINDS = {torch.float32: Matrix.FP32, torch.bfloat16: Matrix.BF16}
+_PAGE_KINDS = _KINDS | {torch.uint8: Matrix.FP8}
 
 
 class Pages(Protocol):
     """What a step asks of a paged cache."""
 
     pages_N: list[Tensor]
-    """For each layer (pages, 64, latent), contiguous, fp32 or bf16."""
+    """For each layer (pages, 64, latent), contiguous, fp32 or bf16, or rows of bytes in FP8 (precision/latents.py)."""
 
 
 class CannotDecodeNatively(WorkFailed):
@@ -182,7 +183,7 @@ class NativeDecoder:
             request = Request(
                 batch=len(tokens_B), first=first, last=last, tokens=_pointer(tokens_B), positions=_pointer(positions_B),
                 table=_pointer(table_BP), table_stride=table_BP.shape[1], pages=_addresses(cache.pages_N),
-                page_count=len(pages), wide=pages.dtype == torch.float32, cos=_pointer(self._cos_TP),
+                page_count=len(pages), page_kind=_PAGE_KINDS[pages.dtype], cos=_pointer(self._cos_TP),
                 sin=_pointer(self._sin_TP), angles=len(self._cos_TP), norm=_pointer(norm),
                 **{name: _pointer(tensor) for name, tensor in outputs.items()},
             )  # fmt: skip

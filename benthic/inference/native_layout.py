@@ -47,7 +47,7 @@ class Request(ctypes.Structure):
         *_fields(_Pointer, "tokens previous positions table"),
         ("table_stride", _Int),
         ("pages", ctypes.POINTER(_Pointer)),
-        *_fields(_Int, "page_count wide"),
+        *_fields(_Int, "page_count page_kind"),
         *_fields(_Pointer, "cos sin"),
         ("angles", _Int),
         *_fields(_Pointer, "norm hidden head_rows"),

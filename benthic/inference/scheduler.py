@@ -35,6 +35,7 @@ from benthic.inference.results import Results
 from benthic.inference.speculation import Speculation
 from benthic.inference.stepping import Stepping
 from benthic.model import LanguageModel
+from benthic.precision.latents import CACHE_DTYPES, CachePrecision
 from benthic.precision.quantise import Precision
 
 
@@ -47,8 +48,8 @@ class Scheduler:
         cache_gib: memory of the latent cache, in GiB.
         max_batch: requests that run at once.
         max_draft: tokens the MTP modules may draft ahead; 0 switches them off.
-        cache_dtype: of the cached latents, fp32 or bf16; by default that of the weights.
         precision: that weights are kept in for decoding, by default their own; the model's are rounded to it.
+        cache_precision: that latents are cached in, fp32, bf16 or fp8; by default the type of the weights.
 
     Raises:
         InputError: a limit or the precision is wrong, or the memory holds not even one page.
@@ -56,12 +57,12 @@ class Scheduler:
 
     def __init__(
         self, model: LanguageModel, tokenizer: Tokenizer, *, cache_gib: float = 1.0, max_batch: int = 16,
-        max_draft: int = 3, cache_dtype: torch.dtype | None = None, precision: Precision | None = None,
+        max_draft: int = 3, precision: Precision | None = None, cache_precision: CachePrecision | None = None,
     ) -> None:  # fmt: skip
-        check_options(max_batch, max_draft, cache_dtype, precision)
+        check_options(max_batch, max_draft, precision, cache_precision)
         self.model, self.config, self.tokenizer = model.eval(), model.config, tokenizer
         self.max_batch, self.chunk = max_batch, chunk_length(model.config)
-        self.cache = _cache(model, cache_gib, cache_dtype, mtp_layers=len(model.mtp) if max_draft else 0)
+        self.cache = _cache(model, cache_gib, cache_precision, mtp_layers=len(model.mtp) if max_draft else 0)
         self._decoder = decoder(model, precision)
         self._figures = figures = Figures()
         self._admission = admission = Admission(self.cache.pages, max_batch, self.chunk, figures)
@@ -157,9 +158,9 @@ class Scheduler:
             self.speculation.begin(job)
 
 
-def _cache(model: LanguageModel, gib: float, dtype: torch.dtype | None, *, mtp_layers: int) -> PagedCache:
+def _cache(model: LanguageModel, gib: float, precision: CachePrecision | None, *, mtp_layers: int) -> PagedCache:
     weight = model.transformer.embed.weight
-    dtype = dtype or weight.dtype
+    dtype = CACHE_DTYPES[precision] if precision else weight.dtype
     page_bytes = PagedCache.page_bytes(model.config, mtp_layers=mtp_layers, dtype=dtype)
     pages = int(gib * 2**30 / page_bytes) if gib > 0 else 0
     if not pages:

@@ -27,6 +27,7 @@ from benthic.plan.counts import main_model
 from benthic.plan.decode import decode_bytes
 from benthic.plan.flops import forward_flops
 from benthic.plan.machine import measure_bandwidth_gb_s, measure_gemm_gflops
+from benthic.precision.latents import CACHE_DTYPES, CachePrecision
 from benthic.precision.quantise import Precision
 
 Arithmetic = Literal["fp32", "bf16"]
@@ -46,6 +47,7 @@ class InferenceSpeed:
     context: int
     batch: int
     precision: Precision
+    cache_precision: CachePrecision
     memory_gb_per_s: float
     gemm_gflops: float
     """Both measured in this process; the second in the same precision."""
@@ -73,24 +75,30 @@ def bench_prefill(
     head = 2 * main_model(config).head
     flops = batch * (context * (forward_flops(config, context) - head) + head)
     limit = flops / (measure_gemm_gflops(_dtype(precision)) * 1e9)
-    return _speed(batch * context / seconds, context, batch, precision, limit / seconds, native.status())
+    return _speed(batch * context / seconds, context, batch, precision, precision, limit / seconds, native.status())
 
 
-def bench_decode(config: ModelConfig, *, context: int, batch: int = 1, precision: Precision = "fp32") -> InferenceSpeed:
-    """Decodes over a cache of ``context`` tokens in each sequence; it is fp32, but bf16 beside weights in bf16."""
+def bench_decode(
+    config: ModelConfig, *, context: int, batch: int = 1, precision: Precision = "fp32",
+    cache_precision: CachePrecision | None = None,
+) -> InferenceSpeed:  # fmt: skip
+    """Decodes over a cache of ``context`` tokens in each sequence; by default fp32, but bf16 beside weights in bf16."""
     _check(config, context, batch, shortest=0)
     dtype = _dtype(precision)
     model = build_model(config, dtype=dtype)
-    step, kernels = decode_step(model, context, batch, precision)
+    kept: CachePrecision = cache_precision or ("bf16" if precision == "bf16" else "fp32")
+    step, kernels = decode_step(model, context, batch, precision, kept)
 
     def decode() -> None:
         for tokens_B in torch.randint(config.vocab_size, (_DECODE_STEPS, batch)):
             step(tokens_B)
 
     seconds = _median_seconds(decode) / _DECODE_STEPS
-    traffic = decode_bytes(config, context, batch, bytes_per_number=dtype.itemsize, precision=precision)
+    traffic = decode_bytes(
+        config, context, batch, bytes_per_number=dtype.itemsize, precision=precision, cache_precision=kept
+    )
     limit = traffic / (measure_bandwidth_gb_s() * 1e9)
-    return _speed(batch / seconds, context, batch, precision, limit / seconds, kernels)
+    return _speed(batch / seconds, context, batch, precision, kept, limit / seconds, kernels)
 
 
 def prompt_reader(model: LanguageModel, context: int) -> Callable[[list[int]], torch.Tensor]:
@@ -110,7 +118,7 @@ def prompt_reader(model: LanguageModel, context: int) -> Callable[[list[int]], t
 
 
 def decode_step(
-    model: LanguageModel, context: int, batch: int, precision: Precision
+    model: LanguageModel, context: int, batch: int, precision: Precision, cache_precision: CachePrecision = "fp32"
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
     """A greedy step of sequences at this context, over latents that are random, and the kernels that do it.
 
@@ -118,9 +126,10 @@ def decode_step(
     """
     decode = decoder(model, precision)
     table_BP = torch.arange(batch * pages_for(context + 1), dtype=torch.int32).view(batch, -1)
-    cache = PagedCache(model.config, table_BP.numel(), dtype=model.transformer.embed.weight.dtype)
+    cache = PagedCache(model.config, table_BP.numel(), dtype=CACHE_DTYPES[cache_precision])
     for pages in cache.pages_N:
-        pages.normal_()
+        for page in pages:  # one at a time, since the numbers they are made of are fp32
+            page.copy_(cache.format.pack(torch.randn(len(page), model.config.latent_dim)))
     positions_B = torch.full((batch,), context)
     return lambda tokens_B: decode(tokens_B, positions_B, table_BP, cache)[0].argmax(-1), decode.name
 
@@ -149,10 +158,11 @@ def _median_seconds(work: Callable[[], None]) -> float:
 
 
 def _speed(
-    tokens_per_s: float, context: int, batch: int, precision: Precision, share: float, kernels: str
+    tokens_per_s: float, context: int, batch: int, precision: Precision, cache_precision: CachePrecision, share: float,
+    kernels: str,
 ) -> InferenceSpeed:  # fmt: skip
     return InferenceSpeed(
-        tokens_per_s=tokens_per_s, context=context, batch=batch, precision=precision,
+        tokens_per_s=tokens_per_s, context=context, batch=batch, precision=precision, cache_precision=cache_precision,
         memory_gb_per_s=measure_bandwidth_gb_s(), gemm_gflops=measure_gemm_gflops(_dtype(precision)),
         share_of_limit=share, accepted_per_step=1.0, kernels=kernels,
     )  # fmt: skip

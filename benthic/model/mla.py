@@ -66,6 +66,8 @@ class LatentAttention(nn.Module):
         self.kv_norm = RMSNorm(config.kv_lora_rank, _LATENT_NORM_EPS)
         self.kv_b = nn.Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
         self.o = nn.Linear(heads * config.v_head_dim, width, bias=False)
+        self.kept = nn.Identity()
+        """What a cache would keep passes through it, so that a hook can round that."""
         self.scale = softmax_scale(config)
 
     def forward(self, x_BTD: Tensor, context: AttentionContext) -> Tensor:
@@ -93,7 +95,8 @@ class LatentAttention(nn.Module):
         """What the cache keeps: the normalised latent (B, T, C) and the rotated key (B, T, R)."""
         latent_BTC, k_rope_BTR = self.kv_a(x_BTD).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
         k_rope_BTR = rotate_tail(k_rope_BTR.unsqueeze(2), context.cos_TP, context.sin_TP).squeeze(2)
-        return self.kv_norm(latent_BTC), k_rope_BTR
+        kept: tuple[Tensor, Tensor] = self.kept((self.kv_norm(latent_BTC), k_rope_BTR))
+        return kept
 
     def _naive(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, document_BT: Tensor | None) -> Tensor:
         """Attention over keys and values expanded from the latents: (B, T, H, V)."""

@@ -111,6 +111,7 @@ def _load(name: str, path: Path, config: ServeConfig) -> Served:
     slots = config.max_batch + config.max_queue
     engine = BatchEngine(
         model.eval(), tokenizer, defaults, cache_gib=config.cache_gib, max_batch=config.max_batch,
+        precision=config.precision, cache_precision=config.cache_precision,
         max_queue=slots,  # for a moment, all that are admitted wait
     )  # fmt: skip
     grammars = Grammars(

@@ -1,17 +1,22 @@
 """ledger.json: what each stage of a run has cost so far, written as the run goes.
 
 Tokens and operations are those that led to the present weights. Time, energy and money are all that were spent, on
-steps that were lost and done again too.
+steps that were lost and done again too. Beside them stands what each stage was computed with.
 """
 
 import json
+import platform
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, Self
 
+import torch
+
 from benthic.files import read_json_object, write_atomically
+from benthic.plan.power import cpu_name
 from benthic.train.energy import open_energy_meter
+from benthic.version import VERSION
 
 FILE_NAME = "ledger.json"
 _SECONDS_BETWEEN_WRITES = 30.0
@@ -27,6 +32,9 @@ class Ledger:
         self._path, self._stage = run / FILE_NAME, stage
         self._price, self._devices = price_per_hour, devices
         self._before = _stages(self._path).get(stage, {})
+        made_with = _section(self._path, "made_with", list)
+        earlier, now = made_with.get(stage, []), made_with_now()
+        self._made_with = {**made_with, stage: [*earlier, *([] if now in earlier else [now])]}
         self._work: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -52,7 +60,8 @@ class Ledger:
         self._written = monotonic()
         hours = (self._written - self._start) / 3600
         device_hours = hours * self._devices
-        content = {"stages": {**_stages(self._path), self._stage: {**self._work, **self._spent(hours, device_hours)}}}
+        entry = {**self._work, **self._spent(hours, device_hours)}
+        content = {"stages": {**_stages(self._path), self._stage: entry}, "made_with": self._made_with}
         write_atomically(self._path, json.dumps(content, indent=1))
 
     def _spent(self, hours: float, device_hours: float) -> dict[str, float | str | None]:
@@ -72,8 +81,23 @@ class Ledger:
         return float(value) if isinstance(value, int | float) else 0.0
 
 
+def made_with_now() -> dict[str, str | int]:
+    """Versions and processor of this process; ``made_with`` of the ledger lists all that a stage has had."""
+    return {
+        "benthic": VERSION,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _stages(path: Path) -> dict[str, Any]:
-    stages = read_json_object(path).get("stages") if path.exists() else None
-    return (
-        {name: entry for name, entry in stages.items() if isinstance(entry, dict)} if isinstance(stages, dict) else {}
-    )
+    return _section(path, "stages", dict)
+
+
+def _section(path: Path, key: str, kind: type) -> dict[str, Any]:
+    """By stage, what is of the right kind."""
+    found = read_json_object(path).get(key) if path.exists() else None
+    return {name: entry for name, entry in found.items() if isinstance(entry, kind)} if isinstance(found, dict) else {}

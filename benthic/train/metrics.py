@@ -6,7 +6,7 @@ Every row names its stage, and its step within that stage.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -65,26 +65,34 @@ class MetricsLog:
         return self._path.open("a", encoding="utf-8", buffering=1)
 
     def _is_kept(self, row: dict[str, Any], step: int) -> bool:
-        stage = _stage_of(row)
+        stage = stage_of(row)
         return stage in self._earlier or (stage == self._stage and int(row["step"]) <= step)
 
 
 def read_metrics(path: Path, stage: str | None = None) -> list[dict[str, Any]]:
     """All whole rows of a metrics file, or those of one stage."""
-    return [row for _, row in _rows(path) if stage is None or _stage_of(row) == stage]
+    return [row for _, row in _rows(path) if stage is None or stage_of(row) == stage]
 
 
-def _stage_of(row: dict[str, Any]) -> Any:
+def stream_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole rows of a metrics file, one at a time: a long run's are more than memory should hold."""
+    return (row for _, row in _rows(path))
+
+
+def stage_of(row: dict[str, Any]) -> Any:
+    """The name of the stage that a row is of."""
     # Before runs had stages, rows named none.
     return row.get("stage", PRETRAIN)
 
 
-def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Whole lines, each as it stands and as it reads; the last is left out if a power cut tore it."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [(line, row) for line in lines if line.endswith("\n") and (row := _row(line)) is not None]
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        for line in lines:
+            if line.endswith("\n") and (row := _row(line)) is not None:
+                yield line, row
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -96,6 +96,25 @@ def test_eval_in_another_precision(benthic, small_run):
     assert f"{scores['validation_int4']['value']:.4f} with weights in int4" in text
 
 
+def test_eval_with_the_cache_in_another_precision(benthic, small_run):
+    asked = ("eval", small_run, "--precision", "bf16", "--cache-precision", "fp8")
+    scores = json.loads(output(benthic(*asked, "--json")))
+    names = ("validation", "greedy_agreement")
+    assert set(scores) == {"validation", *(f"{name}_{kept}" for name in names for kept in ("bf16", "cache_fp8"))}
+    assert len({scores[name]["value"] for name in scores if name.startswith("validation")}) == 3
+    assert 0.5 < scores["greedy_agreement_cache_fp8"]["value"] <= 1
+    text = output(benthic(*asked))
+    assert f"{scores['validation_cache_fp8']['value']:.4f} with the cache in fp8" in text
+    assert f"{scores['validation_bf16']['value']:.4f} with weights in bf16" in text
+
+
+def test_generating_in_other_precisions(benthic, small_run):
+    asked = ("generate", small_run, "--prompt", "the", "--set", "inference.max_new_tokens=3")
+    for kept in (("--precision", "int8"), ("--cache-precision", "fp8")):
+        found = json.loads(output(benthic(*asked, *kept, "--json")))
+        assert len(found["token_ids"]) == 3 or found["finish_reason"] == "stop"
+
+
 def test_eval(benthic, small_run):
     score = json.loads(output(benthic("eval", small_run, "--json")))["validation"]
     assert score.keys() >= {"metric", "value", "n", "ci95"}
@@ -146,6 +165,19 @@ def test_export_for_llama_cpp(benthic, small_run, tmp_path):
     assert out.read_bytes() == before
 
 
+def test_report(benthic, small_run, tmp_path):
+    run = shutil.copytree(small_run, tmp_path / "run")
+    assert output(benthic("report", run)) == f"the report is {run / 'report.html'}\n"
+    assert "4 of 4" in (run / "report.html").read_text(encoding="utf-8")
+    found = json.loads(output(benthic("report", run, "--json")))
+    assert found["report"] == str(run / "report.html")
+    assert found["stages"] == [{"name": "pretrain", "kind": "corpus", "done": 4, "planned": 4, "state": "done"}]
+    assert found["ledger"].keys() == {"pretrain"}
+    assert found["evaluation"] == {}
+    assert found["damaged"] == []
+    assert benthic("report", tmp_path).returncode == 2
+
+
 def test_plan(benthic):
     plan = json.loads(output(benthic("plan", "v3-671b", "--json")))
     assert plan.keys() >= {"total_parameters", "active_parameters", "kv_bytes_per_token", "parameters"}
@@ -163,6 +195,8 @@ def test_plan_of_a_recipe_with_a_setting(benthic):
      {"tokens_per_s", "gemm_gflops", "share_of_gemm_peak"}),
     (("prefill", "--context", "32", "--set", "model.preset=tiny"),
      {"tokens_per_s", "context", "batch", "precision", "memory_gb_per_s", "gemm_gflops", "share_of_limit"}),
+    (("decode", "--context", "32", "--cache-precision", "fp8", "--set", "model.preset=tiny"),
+     {"tokens_per_s", "cache_precision", "share_of_limit"}),
     (("decode", "--context", "32", "--batch", "2", "--set", "model.preset=tiny"),
      {"tokens_per_s", "context", "batch", "precision", "memory_gb_per_s", "share_of_limit", "accepted_per_step"}),
 ])  # fmt: skip

@@ -123,7 +123,7 @@ def test_import_and_export_return_the_same_files(with_tokenizer: Path, tmp_path:
     original, back = (
         {path.name: path.read_bytes() for path in folder.iterdir()} for folder in (with_tokenizer, tmp_path / "back")
     )
-    assert original == back
+    assert original == {name: content for name, content in back.items() if name != "README.md"}
     assert Tokenizer.load(find_tokenizer(tmp_path / "run")).stop_ids == Tokenizer.load(with_tokenizer).stop_ids
 
 

@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from benthic.inference.sampling import Logits, Sampler, log_probabilities
 from benthic.inference.scheduler import Scheduler
 from benthic.model import build_model
 from benthic.ops import native
+from benthic.plan.flops import cache_bytes_per_token
+from benthic.precision.latents import CACHE_DTYPES, LatentFormat
 
 ROOM = 400
 """Pages that are never scarce here."""
@@ -33,11 +36,13 @@ def schedule(longer, tokenizer, request, monkeypatch):
     if request.param == "reference":
         monkeypatch.setattr("benthic.inference.scheduler.decoder", lambda model, precision: ReferenceDecoder(model))
 
-    def build(pages=ROOM, max_batch=8, max_draft=0, pace=None):
-        page_bytes = (longer.config.num_hidden_layers + (2 if max_draft else 0)) * PAGE * longer.config.latent_dim * 4
+    def build(pages=ROOM, max_batch=8, max_draft=0, pace=None, kept=None):
+        layers = longer.config.num_hidden_layers + (2 if max_draft else 0)
+        page_bytes = layers * PAGE * LatentFormat(longer.config, CACHE_DTYPES[kept or "fp32"]).row_bytes
         scheduler = Scheduler(
-            longer, tokenizer, cache_gib=(pages + 0.5) * page_bytes / 2**30, max_batch=max_batch, max_draft=max_draft
-        )
+            longer, tokenizer, cache_gib=(pages + 0.5) * page_bytes / 2**30, max_batch=max_batch, max_draft=max_draft,
+            cache_precision=kept,
+        )  # fmt: skip
         assert scheduler.cache.pages == pages
         scheduler.speculation.pace = pace or scheduler.speculation.pace
         return scheduler
@@ -121,11 +126,12 @@ def workload(rng, requests):
     ]
 
 
-def test_the_same_to_the_last_bit_whatever_the_company_the_memory_and_the_drafts(schedule):
+@pytest.mark.parametrize(("kept", "seeds"), [(None, range(6)), ("bf16", [0, 3]), ("fp8", [1, 2])])
+def test_the_same_to_the_last_bit_whatever_the_company_the_memory_and_the_drafts(schedule, kept, seeds):
     """Few pages, so that requests are preempted and shared chunks evicted; priorities; cancellations; random drafts."""
     happened = Counter()
-    for seed in range(6):
-        stats = _together_as_alone(schedule, seed)
+    for seed in seeds:
+        stats = _together_as_alone(partial(schedule, kept=kept), seed)
         happened += Counter({name: getattr(stats, name) for name in HAPPENS})
     assert set(happened) == HAPPENS
 
@@ -445,22 +451,14 @@ def test_top_log_probabilities_begin_with_the_likeliest(schedule):
         assert len(top) == 4
 
 
-def test_cached_latents_in_half_precision_keep_the_promise(longer, tokenizer):
-    def build():
-        return Scheduler(longer, tokenizer, cache_gib=0.01, max_batch=4, max_draft=0, cache_dtype=torch.bfloat16)
-
-    work = workload(random.Random(5), 4)
-    scheduler = build()
-    together = finish(scheduler, *[scheduler.submit(*each) for each in work])
-    assert scheduler.cache.pages_N[0].dtype == torch.bfloat16
-    assert together == [finish(s := build(), s.submit(*each))[0] for each in work]
-
-
-def test_bytes_of_a_page_are_layers_times_latents(schedule, longer):
+@pytest.mark.parametrize(("kept", "bytes_a_row"), [("fp32", 4 * 24), ("bf16", 2 * 24), ("fp8", 16 + 4 + 2 * 8)])
+def test_bytes_of_a_token_are_exact(kept, bytes_a_row, schedule, longer):
     config = longer.config
-    latents = config.kv_lora_rank + config.qk_rope_head_dim
-    assert schedule().stats().page_bytes == config.num_hidden_layers * PAGE * latents * 4
-    assert sum(pages.nbytes for pages in schedule(pages=7).cache.pages_N) == 7 * schedule().stats().page_bytes
+    assert (config.kv_lora_rank, config.qk_rope_head_dim) == (16, 8)
+    scheduler = schedule(pages=7, kept=kept)
+    assert scheduler.stats().page_bytes == config.num_hidden_layers * PAGE * bytes_a_row
+    assert sum(pages.nbytes for pages in scheduler.cache.pages_N) == 7 * scheduler.stats().page_bytes
+    assert cache_bytes_per_token(config, kept) * PAGE == scheduler.stats().page_bytes
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
@@ -475,7 +473,7 @@ def test_rounded_weights_keep_the_promise_and_prompts_are_read_with_them_too(con
 
 
 @pytest.mark.parametrize(
-    ("option", "words"), [({"precision": "int3"}, "int3.*int4"), ({"cache_dtype": torch.float16}, "bfloat16")]
+    ("option", "words"), [({"precision": "int3"}, "int3.*int4"), ({"cache_precision": "fp16"}, "fp16.*bf16")]
 )
 def test_options_that_are_not_there_are_refused(longer, tokenizer, option, words):
     with pytest.raises(InputError, match=words):

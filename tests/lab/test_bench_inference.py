@@ -9,8 +9,8 @@ from benthic.model import build_model
 from benthic.ops import native
 from benthic.plan.decode import decode_bytes
 
-KEYS = {"tokens_per_s", "context", "batch", "precision", "memory_gb_per_s", "gemm_gflops", "share_of_limit",
-        "accepted_per_step", "kernels"}  # fmt: skip
+KEYS = {"tokens_per_s", "context", "batch", "precision", "cache_precision", "memory_gb_per_s", "gemm_gflops",
+        "share_of_limit", "accepted_per_step", "kernels"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,7 @@ def test_has_the_promised_keys(bench, batch, precision):
     speed = vars(bench(PRESETS["tiny"], context=9, batch=batch, precision=precision))
     assert set(speed) == KEYS
     assert (speed["context"], speed["batch"], speed["precision"]) == (9, batch, precision)
+    assert speed["cache_precision"] == precision
     assert speed["tokens_per_s"] > 0
     assert speed["share_of_limit"] > 0
 
@@ -64,6 +65,19 @@ def test_decodes_with_weights_in_fewer_bits(precision, there, monkeypatch):
     speed = bench_decode(config, context=100, precision=precision)
     assert speed.precision == precision
     assert speed.share_of_limit == pytest.approx(decode_bytes(config, 100, precision=precision) / 10e9 / (0.5 / 16))
+
+
+@pytest.mark.parametrize("kept", ["bf16", "fp8"])
+def test_decodes_over_a_cache_in_fewer_bits(kept, monkeypatch):
+    monkeypatch.setattr(bench_inference, "_median_seconds", lambda work: work() or 0.5)
+    config = PRESETS["nano"]
+    speed = bench_decode(config, context=100, cache_precision=kept)
+    assert speed.cache_precision == kept
+    saved = decode_bytes(config, 100) - decode_bytes(config, 100, cache_precision=kept)
+    row = config.kv_lora_rank + config.qk_rope_head_dim
+    bytes_a_row = {"bf16": 2 * row, "fp8": config.kv_lora_rank + 4 + 2 * config.qk_rope_head_dim}[kept]
+    assert saved == 100 * config.num_hidden_layers * (4 * row - bytes_a_row)
+    assert speed.share_of_limit == pytest.approx(decode_bytes(config, 100, cache_precision=kept) / 10e9 / (0.5 / 16))
 
 
 @torch.inference_mode()

@@ -74,6 +74,15 @@ def test_load_is_judged_after_warm_up_by_the_worst_window_of_a_layer():
     assert late["mean"] == pytest.approx((180 * 1.0 + 80 * 1.6) / 260)
 
 
+def test_a_late_layers_warm_up_is_told_apart():
+    balance = script("balance")
+    found = balance.load(with_loads([[1.0]] * 120 + [[1.0, 3.0]] * 20 + [[1.0, 1.4]] * 60))
+    assert found["worst_window"] == pytest.approx(1.4)
+    assert found["worst_with_late_warm_up"] == pytest.approx((20 * 3.0 + 30 * 1.4) / 50)
+    brief = balance.load(with_loads([[1.0]] * 190 + [[1.0, 3.0]] * 10))
+    assert brief["worst_window"] == pytest.approx(1.0)
+
+
 def test_the_weight_is_the_best_of_those_that_balance():
     balance = script("balance")
     trials = {"small": (1.9, 2.0), "middle": (1.2, 2.2), "large": (1.1, 2.3), "huge": (1.0, 2.1)}

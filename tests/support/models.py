@@ -29,8 +29,8 @@ def odd_config(seed, **changes):
 class SequenceLatents:
     """One sequence's latents (S, L) of every layer, in the form ``Transformer.hidden`` reads and appends to."""
 
-    def __init__(self, latents_NSL):
-        self.latents_NSL, self.length = list(latents_NSL), latents_NSL[0].shape[0]
+    def __init__(self, latents_NSL, kept=None):
+        self.latents_NSL, self.length, self.kept = list(latents_NSL), latents_NSL[0].shape[0], kept
 
     @classmethod
     def empty(cls, config):
@@ -38,5 +38,6 @@ class SequenceLatents:
         return cls(torch.empty(config.num_hidden_layers, 0, config.latent_dim))
 
     def append(self, layer, latent_BTL):
-        self.latents_NSL[layer] = torch.cat((self.latents_NSL[layer][: self.length], latent_BTL[0]))
+        new_TL = self.kept(layer, latent_BTL[0]) if self.kept else latent_BTL[0]
+        self.latents_NSL[layer] = torch.cat((self.latents_NSL[layer][: self.length], new_TL))
         return self.latents_NSL[layer][None]

@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benthic.plan.power import PROCESSORS, watts_per_core
 from benthic.train import energy, ledger
@@ -42,6 +43,26 @@ def test_time_energy_and_money_of_a_stage(tmp_path, clock):
         "tokens": 7000, "flops": 9e12, "wall_hours": 3.0, "device_hours": 24.0,
         "energy_kwh": 1.5, "energy_source": "estimated", "cost_usd": 48.0,
     }  # fmt: skip
+
+
+def test_what_a_stage_was_computed_with_is_kept_once_for_each_difference(tmp_path, clock, monkeypatch):
+    def made_with():
+        return json.loads((tmp_path / "ledger.json").read_text())["made_with"]
+
+    def spend(stage):
+        with Ledger(tmp_path, stage) as account:
+            account.update(1, 1.0)
+
+    spend("pretrain")
+    spend("pretrain")
+    here = made_with()["pretrain"]
+    assert len(here) == 1
+    assert (here[0]["torch"], here[0]["threads"]) == (torch.__version__, torch.get_num_threads())
+    monkeypatch.setattr(ledger.platform, "python_version", lambda: "4.0")
+    spend("pretrain")
+    spend("sft")
+    there = {**here[0], "python": "4.0"}
+    assert made_with() == {"pretrain": [*here, there], "sft": [there]}
 
 
 def test_it_is_written_twice_a_minute_and_what_a_kill_loses_is_less(tmp_path, clock):

@@ -42,6 +42,19 @@ def decode_library() -> tuple[ctypes.CDLL | None, str]:
     return library, f"native decoding ({library.decode_instruction_set().decode()})"
 
 
+@lru_cache(maxsize=1)
+def memory_library() -> ctypes.CDLL | None:
+    """The library that keeps the memory of large tensors, if it can be had here."""
+    if os.environ.get("BENTHIC_NATIVE", "1") == "0":
+        return None
+    try:
+        library = ctypes.CDLL(str(shared_library("memory")))
+    except (BuildError, OSError):
+        return None
+    library.use_arena.argtypes = [ctypes.c_int64]
+    return library
+
+
 def status() -> str:
     """Which kernels run on this machine and, if not the native ones, why."""
     return _load()[1]

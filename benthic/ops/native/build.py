@@ -18,7 +18,8 @@ import torch
 _HERE = Path(__file__).parent
 _DAY = 86400.0
 _UNFINISHED = "building-"
-_TORCH_LIBRARIES = Path(torch.__file__).parent / "lib"
+_TORCH = Path(torch.__file__).parent
+_TORCH_LIBRARIES = f"-L{_TORCH / 'lib'}", f"-Wl,-rpath,{_TORCH / 'lib'}", "-Wl,--no-undefined"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 
 
@@ -36,10 +37,11 @@ _LIBRARIES = {
         _HERE,
         # Sums may be reordered, so that they vectorise; NaN and infinity keep their meaning.
         ("-fopenmp", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math"),
-        (f"-L{_TORCH_LIBRARIES}", "-ltorch_cpu", "-Wl,--no-undefined", f"-Wl,-rpath,{_TORCH_LIBRARIES}"),
+        ("-ltorch_cpu", *_TORCH_LIBRARIES),
     ),
     # Sums stay in order, so that they are the same wherever a product is inlined.
     "decode": _Library(_HERE / "decode", ("-ffp-contract=off", "-pthread"), ()),
+    "memory": _Library(_HERE / "memory", (f"-I{_TORCH / 'include'}",), ("-lc10", *_TORCH_LIBRARIES)),
 }
 
 
@@ -48,7 +50,7 @@ class BuildError(RuntimeError):
 
 
 def shared_library(name: str = "kernels") -> Path:
-    """Path of compiled ``kernels`` or of the ``decode`` step, compiling them if no earlier process did.
+    """Path of compiled ``kernels``, of the ``decode`` step or of ``memory``, compiling it if no earlier process did.
 
     Raises BuildError if that fails, or failed within the last day: else every process would try for itself.
     """

@@ -7,6 +7,7 @@ import torch
 
 from benthic.model import build_model
 from benthic.ops import native
+from benthic.precision.latents import LatentFormat
 from tests.support import compiled
 from tests.support.models import SequenceLatents, odd_config
 
@@ -54,7 +55,8 @@ class RandomBatch:
             self.table_BP[row, : len(pages)] = pages
             for page, part in zip(pages, latents_NSL.split(64, dim=1), strict=False):
                 pool[:, page, : part.shape[1]] = part
-        self.cache = Pages([layer.clone().to(dtype) for layer in pool])
+        self.format = LatentFormat(config, dtype)
+        self.cache = Pages([self.format.pack(layer) for layer in pool.clone()])
 
     def arguments(self, *rows):
         """What a decoder is called with, for these rows."""
@@ -62,11 +64,11 @@ class RandomBatch:
         return self.tokens_B[index], self.positions_B[index], self.table_BP[index], self.cache
 
     @torch.inference_mode()
-    def expected(self, model):
-        """Logits (B, V) and hidden states (B, D) by plain PyTorch, a row at a time."""
+    def expected(self, model, kept=None):
+        """Logits (B, V) and hidden states (B, D) by plain PyTorch, row by row, new latents as ``kept(row)`` gives."""
         hidden = [
-            model.transformer.hidden(token.view(1, 1), cache=SequenceLatents(latents))[0][0, 0]
-            for token, latents in zip(self.tokens_B, self.latents, strict=True)
+            model.transformer.hidden(token.view(1, 1), cache=SequenceLatents(latents, kept and kept(row)))[0][0, 0]
+            for row, (token, latents) in enumerate(zip(self.tokens_B, self.latents, strict=True))
         ]
         hidden_BD = torch.stack(hidden)
         return model.transformer.head(hidden_BD), hidden_BD

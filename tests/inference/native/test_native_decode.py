@@ -86,6 +86,34 @@ def test_bf16_weights_and_latents(seed, odd_model, batch_of, close):
     close(NativeDecoder(narrow)(*in_fp32.arguments())[0], batch_of(wide, LENGTHS, seed).expected(wide)[0])
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_latents_in_fp8(seed, odd_model, batch_of, close):
+    model = odd_model(seed, kv_lora_rank=[3, 75, 128, 131, 300, 512][seed])
+    exact, rounded = batch_of(model, LENGTHS, seed), batch_of(model, LENGTHS, seed, dtype=torch.float8_e4m3fn)
+    exact.latents = [rounded.format.rounded(latents) if latents.numel() else latents for latents in exact.latents]
+    decoder = NativeDecoder(model, threads=1 + seed % 3)
+    logits_BV, hidden_BD = decoder(*rounded.arguments())
+
+    def written(row):
+        """What the step has kept of a row's token: what the reference would keep, but for ties of its last bits."""
+        page, slot = rounded.table_BP[row, LENGTHS[row] // 64], LENGTHS[row] % 64
+
+        def of(layer, latent_TL):
+            found_TL = rounded.format.unpack(rounded.cache.pages_N[layer][page, slot][None])
+            most = latent_TL.abs().max()
+            assert ((found_TL - latent_TL).abs() <= latent_TL.abs() / 15 + most / 448 / 1000).all()
+            return found_TL
+
+        return of
+
+    expected_BV, expected_BD = exact.expected(model, written)
+    close(logits_BV, expected_BV)
+    close(hidden_BD, expected_BD)
+    again = batch_of(model, LENGTHS, seed, dtype=torch.float8_e4m3fn)
+    for row in range(len(LENGTHS)):
+        assert torch.equal(decoder(*again.arguments(row))[0][0], logits_BV[row])
+
+
 @pytest.mark.parametrize("precision", [None, "fp8"])
 @pytest.mark.parametrize("seed", range(4))
 def test_drafts_are_those_of_the_mtp_modules(seed, precision, odd_model, batch_of, latents_of, close):

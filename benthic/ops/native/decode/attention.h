@@ -7,6 +7,8 @@
 
 #include <vector>
 
+#include "e4m3.h"
+#include "matrix.h"
 #include "simd.h"
 
 namespace benthic {
@@ -23,31 +25,83 @@ struct Ahead {
     }
 };
 
-// Cached latents of one layer, in pages of 64 rows of l numbers, fp32 or bf16.
+// Cached latents of one layer, in pages of 64 rows of l numbers, fp32, bf16, or fp8 as benthic/precision/latents.py has
+// it: c numbers in E4M3, an fp32 scale for each 128 of them, the rest in bf16.
 struct Pages {
     char* data;
-    bool wide;  // fp32
-    int64_t l;
+    Kind kind;
+    int64_t c, l;
 
-    int64_t row_bytes() const { return l * (wide ? 4 : 2); }
+    int64_t row_bytes() const {
+        if (kind == Kind::fp8) return c + 4 * ((c + kTile - 1) / kTile) + 2 * (l - c);
+        return l * (kind == Kind::fp32 ? 4 : 2);
+    }
     char* row(const int32_t* table, int64_t position) const {
         return data + (table[position / kPage] * kPage + position % kPage) * row_bytes();
     }
     // Rows of one page in fp32: where they are, or in `room`.
     const float* wide_rows(const int32_t* table, int64_t position, int64_t count, float* room) const {
         const char* rows = row(table, position);
-        if (wide) return reinterpret_cast<const float*>(rows);
+        if (kind == Kind::fp32) return reinterpret_cast<const float*>(rows);
+        if (kind == Kind::fp8) return widen_fp8(reinterpret_cast<const uint8_t*>(rows), count, room);
         const auto* narrow = reinterpret_cast<const uint16_t*>(rows);
         int64_t i = 0;
         for (; i + kLanes <= count * l; i += kLanes) store(room + i, load_bf16(narrow + i));
         for (; i < count * l; ++i) room[i] = from_bf16(narrow[i]);
         return room;
     }
+    // Keep one row.
+    void write(const int32_t* table, int64_t position, const float* from) const {
+        char* to = row(table, position);
+        if (kind == Kind::fp32) {
+            std::memcpy(to, from, l * sizeof(float));
+        } else if (kind == Kind::bf16) {
+            narrow(from, l, to);
+        } else {
+            char* scales = to + c;
+            for (int64_t at = 0; at < c; at += kTile, scales += sizeof(float)) {
+                const float scale = quantise_e4m3(from + at, std::min(kTile, c - at), reinterpret_cast<uint8_t*>(to) + at);
+                std::memcpy(scales, &scale, sizeof scale);
+            }
+            narrow(from + c, l - c, scales);
+        }
+    }
     // The page that a position lies in, from there to its end or the sequence's.
     Ahead rest_of_page(const int32_t* table, int64_t position, int64_t length) const {
         if (position >= length) return {nullptr, nullptr};
         const char* begin = row(table, position);
         return {begin, begin + (std::min(length, position / kPage * kPage + kPage) - position) * row_bytes()};
+    }
+
+   private:
+    static void narrow(const float* from, int64_t count, char* to) {
+        for (int64_t i = 0; i < count; ++i) {
+            const uint16_t bits = to_bf16(from[i]);
+            std::memcpy(to + 2 * i, &bits, sizeof bits);
+        }
+    }
+    const float* widen_fp8(const uint8_t* rows, int64_t count, float* room) const {
+        float* to = room;
+        for (int64_t r = 0; r < count; ++r, rows += row_bytes()) {
+            const uint8_t* scales = rows + c;
+            for (int64_t at = 0; at < c; at += kTile, scales += sizeof(float)) {
+                float scale;
+                std::memcpy(&scale, scales, sizeof scale);
+                // As E4M3 has no infinity, what was quantised with such a scale is NaN.
+                const F16 factor = splat(std::isfinite(scale) ? kE4m3Unit * scale : NAN);
+                const int64_t end = std::min(at + kTile, c);
+                int64_t i = at;
+                for (; i + kLanes <= end; i += kLanes) store(to + i, load_e4m3(rows + i) * factor);
+                if (i < end) store_n(to + i, load_e4m3_n(rows + i, end - i) * factor, end - i);
+            }
+            const auto* rope = reinterpret_cast<const uint16_t*>(scales);
+            to += c;
+            int64_t i = 0;
+            for (; i + kLanes <= l - c; i += kLanes) store(to + i, load_bf16(rope + i));
+            if (i < l - c) store_n(to + i, load_bf16_n(rope + i, l - c - i), l - c - i);
+            to += l - c;
+        }
+        return room;
     }
 };
 

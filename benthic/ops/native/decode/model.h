@@ -40,7 +40,8 @@ struct Request {
     const int32_t* table;      // (batch, table_stride): the pages of each sequence
     int64_t table_stride;
     char* const* pages;        // of each layer, page_count of them
-    int64_t page_count, wide;  // pages are fp32, else bf16
+    int64_t page_count;
+    Kind page_kind;            // fp32, bf16 or fp8
     const float *cos, *sin;    // (angles, rope / 2)
     int64_t angles;            // positions they are there for
     const float* norm;         // after the last layer

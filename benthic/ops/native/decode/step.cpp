@@ -322,13 +322,7 @@ class Step {
             float* row = mine.wide.data();
             rms_norm(latent, l.kv_norm, m_.latent_eps, m_.c, row);
             rotate(latent + m_.c, r_.cos + angle, r_.sin + angle, m_.rope, 1.0f, row + m_.c);
-            char* to = pages(layer).row(table(b), position);
-            if (r_.wide) {
-                std::memcpy(to, row, shape_.l * sizeof(float));
-            } else {
-                auto* narrow = reinterpret_cast<uint16_t*>(to);
-                for (int64_t i = 0; i < shape_.l; ++i) narrow[i] = to_bf16(row[i]);
-            }
+            pages(layer).write(table(b), position, row);
         }
         if (!l.q_a.rows) return;
         for (int64_t b = 0; b < r_.batch; ++b)
@@ -586,7 +580,7 @@ class Step {
         });
     }
 
-    Pages pages(int64_t layer) const { return {r_.pages[layer], r_.wide != 0, shape_.l}; }
+    Pages pages(int64_t layer) const { return {r_.pages[layer], r_.page_kind, shape_.c, shape_.l}; }
     const int32_t* table(int64_t b) const { return r_.table + b * r_.table_stride; }
 
     static constexpr int64_t kGrainBytes = 128 << 10;
@@ -737,6 +731,15 @@ int64_t decode_step(void* decoder, const benthic::Request* request, benthic::Dra
     }
     d.run(*request);
     return 0;
+}
+
+// Keep a row of l numbers as pages of this kind do, and read it back: for tests.
+void decode_keep(benthic::Kind kind, int64_t c, int64_t l, const float* row, char* kept, float* back) {
+    const benthic::Pages pages{kept, kind, c, l};
+    const int32_t table = 0;
+    pages.write(&table, 0, row);
+    std::vector<float> room(benthic::kPage * l);
+    std::copy_n(pages.wide_rows(&table, 0, 1, room.data()), l, back);
 }
 
 // out (count, rows) = x (count, columns) times a matrix of a stack, on one thread: for tests.
