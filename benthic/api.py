@@ -1,7 +1,8 @@
 """The public functions that join packages which know nothing of each other: models on disk, training, inference."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from benthic.errors import InputError
 from benthic.files import write_atomically
 from benthic.inference import engine
 from benthic.lock import locked
-from benthic.model import LanguageModel, Transformer
+from benthic.model import LanguageModel, Trainable, Transformer
+from benthic.parallel.group import open_world
+from benthic.parallel.world import World
 from benthic.plan.memory import refuse_too_large
 from benthic.posttrain.preferences import Preferences
 from benthic.posttrain.problem_files import FOLDER as PROBLEMS_FOLDER
@@ -76,27 +79,45 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     """Runs every stage of training on the data prepared in ``out``, or goes on, and leaves the model in ``out/model``.
 
     ``benthic.train`` is this function. What is written besides, and what it raises, is as in
-    :func:`benthic.train.loop.train`; ``out/model`` is in Hugging Face layout.
+    :func:`benthic.train.loop.train`; ``out/model`` is in Hugging Face layout. Under torchrun every process calls it,
+    and the main one writes.
 
     Raises:
         InputError: besides, ``out/model`` is there and not of this training, or another process works in ``out``.
     """
     out = Path(out)
-    trained = train_stages(config, out)
-    with locked(out):
-        assert isinstance(trained.model, LanguageModel)
-        save_hf(trained.model, trained.model.config, out / "tokenizer", out / "model", purpose="training")
+    with _training(config, out, KINDS) as world:
+        trained = loop.train(config, out, kinds=KINDS, world=world)
+        world.first(lambda: _export(trained.model, out))
     return trained
+
+
+@contextmanager
+def _training(config: RunConfig, out: Path, kinds: Kinds) -> Iterator[World]:
+    """All processes of a run that trains in ``out``, once everything is ready for it."""
+    refuse_too_large(config.model)
+    with open_world(config) as world, ExitStack() as held:
+        world.first(lambda: _prepare(config, out, kinds, held))
+        yield world
+
+
+def _prepare(config: RunConfig, out: Path, kinds: Kinds, held: ExitStack) -> None:
+    """Make ready for training in ``out``, and hold it."""
+    refuse_model_directory(out)
+    prepare_posttraining(config, out, kinds=kinds)
+    held.enter_context(locked(out))
+    _refuse_other_model(out)
+
+
+def _export(model: Trainable, out: Path) -> None:
+    assert isinstance(model, LanguageModel)
+    save_hf(model, model.config, out / "tokenizer", out / "model", purpose="training")
 
 
 def train_stages(config: RunConfig, out: Path, *, kinds: Kinds = KINDS, show: Opener = open_progress) -> loop.Trained:
     """As :func:`train`, without writing ``out/model``; of stages of these kinds alone."""
-    refuse_too_large(config.model)
-    refuse_model_directory(out)
-    prepare_posttraining(config, out, kinds=kinds)
-    with locked(out):
-        _refuse_other_model(out)
-        return loop.train(config, out, kinds=kinds, show=show)
+    with _training(config, out, kinds) as world:
+        return loop.train(config, out, kinds=kinds, world=world, show=show)
 
 
 def export_trained(out: Path) -> None:

@@ -474,6 +474,44 @@ class PrecisionConfig(Settings):
     ``fp8`` trains as published, AdamW's moments in bf16 (V3 report section 3.3), emulated without FP8 units."""
 
 
+class ParallelConfig(Settings):
+    """How many processes training is spread over, by axis; the world's size is the product (V3 report section 3.2).
+
+    Every other setting means the same on any layout: batch sizes are of the whole run.
+    """
+
+    pipeline: Positive = 1
+    """Stages, each with some of the layers."""
+    expert: Positive = 1
+    """Parts that the routed experts are divided into; each also reads its own share of the batch."""
+    shard: Positive = 1
+    """Parts that optimizer state, and by ``zero`` gradients and weights, are divided into (times ``expert``, for all
+    that is not an expert's)."""
+    replicate: Positive = 1
+    """Copies of all of that."""
+    zero: Literal[1, 2, 3] = 1
+    """What is divided: optimizer state (1), gradients too (2), weights too (3)."""
+    schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
+    """The order of work in the pipeline."""
+    fp8_dispatch: bool = False
+    """Send tokens to experts, and gradients back to them, in FP8; needs ``precision.compute = "fp8"``, whose results
+    it leaves as they are."""
+    hash_every: Natural = 0
+    """Steps between comparisons of the weights that several processes hold; 0 makes none."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """How long processes wait for one another before they give up."""
+
+    @property
+    def processes(self) -> int:
+        """All together."""
+        return self.pipeline * self.data_ranks
+
+    @property
+    def data_ranks(self) -> int:
+        """Processes, or pipelines, that each read a share of the batch."""
+        return self.expert * self.shard * self.replicate
+
+
 class InferenceConfig(Settings):
     """Defaults of ``generate`` and ``chat``."""
 
@@ -557,6 +595,7 @@ class RunConfig(Settings):
     data: DataConfig = DataConfig()
     train: TrainConfig
     precision: PrecisionConfig = PrecisionConfig()
+    parallel: ParallelConfig = ParallelConfig()
     posttrain: PosttrainConfig = PosttrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()

@@ -1,5 +1,6 @@
 """The whole model as it is trained and stored: the transformer with its MTP modules composed onto it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from benthic.config.schema import ModelConfig
 from benthic.model.layers import RMSNorm
+from benthic.model.mla import AttentionContext
 from benthic.model.moe import Routing
 from benthic.model.mtp import MTPModule
 from benthic.model.trainable import Trainable
@@ -32,19 +34,32 @@ class LanguageModel(Trainable):
     def training_hidden(
         self, tokens_BS: Tensor, document_BS: Tensor | None = None, *, depths: int | None = None
     ) -> tuple[list[Tensor], list[Routing]]:
-        modules = self.mtp[:depths]
+        modules = list(self.mtp[:depths])
         length = tokens_BS.shape[1] - len(modules)
         tokens_BT = tokens_BS[:, :length]
         document_BT = None if document_BS is None else document_BS[:, :length]
         hidden_BTD, routings = self.transformer.hidden(tokens_BT, document_BT=document_BT)
-        states = [hidden_BTD]
         context = attention_context(self.config, tokens_BT, document_BT)
-        for depth, module in enumerate(modules, start=1):
-            embedding_BTD = self.transformer.embed(tokens_BS[:, depth : depth + length])
-            hidden_BTD, routing = module(hidden_BTD, embedding_BTD, context)
-            states.append(hidden_BTD)
-            routings += [] if routing is None else [routing]
-        return states, routings
+        states, further = mtp_states(modules, self.transformer.embed, hidden_BTD, tokens_BS, context)
+        return states, routings + further
+
+
+def mtp_states(
+    modules: Sequence[nn.Module], embed: nn.Embedding, hidden_BTD: Tensor, tokens_BS: Tensor, context: AttentionContext
+) -> tuple[list[Tensor], list[Routing]]:
+    """The main model's hidden states, followed by those of the MTP modules after it, and what routers of these did.
+
+    Args:
+        tokens_BS: T tokens and as many more as there are modules.
+        context: of the first T tokens.
+    """
+    states, routings = [hidden_BTD], list[Routing]()
+    for depth, module in enumerate(modules, start=1):
+        embedding_BTD = embed(tokens_BS[:, depth : depth + hidden_BTD.shape[1]])
+        hidden_BTD, routing = module(hidden_BTD, embedding_BTD, context)
+        states.append(hidden_BTD)
+        routings += [] if routing is None else [routing]
+    return states, routings
 
 
 def build_model(

@@ -39,7 +39,7 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Affinity of tokens to experts, in fp32 whatever the model's dtype, as published."""
+    """Affinity of tokens to experts, in fp32 at least whatever the model's dtype, as published."""
 
     bias: Tensor
 
@@ -50,7 +50,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float()).sigmoid()
+            precise = torch.promote_types(x.dtype, torch.float32)
+            return F.linear(x.to(precise), self.weight.to(precise)).sigmoid()
 
 
 class Experts(nn.Module):

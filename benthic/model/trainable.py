@@ -26,6 +26,8 @@ class Trainable(nn.Module, ABC):
 
     transformer: Trunk
     mtp: nn.ModuleList
+    copies: frozenset[str] = frozenset()
+    """Names of weights that another process has too, and counts as its own."""
 
     @abstractmethod
     def training_hidden(

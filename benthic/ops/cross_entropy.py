@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
+from benthic.ops.wanted import wanted
 
 IGNORE = -100
 """Targets with this value count for nothing."""
@@ -60,8 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
-        dx_ND, dweight_VD = ctx.saved_tensors
-        return *(None if d is None else d * scale.to(d.dtype) for d in (dx_ND, dweight_VD)), None
+        pairs = zip(ctx.saved_tensors, wanted(ctx), strict=False)
+        return *(d * scale.to(d.dtype) if d is not None and asked else None for d, asked in pairs), None
 
 
 def _add_product(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
+from benthic.ops.wanted import wanted
 
 
 def routed_experts_reference(
@@ -61,7 +62,10 @@ class _RoutedExperts(torch.autograd.Function):
         *inputs, gate_up_SG, order_S = ctx.saved_tensors
         dout_ND, slot_NK = grads[0].contiguous(), inputs[2]
         run = _backward_native if native.usable(dout_ND, gate_up_SG) else _backward_torch
-        dx_ND, dgate_S, dgate_up_EGD, ddown_EDF = run(dout_ND, gate_up_SG, *inputs)
+        of_x, _, of_gate, *of_weights = wanted(ctx)
+        dx_ND, dgate_S, dgate_up_EGD, ddown_EDF = run(
+            dout_ND, gate_up_SG, *inputs, of_inputs=of_x or of_gate, of_weights=any(of_weights)
+        )
         dgate_NK = torch.empty_like(dgate_S).index_copy_(0, order_S, dgate_S).view(slot_NK.shape)
         return dx_ND, None, dgate_NK, dgate_up_EGD, ddown_EDF
 
@@ -81,15 +85,13 @@ def _forward_native(
 
 def _backward_native(
     dout_ND: Tensor, gate_up_SG: Tensor, x_ND: Tensor, token_S: Tensor, slot_NK: Tensor, counts: Tensor,
-    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, *, of_inputs: bool, of_weights: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     (n, d), (e, _, f) = x_ND.shape, down_EDF.shape
-    dx_SD, dx_ND, dgate_S = (
-        x_ND.new_empty(len(token_S), d),
-        torch.empty_like(x_ND),
-        x_ND.new_empty(len(token_S), dtype=torch.float32),
-    )
-    dgate_up_EGD, ddown_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+    dgate_S = x_ND.new_empty(len(token_S), dtype=torch.float32)
+    dx_SD, dx_ND = (x_ND.new_empty(len(token_S), d), torch.empty_like(x_ND)) if of_inputs else (None, None)
+    weights = gate_up_EGD, down_EDF
+    dgate_up_EGD, ddown_EDF = map(torch.empty_like, weights) if of_weights else (None, None)
     native.call(
         "experts_backward", dout_ND, x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_SG, gate_up_EGD,
         down_EDF, dx_SD, dx_ND, dgate_S, dgate_up_EGD, ddown_EDF, n, e, d, f, slot_NK.shape[1],
@@ -117,9 +119,10 @@ def _forward_torch(
 
 def _backward_torch(
     dout_ND: Tensor, gate_up_SG: Tensor, x_ND: Tensor, token_S: Tensor, slot_NK: Tensor, counts: Tensor,
-    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dgate_up_EGD, ddown_EDF = torch.zeros_like(gate_up_EGD), torch.zeros_like(down_EDF)
+    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, *, of_inputs: bool, of_weights: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    weights = gate_up_EGD, down_EDF
+    dgate_up_EGD, ddown_EDF = map(torch.zeros_like, weights) if of_weights else (None, None)
     dx_SD, dgate_S = x_ND.new_empty(len(token_S), x_ND.shape[1]), torch.empty_like(gate_S)
     for expert, rows_e in segments(counts):
         token_e = token_S[rows_e]
@@ -128,10 +131,12 @@ def _backward_torch(
         hidden, dgate_up, dgate_S[rows_e] = swiglu_backward(
             gate_up_SG[rows_e], gate_S[rows_e, None].to(x_ND.dtype), dhidden
         )
-        torch.mm(dy.T, hidden, out=ddown_EDF[expert])
-        torch.mm(dgate_up.T, x_ND[token_e], out=dgate_up_EGD[expert])
-        torch.mm(dgate_up, gate_up_EGD[expert], out=dx_SD[rows_e])
-    return combine(dx_SD, slot_NK), dgate_S, dgate_up_EGD, ddown_EDF
+        if dgate_up_EGD is not None and ddown_EDF is not None:
+            torch.mm(dy.T, hidden, out=ddown_EDF[expert])
+            torch.mm(dgate_up.T, x_ND[token_e], out=dgate_up_EGD[expert])
+        if of_inputs:
+            torch.mm(dgate_up, gate_up_EGD[expert], out=dx_SD[rows_e])
+    return combine(dx_SD, slot_NK) if of_inputs else None, dgate_S, dgate_up_EGD, ddown_EDF
 
 
 def _experts_of_one_token(

@@ -13,10 +13,10 @@ from benthic.ops import native
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, written out.
 
-    The quotient is computed in fp32 and rounded to the dtype of ``x`` before the weight, in every dtype: this is what
+    The quotient is computed in fp32 at least and rounded to the dtype of ``x`` before the weight, in every dtype: this is what
     DeepSeek's own code does, and what makes logits equal to transformers' to the last bits.
     """
-    exact = x.float()
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
@@ -29,7 +29,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return out
     if x.dtype == weight.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return weight * F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype)
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * F.rms_norm(exact, weight.shape, eps=eps).to(x.dtype)
 
 
 class _NativeRMSNorm(torch.autograd.Function):

@@ -8,6 +8,7 @@ Shapes: N tokens, K experts per token, E experts, D model width, F expert width,
 expert, R rows of one expert.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from benthic.ops.experts import combine, segments, sort_by_expert, swiglu_backward
 from benthic.ops.swiglu import swiglu
+from benthic.ops.wanted import wanted
 from benthic.precision.blocks import COLUMN_TILE, ROW_TILE
 from benthic.precision.fp8 import product, quantise
 
@@ -27,27 +29,53 @@ def fp8_swiglu(x: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:
     return fp8_experts(x_ND, index_N1, gate_N1, gate_up_GD.unsqueeze(0), down_DF.unsqueeze(0)).view_as(x)
 
 
-def fp8_experts(x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor) -> Tensor:
-    """What :func:`benthic.ops.experts.routed_experts` computes, (N, D) in fp32, with FP8 products."""
-    out_ND: Tensor = _Experts.apply(x_ND, index_NK, gate_NK, gate_up_EGD, down_EDF)
+def fp8_experts(
+    x_ND: Tensor,
+    index_NK: Tensor,
+    gate_NK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    parts: Sequence[int] | None = None,
+) -> Tensor:
+    """What :func:`benthic.ops.experts.routed_experts` computes, (N, D) in fp32, with FP8 products.
+
+    With ``parts``, the tokens are so many of one batch, then so many of another: no tile of the weight gradients has
+    tokens of two, so that the result is the same as if each batch came by itself.
+    """
+    if parts is not None:
+        part_N = torch.arange(len(parts), device=index_NK.device).repeat_interleave(
+            torch.tensor(parts, device=index_NK.device)
+        )
+        index_NK = index_NK + len(down_EDF) * part_N[:, None]
+    out_ND: Tensor = _Experts.apply(x_ND, index_NK, gate_NK, gate_up_EGD, down_EDF, 1 if parts is None else len(parts))
     return out_ND
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+        ctx: Any,
+        x_ND: Tensor,
+        index_NK: Tensor,
+        gate_NK: Tensor,
+        gate_up_EGD: Tensor,
+        down_EDF: Tensor,
+        parts: int,
     ) -> Tensor:
-        order_S, slot_NK, counts = sort_by_expert(index_NK, len(down_EDF))
+        order_S, slot_NK, counts = sort_by_expert(index_NK, parts * len(down_EDF))
         token_S, gate_S = order_S // index_NK.shape[1], gate_NK.flatten()[order_S]
         x8_ND = quantise(x_ND, ROW_TILE, powers_of_two=True)
         weights = quantise(gate_up_EGD), quantise(down_EDF)
-        gate_up_SG, y_SD = (gate_S.new_empty(len(token_S), weight.shape[1]) for weight in (gate_up_EGD, down_EDF))
-        for expert, rows in segments(counts):
+        gate_up_SG = gate_S.new_empty(len(token_S), gate_up_EGD.shape[1])
+        # Sums over experts and parts are as precise as the tokens and weights are.
+        y_SD = x_ND.new_empty(len(token_S), down_EDF.shape[1])
+        for number, rows in segments(counts):
+            expert = number % len(down_EDF)
             gate_up_SG[rows] = product(x8_ND[token_S[rows]], weights[0][expert])
             hidden_RF = swiglu(gate_up_SG[rows]) * gate_S[rows, None]
             y_SD[rows] = product(quantise(hidden_RF, ROW_TILE), weights[1][expert])
         ctx.save_for_backward(order_S, slot_NK, counts, token_S, gate_S)
+        ctx.weights_dtype = gate_up_EGD.dtype
         ctx.quantised = x8_ND, quantise(gate_up_SG, ROW_TILE), *weights
         return combine(y_SD, slot_NK)
 
@@ -56,16 +84,22 @@ class _Experts(torch.autograd.Function):
         order_S, slot_NK, counts, token_S, gate_S = ctx.saved_tensors
         x8_ND, gate_up8_SG, gate_up8_EGD, down8_EDF = ctx.quantised
         dy8_ND = quantise(grads[0], ROW_TILE, powers_of_two=True)
-        dx_SD, dgate_S = gate_S.new_empty(len(token_S), grads[0].shape[1]), torch.empty_like(gate_S)
-        dgate_up_EGD, ddown_EDF = (gate_S.new_zeros(x.numbers.shape) for x in (gate_up8_EGD, down8_EDF))
-        for expert, rows in segments(counts):
+        of_x, _, of_gate, *of_weights = wanted(ctx)
+        of_inputs = of_x or of_gate
+        dx_SD, dgate_S = grads[0].new_empty(len(token_S), grads[0].shape[1]), torch.empty_like(gate_S)
+        weights8 = (gate_up8_EGD, down8_EDF) if any(of_weights) else ()
+        dweights = [gate_S.new_zeros(x.numbers.shape, dtype=ctx.weights_dtype) for x in weights8]
+        for number, rows in segments(counts):
+            expert = number % len(down8_EDF.numbers)
             x8_RD, dy8_RD = x8_ND[token_S[rows]], dy8_ND[token_S[rows]]
             hidden_RF, dgate_up_RG, dgate_S[rows] = swiglu_backward(
                 gate_up8_SG[rows].dequantised(), gate_S[rows, None], product(dy8_RD, down8_EDF[expert].mT)
             )
-            dx_SD[rows] = product(quantise(dgate_up_RG, ROW_TILE), gate_up8_EGD[expert].mT)
-            x8_RD, dy8_RD = (x.requantised(COLUMN_TILE, powers_of_two=True) for x in (x8_RD, dy8_RD))
-            dgate_up_EGD[expert] = product(quantise(dgate_up_RG, COLUMN_TILE).mT, x8_RD.mT)
-            ddown_EDF[expert] = product(dy8_RD.mT, quantise(hidden_RF, COLUMN_TILE).mT)
+            if of_inputs:
+                dx_SD[rows] = product(quantise(dgate_up_RG, ROW_TILE), gate_up8_EGD[expert].mT)
+            if dweights:
+                x8_RD, dy8_RD = (x.requantised(COLUMN_TILE, powers_of_two=True) for x in (x8_RD, dy8_RD))
+                dweights[0][expert] += product(quantise(dgate_up_RG, COLUMN_TILE).mT, x8_RD.mT)
+                dweights[1][expert] += product(dy8_RD.mT, quantise(hidden_RF, COLUMN_TILE).mT)
         dgate_NK = torch.empty_like(dgate_S).index_copy_(0, order_S, dgate_S).view(slot_NK.shape)
-        return combine(dx_SD, slot_NK), None, dgate_NK, dgate_up_EGD, ddown_EDF
+        return combine(dx_SD, slot_NK) if of_inputs else None, None, dgate_NK, *(dweights or (None, None)), None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benthic.ops.wanted import wanted
 from benthic.precision.blocks import COLUMN_TILE, ROW_TILE
 from benthic.precision.fp8 import product, quantise
 
@@ -36,7 +37,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dout_TF = grads[0]
-        dx_TD = product(quantise(dout_TF, ROW_TILE), ctx.weight_FD.mT)
+        dout_TF, (of_x, of_weight) = grads[0], wanted(ctx)
+        dx_TD = product(quantise(dout_TF, ROW_TILE), ctx.weight_FD.mT) if of_x else None
+        if not of_weight:
+            return dx_TD, None, None
         x_TD = ctx.x_TD.requantised(COLUMN_TILE, powers_of_two=ctx.powers_of_two)
         return dx_TD, product(quantise(dout_TF, COLUMN_TILE).mT, x_TD.mT), None

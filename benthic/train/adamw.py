@@ -10,7 +10,7 @@ from torch import Tensor
 class LowPrecisionAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) on fp32 weights and gradients, its moments stored in ``moments`` (V3 report 3.3.3).
 
-    All arithmetic is fp32. An update uses the moments before they are rounded. State per parameter: ``step``,
+    All arithmetic is fp32, or as the weights are. An update uses the moments before they are rounded. State per parameter: ``step``,
     ``exp_avg`` and ``exp_avg_sq``, as torch.optim.AdamW has them.
     """
 
@@ -45,7 +45,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=self.moments)
         beta1, beta2 = group["betas"]
         step = state["step"].add_(1)
-        first, second = (state[key].to(torch.float32, copy=True) for key in ("exp_avg", "exp_avg_sq"))
+        first, second = (state[key].to(param.dtype, copy=True) for key in ("exp_avg", "exp_avg_sq"))
         first.lerp_(grad, 1 - beta1)
         second.lerp_(grad.square(), 1 - beta2)
         state["exp_avg"].copy_(first)

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from benthic.model import Trunk
+from benthic.model.layers import SwiGLU
 from benthic.model.mla import LatentAttention
 from benthic.model.moe import Experts, MoE, Router
+from benthic.parallel.experts import senders_of
+from benthic.parallel.shard import names_rounded_when_gathered
 from benthic.precision.compute import Compute, call_in
 from benthic.precision.fp8_experts import fp8_experts, fp8_swiglu
 from benthic.precision.fp8_linear import fp8_linear
@@ -25,7 +28,7 @@ def compute_in(compute: Compute, module: nn.Module, *args: Any) -> Any:
     if compute == "fp8":
         with fp8_products(module):
             return module(*args)
-    return call_in(compute, module, *args, keep=router_weights(module))
+    return call_in(compute, module, *args, keep=router_weights(module) | names_rounded_when_gathered(module))
 
 
 def moments_dtype(compute: Compute) -> torch.dtype:
@@ -56,16 +59,28 @@ def _fp8_forwards(module: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     parts = list(module.modules())
     heads = {part.head for part in parts if isinstance(part, Trunk)}
     forwards: dict[nn.Module, Callable[..., Tensor]] = {
-        part: partial(fp8_linear, weight_FD=part.weight)
-        for part in parts
-        if isinstance(part, nn.Linear) and part not in heads
+        part: partial(_linear, part) for part in parts if isinstance(part, nn.Linear) and part not in heads
     }
     for part in parts:
         if isinstance(part, LatentAttention):
-            forwards[part.o] = partial(fp8_linear, weight_FD=part.o.weight, powers_of_two=True)
+            forwards[part.o] = partial(_linear, part.o, powers_of_two=True)
         elif isinstance(part, Experts):
-            forwards[part] = partial(fp8_experts, gate_up_EGD=part.gate_up, down_EDF=part.down)
+            forwards[part] = partial(_experts, part)
         elif isinstance(part, MoE) and part.shared is not None:
-            shared = part.shared
-            forwards[shared] = partial(fp8_swiglu, gate_up_GD=shared.gate_up.weight, down_DF=shared.down.weight)
+            forwards[part.shared] = partial(_swiglu, part.shared)
     return forwards
+
+
+# Weights are taken when they are used: where they are divided among processes, they are whole only then.
+
+
+def _linear(part: nn.Linear, x: Tensor, *, powers_of_two: bool = False) -> Tensor:
+    return fp8_linear(x, part.weight, powers_of_two=powers_of_two)
+
+
+def _experts(part: Experts, x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor) -> Tensor:
+    return fp8_experts(x_ND, index_NK, gate_NK, part.gate_up, part.down, senders_of(part))
+
+
+def _swiglu(part: SwiGLU, x: Tensor) -> Tensor:
+    return fp8_swiglu(x, part.gate_up.weight, part.down.weight)

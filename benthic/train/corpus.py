@@ -84,6 +84,7 @@ class CorpusWork:
 
     def __init__(self, place: Place, batches: Batches, held_out: TokenStore) -> None:
         self._config, self._batches, self._held_out = place.config, batches, held_out
+        self._world = place.world
         self._compute = place.compute
         train = place.config.train
         self._reading: dict[str, Any] = {
@@ -99,14 +100,17 @@ class CorpusWork:
         return f"{self._config.train.sequence_length} tokens a sequence over {', '.join(self._config.data.sources)}"
 
     def batch(self, state: TrainState, settings: StepSettings, first: int) -> Batch:
-        """The sequences from ``first`` on."""
-        return self._batches.at(first, settings.batch_size)
+        """The sequences from ``first`` on, or this process's share of them."""
+        rows = self._world.rows(settings.batch_size, self._reading["batch_size"])
+        return self._batches.at(first + rows.start, len(rows))
 
     def gradients(
         self, objective: Objective, batch: Batch, settings: StepSettings, *, micro_batch_size: int, compute: Compute
     ) -> Losses:
         """Of the next tokens and those after them."""
-        return accumulate_gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
+        return accumulate_gradients(
+            objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute, world=self._world
+        )
 
     def figures(self) -> dict[str, Any]:
         """None besides the usual ones."""
@@ -115,14 +119,19 @@ class CorpusWork:
     def validate(self, state: TrainState, *, last: bool) -> Validation:
         """Bits per byte: on a part of the split during the run, on all of it, and in fp32, at the end."""
         limit = None if last else self._config.train.validation_tokens
-        reading = {**self._reading, "compute": "fp32" if last else self._compute}
-        found = bits_per_byte(state.model, self._held_out, max_tokens=limit, **reading)
-        row = {"validation_bits_per_byte": found}
+        compute: Compute = "fp32" if last else self._compute
+        reading = {**self._reading, "compute": compute, "world": self._world}
+        row = {}
         if state.average is not None:
-            with state.average.applied():
-                found = bits_per_byte(state.model, self._held_out, max_tokens=limit, **reading)
-                row["average_validation_bits_per_byte"] = found
-        return Validation(found, {**row, **probe(state.model, self._held_out, **reading)._asdict()})
+            with state.average.applied(), self._world.evaluating(state.objective, compute):
+                average = bits_per_byte(state.model, self._held_out, max_tokens=limit, **reading)
+                row["average_validation_bits_per_byte"] = average
+        with self._world.evaluating(state.objective, compute):
+            found = bits_per_byte(state.model, self._held_out, max_tokens=limit, **reading)
+            probed = probe(state.model, self._held_out, **reading)
+        row = {"validation_bits_per_byte": found, **row}
+        watched = row.get("average_validation_bits_per_byte", found)
+        return Validation(watched, {**row, **probed._asdict()})
 
     def carry(self) -> Carried:
         """Nothing: a batch is found by its number."""

@@ -6,12 +6,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from benthic.parallel.local import is_divided, local
+
 
 class WeightAverage:
-    """Average of a model's parameters, moved towards them by ``1 - decay`` at every update."""
+    """Average of a model's parameters, or of what is held here of them, moved towards them by ``1 - decay`` at every
+    update.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self._parameters = dict(model.named_parameters())
+        self._parameters = {name: local(p.detach()) if is_divided(p) else p for name, p in model.named_parameters()}
         self._decay = decay
         self.tensors: dict[str, Tensor] = {name: p.detach().clone() for name, p in self._parameters.items()}
 
@@ -35,6 +39,12 @@ class WeightAverage:
         for name, parameter in self._parameters.items():
             parameter.copy_(self.tensors[name])
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, parameter in self._parameters.items():
-            parameter.data, self.tensors[name] = self.tensors[name], parameter.data
+            if isinstance(parameter, nn.Parameter):
+                parameter.data, self.tensors[name] = self.tensors[name], parameter.data
+            else:  # a part, whose memory others know
+                kept = parameter.clone()
+                parameter.copy_(self.tensors[name])
+                self.tensors[name].copy_(kept)

@@ -21,10 +21,10 @@ from benthic.files import write_atomically
 from benthic.model import Trainable
 from benthic.ops import native
 from benthic.parallel.replay import KEY as EXPERT_LOAD
+from benthic.parallel.world import ALONE, World
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
-from benthic.train.background import BackgroundWriter
 from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import Checkpoint, latest, load, reached
 from benthic.train.corpus import Corpus
@@ -38,15 +38,15 @@ from benthic.train.incidents import (
     roll_back_rows,
     roll_back_target,
 )
-from benthic.train.ledger import Ledger
 from benthic.train.memory import settle_memory
-from benthic.train.metrics import MetricsLog, read_metrics
+from benthic.train.metrics import read_metrics
 from benthic.train.progress import Opener, Progress, describe, open_progress
+from benthic.train.records import Metrics, open_ledger, open_metrics, open_shown, open_writer
 from benthic.train.schedule import Course, StepSettings
 from benthic.train.signals import Interrupted, StopRequest
 from benthic.train.state import TrainState, carried_in, weights_of
 from benthic.train.step import StepReport, train_step
-from benthic.train.track import open_trackers, require_trackers
+from benthic.train.track import require_trackers
 from benthic.train.work import Kind, Kinds, Place, Spent, Work
 
 PRETRAINING: Kinds = {"corpus": Corpus}
@@ -56,7 +56,7 @@ class Trained(NamedTuple):
     """The outcome of a run."""
 
     model: Trainable
-    """With the averaged weights, where an average is kept."""
+    """With the averaged weights, where an average is kept; whole on the main process, a part on others."""
     config: RunConfig
     """As resolved."""
     bits_per_byte: float
@@ -66,13 +66,18 @@ class Trained(NamedTuple):
 
 
 def train(
-    config: RunConfig, out: str | Path, architecture: Architecture = DEEPSEEK_V3, kinds: Kinds = PRETRAINING,
+    config: RunConfig,
+    out: str | Path,
+    architecture: Architecture = DEEPSEEK_V3,
+    kinds: Kinds = PRETRAINING,
+    world: World = ALONE,
     show: Opener = open_progress,
-) -> Trained:  # fmt: skip
+) -> Trained:
     """Run the stages of training on what is prepared in ``out``, or go on with the training begun there.
 
     ``architecture`` is the kind of model, for those that ``config.model`` does not describe; ``kinds`` are the kinds of
-    stages that are run: the others are left out. ``show`` is what people see of a stage.
+    stages that are run: the others are left out. All processes of ``world`` call it alike; the main one writes.
+    ``show`` is what people see of a stage.
     Writes ``config.toml``, ``metrics.jsonl``, ``ledger.json`` and ``checkpoints/STAGE/step-N`` into ``out``.
 
     Raises:
@@ -91,6 +96,7 @@ def train(
         config, found = one.prepare(config)
         hashes |= found
     planned = _stages(config, kinds)
+    _refuse_to_spread(planned, world)
     names = [stage.name for stage in planned]
     _refuse_to_forget(out, names)
     number, newest = reached(out / "checkpoints", names)
@@ -102,20 +108,23 @@ def train(
     if checkpoint is None:
         corpus, first = known.get("corpus"), planned[number]
         batches = corpus.batches(first.config) if isinstance(corpus, Corpus) else None
-        resolved = resolve(config, batches, architecture)
+        resolved = RunConfig.model_validate(
+            world.first(lambda: resolve(config, batches, architecture).model_dump(mode="json"))
+        )
         run = identity(config, resolved, hashes, architecture.settings())
     else:
         run, kind = checkpoint.state.get("run", {}), planned[number].kind
         resolved = resume_settings(config, run, hashes, str(newest), architecture.settings(), kind=kind)
         run = renewed(run, config, hashes)
     assert resolved.precision.compute != "auto"
-    peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute))
-    whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak, show)
+    peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute)) * world.processes
+    whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak, world, show)
     trainer = _Trainer(whole, number)
     trainer.begin(checkpoint, str(newest))
     del checkpoint
-    write_atomically(out / "config.toml", dump_toml(resolved))
+    world.first(lambda: write_atomically(out / "config.toml", dump_toml(resolved)))
     with StopRequest() as stop:
+        world.listen(stop)
         trainer.train(stop)
         for later in range(number + 1, len(whole.stages)):
             del trainer  # before the next stage takes as much memory
@@ -133,6 +142,13 @@ def _refuse_to_forget(out: Path, names: Iterable[str]) -> None:
                 f"{newest}: is of a stage that is not asked for; give `benthic run` the recipe that has it, or another "
                 "--out"
             )
+
+
+def _refuse_to_spread(planned: Iterable[Stage], world: World) -> None:
+    """Several processes pretrain; what comes after is for one."""
+    later = next((stage.name for stage in planned if stage.kind not in (*PRETRAINING, "base")), None)
+    if later and world.processes > 1:
+        raise InputError(f"{later}: is for one process; start it without torchrun")
 
 
 def _stages(config: RunConfig, kinds: Iterable[str]) -> list[Stage]:
@@ -154,7 +170,8 @@ class _Run(NamedTuple):
     identity: dict[str, Any]
     architecture: Architecture
     peak_flops: float
-    """Operations a second of a matrix product here."""
+    """Operations a second of a matrix product here, on all processes together."""
+    world: World
     show: Opener
 
 
@@ -163,17 +180,17 @@ class _Trainer:
 
     def __init__(self, run: _Run, number: int) -> None:
         *self.earlier, stage = run.stages[: number + 1]
-        self.run, self.stage, self.config = run, stage, stage.config
+        self.run, self.stage, self.config, self.world = run, stage, stage.config, run.world
         config, out = stage.config, run.out
         self.checkpoints = out / "checkpoints" / stage.name
         self.micro_batch_size = config.train.micro_batch_size or config.train.batch_size
         self.course = Course(
             config.train.schedule, stage.steps, config.train.batch_size, config.train.micro_batch_size or 1
         )
-        self.state = TrainState(config, run.architecture, stage.adapter)
-        self.place = Place(stage, out, run.architecture, self.course, self._began_with)
-        self.writer = BackgroundWriter(self.checkpoints)
-        self.ledger = Ledger(out, stage.name, price_per_hour=config.train.price_per_hour)
+        self.state = TrainState(config, run.architecture, stage.adapter, run.world)
+        self.place = Place(stage, out, run.architecture, self.course, self._began_with, run.world)
+        self.writer = open_writer(self.checkpoints, run.world)
+        self.ledger = open_ledger(out, stage.name, config.train.price_per_hour, run.world)
 
     def begin(self, checkpoint: Checkpoint | None = None, source: str = "") -> None:
         """Take over one of the stage's own checkpoints, or else what the stage before it ended with."""
@@ -198,7 +215,7 @@ class _Trainer:
         if self.state.average is not None:
             self.state.average.move_into_model()
         assert self.state.bits_per_byte is not None
-        return Trained(self.state.model, self.run.config, self.state.bits_per_byte, self.work.measure)
+        return Trained(self.state.whole_model(), self.run.config, self.state.bits_per_byte, self.work.measure)
 
     def train(self, stop: StopRequest) -> None:
         """Go to the end of the stage, or until asked to stop."""
@@ -206,7 +223,7 @@ class _Trainer:
             self.ledger,
             self.writer,
             self._open_metrics() as metrics,
-            self.run.show(self.stage.name, self.stage.steps) as progress,
+            open_shown(self.run.show, self.stage.name, self.stage.steps, self.world) as progress,
         ):
             progress.note(
                 f"{self.stage.name}: {self.stage.steps} steps of {self.work.describe()} in {self.place.compute}, "
@@ -218,28 +235,26 @@ class _Trainer:
                 self.writer.check()
                 if self._step(metrics, progress):
                     self._end_step(metrics, progress, stop)
-            self.writer.wait()
+            self.world.first(self.writer.wait)
 
-    def _open_metrics(self) -> MetricsLog:
+    def _open_metrics(self) -> Metrics:
         earlier = {stage.name: stage.steps for stage in self.earlier}
-        step, settings = self.state.step, self.run.config.model_dump(mode="json")
-        trackers = open_trackers(self.config.train.track, self.run.out, sum(earlier.values()) + step, settings)
-        kept = step or -1  # what is validated before the first step is so again
-        return MetricsLog(self.run.out / "metrics.jsonl", self.stage.name, kept, earlier=earlier, trackers=trackers)
+        return open_metrics(self.run.out, self.stage.name, self.state.step, earlier, self.run.config, self.world)
 
-    def _end_step(self, metrics: MetricsLog, progress: Progress, stop: StopRequest) -> None:
+    def _end_step(self, metrics: Metrics, progress: Progress, stop: StopRequest) -> None:
         """Validate and save where it is due; stop if asked to."""
         step, train = self.state.step, self.config.train
+        signal = self.world.stopped_by(stop)
         if step % train.validate_every == 0 or step == self.stage.steps:
             self._validate(metrics, progress)
         due = step % train.checkpoint_every == 0 or step == self.stage.steps
-        if due or stop.signal is not None:
+        if due or signal is not None:
             self._save(metrics, on_schedule=due)
-        if stop.signal is not None:
-            self.writer.wait()
-            raise Interrupted(stop.signal, f"stopped after step {step} of {self.stage.name}, saved in {self.run.out}")
+        if signal is not None:
+            self.world.first(self.writer.wait)  # a process that ends takes the others with it
+            raise Interrupted(signal, f"stopped after step {step} of {self.stage.name}, saved in {self.run.out}")
 
-    def _step(self, metrics: MetricsLog, progress: Progress) -> bool:
+    def _step(self, metrics: Metrics, progress: Progress) -> bool:
         """Take a step; False if it has led back to an earlier one."""
         start, start_of_work = time.perf_counter(), time.process_time() - self.writer.processor_seconds
         state, settings = self.state, self.course.at(self.state.step)
@@ -254,6 +269,7 @@ class _Trainer:
             compute=self.place.compute,
             health=state.health,
             gradients=self.work.gradients,
+            world=self.world,
         )
         if report.updated and state.average is not None:
             state.average.update()
@@ -268,7 +284,7 @@ class _Trainer:
             return True
         return self._respond(report, range(first, first + settings.batch_size), metrics, progress)
 
-    def _respond(self, report: StepReport, sequences: range, metrics: MetricsLog, progress: Progress) -> bool:
+    def _respond(self, report: StepReport, sequences: range, metrics: Metrics, progress: Progress) -> bool:
         """Record an incident; False if the run has gone back because of it."""
         health = self.state.health
         row = incident_row(report, health, self.state.step, sequences)
@@ -280,20 +296,24 @@ class _Trainer:
         give_up_on_skipping(row, health.skipped)
         return True
 
-    def _roll_back(self, row: dict[str, Any], next_sequence: int, metrics: MetricsLog) -> None:
+    def _roll_back(self, row: dict[str, Any], next_sequence: int, metrics: Metrics) -> None:
         """Become the last checkpoint, or the start, with all sequences before ``next_sequence`` passed over."""
-        self.writer.wait()
-        target = roll_back_target(self.checkpoints)
-        if target is None:
-            self.state = TrainState(self.config, self.run.architecture, self.stage.adapter)
+        self.world.first(self.writer.wait)
+        target = self.world.first(lambda: str(roll_back_target(self.checkpoints) or ""))
+        if not target:
+            self.state = TrainState(self.config, self.run.architecture, self.stage.adapter, self.world)
             self.begin()
         else:
-            self.begin(load(target), str(target))
+            self.begin(load(Path(target)), target)
         self.state.sequences_passed_over = next_sequence - self.course.sequences_before(self.state.step)
-        events = roll_back_rows(row, read_metrics(self.run.out / "metrics.jsonl", self.stage.name), self.state.step)
+        events = self.world.first(lambda: self._roll_back_rows(row))
         metrics.rewind(self.state.step)
         for event in events:
             metrics.write(event)
+
+    def _roll_back_rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        earlier = read_metrics(self.run.out / "metrics.jsonl", self.stage.name)
+        return roll_back_rows(row, earlier, self.state.step)
 
     def _row(self, report: StepReport, settings: StepSettings, before: Spent, seconds: float) -> dict[str, Any]:
         spent = self.work.spent(self.state.step)
@@ -315,10 +335,11 @@ class _Trainer:
             "dead_experts": int((load_ME == 0).sum()),
             "seconds": seconds,
             **loads,
+            **self.world.figures(),
             **self.work.figures(),
         }
 
-    def _validate(self, metrics: MetricsLog, progress: Progress) -> None:
+    def _validate(self, metrics: Metrics, progress: Progress) -> None:
         """Judge the model as the stage's kind does."""
         found = self.work.validate(self.state, last=self.state.step in (0, self.stage.steps))
         self.state.bits_per_byte = found.bits_per_byte
@@ -326,10 +347,10 @@ class _Trainer:
         progress.note(f"step {self.state.step}: validation {found.bits_per_byte:.4f} bits per byte")
         refuse_weights_not_finite(self.state.step, found.bits_per_byte)
 
-    def _save(self, metrics: MetricsLog, *, on_schedule: bool) -> None:
+    def _save(self, metrics: Metrics, *, on_schedule: bool) -> None:
         metrics.sync()
         self.ledger.write()
         # A signal's checkpoint takes the place of none: a later roll-back may want the one before.
         keep = self.config.train.keep_checkpoints if on_schedule else None
         checkpoint = self.state.to_checkpoint(self.run.identity, self.work.carry(), on_schedule=on_schedule)
-        self.writer.save(self.state.step, checkpoint, keep)
+        self.world.first(lambda: self.writer.save(self.state.step, checkpoint, keep))

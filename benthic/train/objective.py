@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benthic.model import Trainable
 from benthic.model.moe import Router
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy
+from benthic.parallel.stages import routers_here
 
 
 class Losses(NamedTuple):
@@ -44,9 +45,12 @@ class Objective(nn.Module):
         return 1 + (len(self.model.mtp) if mtp_weight else 0)
 
     @property
-    def routers(self) -> list[Router]:
-        """Routers in the order of the rows of ``load_ME``, which has none for MTP modules that did not run."""
-        return [module for module in self.model.modules() if isinstance(module, Router)]
+    def routers(self) -> list[Router | None]:
+        """Routers in the order of the rows of ``load_ME``, which has none for MTP modules that did not run.
+
+        None stands for one that another rank of a pipeline holds.
+        """
+        return routers_here(self.model)
 
     def forward(self, tokens_BS: Tensor, document_BS: Tensor | None, targets_KBT: Tensor) -> Losses:
         """Losses of whole sequences.
@@ -59,15 +63,21 @@ class Objective(nn.Module):
         inputs = slice(None, tokens_BS.shape[1] - 1)
         document_BI = None if document_BS is None else document_BS[:, inputs]
         states, routings = self.model.training_hidden(tokens_BS[:, inputs], document_BI, depths=len(targets_KBT) - 1)
-        head = self.model.transformer.head.weight
-        nats = [
-            linear_cross_entropy(state_BTD.flatten(0, 1), head, target_BT.flatten())
+        nats_K = cross_entropies(states, self.model.transformer.head.weight, targets_KBT)
+        if not routings:
+            return Losses(nats_K, tokens_BS.new_zeros((), dtype=torch.float32), tokens_BS.new_zeros(0, 1))
+        balance = torch.stack([routing.balance_loss for routing in routings]).sum()
+        return Losses(nats_K, balance, torch.stack([routing.load_E for routing in routings]))
+
+
+def cross_entropies(states: list[Tensor], head_VD: Tensor, targets_KBT: Tensor) -> Tensor:
+    """Mean nats per token (K,) of each prediction's states (B, T, D)."""
+    return torch.stack(
+        [
+            linear_cross_entropy(state_BTD.flatten(0, 1), head_VD, target_BT.flatten())
             for state_BTD, target_BT in zip(states, targets_KBT, strict=True)
         ]
-        if not routings:
-            return Losses(torch.stack(nats), tokens_BS.new_zeros((), dtype=torch.float32), tokens_BS.new_zeros(0, 1))
-        balance = torch.stack([routing.balance_loss for routing in routings]).sum()
-        return Losses(torch.stack(nats), balance, torch.stack([routing.load_E for routing in routings]))
+    )
 
 
 def prediction_targets(

@@ -17,6 +17,7 @@ from benthic.model import Trainable
 from benthic.model.layers import SwiGLU
 from benthic.model.moe import Experts, Router
 from benthic.ops.total_norm import total_norm
+from benthic.parallel.local import is_divided, local
 from benthic.precision.compute import Cast, compute_dtype, fast_matmul_dtype
 from benthic.train.adamw import LowPrecisionAdamW
 from benthic.train.checkpoint import copy_into
@@ -29,11 +30,18 @@ _MTP = re.compile(r"((down|up)\.)?mtp\W")
 
 
 class ModelOptimizer:
-    """AdamW, or Muon beside AdamW, over all parameters of a model; ``moments`` is the dtype of AdamW's."""
+    """AdamW, or Muon beside AdamW, over all parameters of a model; ``moments`` is the dtype of AdamW's.
+
+    Of a model that is divided among processes it updates the parts held here, and knows no others.
+    """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, moments: torch.dtype = torch.float32) -> None:
         self.config, self.moments = config, moments
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._copies: frozenset[str] = model.copies if isinstance(model, Trainable) else frozenset()
+        parameters = dict(model.named_parameters())
+        held = {name: _held(parameter) for name, parameter in parameters.items()}
+        self._names: dict[Tensor, str] = {part: name for name, part in held.items()}
+        self._divided = [(held[name], p) for name, p in parameters.items() if held[name] is not p]
         self._late = {parameter for parameter, name in self._names.items() if _MTP.match(name)}
         matrices = _hidden_matrices(model) if config.name == "muon" and isinstance(model, Trainable) else {}
         others = [parameter for parameter in self._names if parameter not in matrices]
@@ -54,15 +62,21 @@ class ModelOptimizer:
         """Drop all gradients."""
         for parameter in self._names:
             parameter.grad = None
+        for _, parameter in self._divided:
+            parameter.grad = None
 
     def grad_norm(self) -> Tensor:
-        """L2 norm of all gradients together, a scalar."""
-        return total_norm(list(self._grads()))
+        """L2 norm of all gradients together that are held here, a scalar; what another process counts is left out."""
+        grads = list(self._grads())
+        if self._copies:
+            grads = [p.grad for p, name in self._names.items() if p.grad is not None and name not in self._copies]
+        return total_norm(grads) if grads else torch.zeros(())
 
     def step(self, learning_rate_factor: float, grad_norm: float) -> None:
         """Clip the gradients, whose norm is given, and update at this share of the peak rates."""
+        grads = list(self._grads())
         if grad_norm > self.config.clip_norm:
-            torch._foreach_mul_(list(self._grads()), self.config.clip_norm / grad_norm)
+            torch._foreach_mul_(grads, self.config.clip_norm / grad_norm)
         for optimizer, peak, _ in self._parts:
             for group in optimizer.param_groups:
                 group["lr"] = peak * learning_rate_factor
@@ -101,7 +115,14 @@ class ModelOptimizer:
         return torch.empty_like(parameter, dtype=self.moments if key in _ADAMW_STATE else None)
 
     def _grads(self) -> Iterable[Tensor]:
+        for part, parameter in self._divided:
+            part.grad = None if parameter.grad is None else local(parameter.grad)
         return (parameter.grad for parameter in self._names if parameter.grad is not None)
+
+
+def _held(parameter: Tensor) -> Tensor:
+    """The parameter, or the part of it that is held here, in the same memory."""
+    return local(parameter.detach()) if is_divided(parameter) else parameter
 
 
 def matrix_products(config: OptimizerConfig, device: torch.device) -> Cast:
@@ -127,7 +148,7 @@ def adamw(
 
 def _hidden_matrices(model: Trainable) -> dict[Tensor, int]:
     """Muon's parameters, and how many matrices each holds one above the other: gate and up are two."""
-    apart = [model.transformer.embed.weight, model.transformer.head.weight]
+    apart = [*model.transformer.embed.parameters(), *model.transformer.head.parameters()]
     apart += [module.weight for module in model.modules() if isinstance(module, Router)]
     fused = {id(module.gate_up.weight) for module in model.modules() if isinstance(module, SwiGLU)}
     fused |= {id(module.gate_up) for module in model.modules() if isinstance(module, Experts)}

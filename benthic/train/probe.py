@@ -4,7 +4,7 @@ Shapes: B sequences, S tokens, T positions, K predictions (main model, then MTP 
 N positions, D model width, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,15 +12,21 @@ from torch import Tensor, nn
 
 from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
-from benthic.model import Trainable
+from benthic.model import Routing, Trainable
 from benthic.ops.cross_entropy import IGNORE
+from benthic.parallel.pipeline import pipeline_of
+from benthic.parallel.stages import routers_here
+from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import prediction_targets
+from benthic.train.pipelined import precision
 
 PROBED_TOKENS = 8192
 """Enough for half a percent; the logits that accuracy needs are costly."""
 _CHUNK = 512
+_Found = tuple[Tensor, Tensor, Tensor, Tensor]
+""":class:`_Sums`."""
 
 
 class Probe(NamedTuple):
@@ -30,6 +36,32 @@ class Probe(NamedTuple):
     """Share of tokens that are the likeliest by the main model, then by each MTP depth."""
     router_entropy: list[float]
     """Nats, by MoE layer, of a token's affinities normalised over experts; at most ln E, if none is favoured."""
+
+
+class _Judged:
+    """A batch on its way through the stages of a pipeline; each process has what its own stages find."""
+
+    def __init__(self, batch: Batch, depths: int, moe_layers: int) -> None:
+        self._batch, self.depths, self.tokens_BS = batch, depths, batch.tokens_BS[:, :-1]
+        self.document_BT = None if batch.document_BS is None else batch.document_BS[:, : -1 - depths]
+        self._right_K, self._counted_K = (torch.zeros(depths + 1, dtype=torch.long) for _ in range(2))
+        self._entropy_M = torch.zeros(moe_layers)
+        self._positions = torch.tensor(0)
+
+    @property
+    def found(self) -> _Found:
+        """What :class:`_Sums` would give, or this process's part of it."""
+        return self._right_K, self._counted_K, self._entropy_M, self._positions
+
+    def routed(self, first: int, routings: list[Routing]) -> None:
+        """Notes entropies."""
+        for number, routing in enumerate(routings, start=first):
+            self._entropy_M[number] = affinity_entropy(routing.scores).sum()
+
+    def predicted(self, states: list[Tensor], head_VD: Tensor) -> Tensor:
+        """Notes hits."""
+        self._right_K, self._counted_K, self._positions = _hits(states, head_VD, self._batch)
+        return states[0].new_zeros(())
 
 
 class _Sums(nn.Module):
@@ -44,15 +76,20 @@ class _Sums(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         document_BI = None if document_BS is None else document_BS[:, :-1]
         states, routings = self.model.training_hidden(tokens_BS[:, :-1], document_BI)
-        targets_KBT = prediction_targets(tokens_BS, document_BS, len(states), learn_BS)
-        head = self.model.transformer.head.weight
-        right = [
-            top1_hits(x_BTD.flatten(0, 1), head, target_BT.flatten())
-            for x_BTD, target_BT in zip(states, targets_KBT, strict=True)
-        ]
+        batch = Batch(tokens_BS, document_BS, learn_BS)
+        right_K, counted_K, positions = _hits(states, self.model.transformer.head.weight, batch)
         entropies = [affinity_entropy(routing.scores).sum() for routing in routings]
-        counted_K = (targets_KBT != IGNORE).sum((1, 2))
-        return torch.tensor(right), counted_K, torch.tensor(entropies), torch.tensor(targets_KBT[0].numel())
+        return right_K, counted_K, torch.tensor(entropies), positions
+
+
+def _hits(states: list[Tensor], head_VD: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Right predictions (K,), targets (K,) and positions ()."""
+    targets_KBT = prediction_targets(batch.tokens_BS, batch.document_BS, len(states), batch.learn_BS)
+    right = [
+        top1_hits(x_BTD.flatten(0, 1), head_VD, target_BT.flatten())
+        for x_BTD, target_BT in zip(states, targets_KBT, strict=True)
+    ]
+    return torch.tensor(right), (targets_KBT != IGNORE).sum((1, 2)), torch.tensor(targets_KBT[0].numel())
 
 
 def probe(
@@ -63,27 +100,46 @@ def probe(
     batch_size: int,
     compute: Compute = "fp32",
     mask_documents: bool = False,
+    world: World = ALONE,
 ) -> Probe:
     """Accuracies and entropies over evenly spaced sequences of the validation split, about 8192 tokens."""
     batches = validation_batches(
         store, batch_size, sequence_length, mask_documents=mask_documents, max_tokens=PROBED_TOKENS
     )
-    return probe_batches(model, batches, compute)
+    return probe_batches(model, batches, compute, world)
 
 
 @torch.no_grad()
-def probe_batches(model: Trainable, batches: Iterable[Batch], compute: Compute = "fp32") -> Probe:
+def probe_batches(model: Trainable, batches: Iterable[Batch], compute: Compute = "fp32", world: World = ALONE) -> Probe:
     """Accuracies on the tokens that these batches have to be predicted, and entropies at all their positions."""
-    sums = _Sums(model)
-    parts = [
-        compute_in(compute, sums, *batch)
-        for batch in batches
-        if batch.tokens_BS.shape[1] > 1 + len(model.mtp)  # the split's last sequence may be too short for all depths
-    ]
+    # The split's last sequence may be too short for all depths.
+    long_enough = (batch for batch in batches if batch.tokens_BS.shape[1] > 1 + len(model.mtp))
+    parts = [[part * counts for part in found] for found, counts in _sums_of_shared(model, long_enough, compute, world)]
     if not parts:
         return Probe([], [])
-    right_K, counted_K, entropy_M, positions = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    sums = [torch.stack(part).sum(0) for part in zip(*parts, strict=True)]
+    if pipeline := pipeline_of(model):
+        sums = [pipeline.total(one) for one in sums]
+    right_K, counted_K, entropy_M, positions = (world.total(one) for one in sums)
     return Probe((right_K / counted_K.clamp_min(1)).tolist(), (entropy_M / positions).tolist())
+
+
+def _sums_of_shared(
+    model: Trainable, batches: Iterable[Batch], compute: Compute, world: World
+) -> Iterator[tuple[_Found, bool]]:
+    """Of the batches of this process, and whether they count."""
+    pipeline = pipeline_of(model)
+    if pipeline is None:
+        sums = _Sums(model)
+        for batch, counts in world.share(batches):
+            yield compute_in(compute, sums, *batch), counts
+        return
+    shared = [
+        (_Judged(batch, len(model.mtp), len(routers_here(model))), counts) for batch, counts in world.share(batches)
+    ]
+    if shared:
+        pipeline.forward([judged for judged, _ in shared], *precision(model, compute))
+    yield from ((judged.found, counts) for judged, counts in shared)
 
 
 def top1_hits(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> int:

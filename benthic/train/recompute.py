@@ -210,7 +210,8 @@ def _last_output(linear: nn.Linear, tape: _BlockTape) -> list[Tensor]:
 
 def _before_router(tape: _BlockTape, router: Router, args: tuple[Tensor]) -> tuple[Tensor]:
     """The router computes in fp32; its copy of a bf16 input is another that need not be kept."""
-    exact = args[0].float()
+    precise = torch.promote_types(args[0].dtype, torch.float32)
+    exact = args[0].to(precise)
     if exact is not args[0]:
         tape.note(exact, args[0], Tensor.float)
     return (exact,)

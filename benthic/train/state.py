@@ -7,6 +7,10 @@ from torch import Tensor
 
 from benthic.config.schema import AdapterConfig, RunConfig
 from benthic.errors import InputError
+from benthic.model import Trainable
+from benthic.parallel.local import local
+from benthic.parallel.world import ALONE, World
+from benthic.precision.compute import Compute
 from benthic.train.adapter import AdapterOptimizer, Adapters
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.checkpoint import Checkpoint, copy_into
@@ -33,8 +37,13 @@ class TrainState:
     """Model, optimizer and average of the weights after ``step`` steps. Training draws no random numbers."""
 
     def __init__(
-        self, config: RunConfig, architecture: Architecture = DEEPSEEK_V3, adapter: AdapterConfig | None = None
+        self,
+        config: RunConfig,
+        architecture: Architecture = DEEPSEEK_V3,
+        adapter: AdapterConfig | None = None,
+        world: World = ALONE,
     ) -> None:
+        self._world, self._architecture, self._model_config = world, architecture, config.model
         self.step = 0
         self.bits_per_byte: float | None = None
         """Of the last validation; of the averaged weights, where an average is kept."""
@@ -45,8 +54,9 @@ class TrainState:
         if config.train.recompute:
             recompute_activations(self.model)
         self.objective = Objective(self.model)
-        compute = config.precision.compute
-        moments = moments_dtype("fp32" if compute == "auto" else compute)
+        compute: Compute = "fp32" if config.precision.compute == "auto" else config.precision.compute
+        world.spread(self.objective, compute, config.train.sequence_length)
+        moments = moments_dtype(compute)
         self.adapters = Adapters(self.model, adapter, config.train.seed) if adapter else None
         self.optimizer = (
             AdapterOptimizer(self.adapters, config.train.optimizer, moments)
@@ -73,10 +83,20 @@ class TrainState:
             "carried": carried.numbers,
             "on_schedule": on_schedule,
         }
-        return Checkpoint(tensors, {**numbers, "run": run})
+        return Checkpoint(self._world.whole(self.model, tensors), {**numbers, "run": run})
+
+    def whole_model(self) -> Trainable:
+        """The model; on the main process of several a whole one, which the others have sent their parts of."""
+        weights = self._world.whole(self.model, {"model": self.model.state_dict()})["model"]
+        if self._world.processes == 1 or not self._world.main:
+            return self.model
+        model = self._architecture.build(self._model_config, seed=0)
+        copy_into(model.state_dict(), weights, "the processes")
+        return model
 
     def restore(self, checkpoint: Checkpoint, source: str) -> None:
         """Become what was saved. Raises InputError, naming ``source``, if it does not fit."""
+        checkpoint = self._own(checkpoint)
         self._take_weights(checkpoint, source, {"model", "optimizer"} | ({"adapters"} if self.adapters else set()))
         if self.adapters is not None:
             self.adapters.restore(checkpoint.tensors["adapters"], f"{source}/adapters.safetensors")
@@ -91,9 +111,14 @@ class TrainState:
         """
         if self.average is None:
             checkpoint = Checkpoint({"model": weights_of(checkpoint)}, checkpoint.state)
+        checkpoint = self._own(checkpoint)
         self._take_weights(checkpoint, source, {"model"})
         if self.adapters is not None:
             self.adapters.begin()
+
+    def _own(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What this process holds of it."""
+        return checkpoint._replace(tensors=self._world.own(self.model, checkpoint.tensors))
 
     @torch.no_grad()
     def _take_weights(self, checkpoint: Checkpoint, source: str, groups: set[str]) -> None:
@@ -101,7 +126,8 @@ class TrainState:
         found = checkpoint.tensors.keys() - {"carried"}
         if found != groups:
             raise InputError(f"{source}: holds {', '.join(sorted(found))}; this run needs {', '.join(sorted(groups))}")
-        copy_into(self.model.state_dict(), checkpoint.tensors["model"], f"{source}/model.safetensors")
+        weights = {name: local(tensor) for name, tensor in self.model.state_dict().items()}
+        copy_into(weights, checkpoint.tensors["model"], f"{source}/model.safetensors")
         if self.average is not None:
             copy_into(self.average.tensors, checkpoint.tensors["average"], f"{source}/average.safetensors")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benthic.config.schema import RunConfig
 from benthic.config.stages import Stage
+from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.architecture import Architecture
 from benthic.train.objective import Losses, Objective
@@ -45,6 +46,7 @@ class Place(NamedTuple):
     began_with: Callable[[], Mapping[str, Tensor]]
     """Reads the weights (with buffers) that the stage began with, by name, from the disk; of the first stage there are
     none, and it may not be called."""
+    world: World = ALONE
 
     @property
     def config(self) -> RunConfig:
@@ -74,7 +76,8 @@ class Work(Protocol):
         """What the next step learns from; ``state.step`` steps are done, and ``state.model`` has their weights.
 
         ``first`` is the number of the batch's first sequence; after a roll-back it is ahead of
-        ``settings.first_sequence``. Must depend on nothing but these, settings, seeds and what is carried.
+        ``settings.first_sequence``. Must depend on nothing but these, settings, seeds and what is carried. Of several
+        processes, each takes its own rows (:meth:`World.rows`).
         """
 
     def gradients(

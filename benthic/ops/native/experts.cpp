@@ -63,7 +63,8 @@ void experts_forward(const T* x, const int64_t* token, const int64_t* slot, cons
     }
 }
 
-// dgate (s) in sorted order; dx_s (s, d) is working space. Experts without rows get zero gradients.
+// dgate (s) in sorted order; dx_s (s, d) is working space. Experts without rows get zero gradients. Without dx, or
+// without dgate_up and ddown, those are not computed.
 template <typename T>
 void experts_backward(const T* dout, const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset,
                       const float* gate, const T* gate_up_s, const T* gate_up, const T* down, T* dx_s, T* dx,
@@ -76,31 +77,40 @@ void experts_backward(const T* dout, const T* x, const int64_t* token, const int
 #pragma omp for schedule(dynamic, 1)
         for (int64_t expert = 0; expert < e; ++expert) {
             const T *wgu = gate_up + expert * 2 * f * d, *wd = down + expert * d * f;
-            T *dwgu_out = dgate_up + expert * 2 * f * d, *dwd_out = ddown + expert * d * f;
-            float *dwgu = product(dwgu_out, 5, 2 * f * d), *dwd = product(dwd_out, 6, d * f);
-            if (offset[expert] == offset[expert + 1]) {
+            T *dwgu_out = nullptr, *dwd_out = nullptr;
+            float *dwgu = nullptr, *dwd = nullptr;
+            if (dgate_up) {
+                dwgu_out = dgate_up + expert * 2 * f * d, dwd_out = ddown + expert * d * f;
+                dwgu = product(dwgu_out, 5, 2 * f * d), dwd = product(dwd_out, 6, d * f);
+            }
+            if (dgate_up && offset[expert] == offset[expert + 1]) {
                 std::fill(dwgu, dwgu + 2 * f * d, 0.0f);
                 std::fill(dwd, dwd + d * f, 0.0f);
             }
             for (int64_t at = offset[expert]; at < offset[expert + 1]; at += kBlock) {
                 const int64_t rows = std::min(kBlock, offset[expert + 1] - at);
                 const float beta = at == offset[expert] ? 0.0f : 1.0f;
-                gather(x, token + at, rows, d, xb);
                 gather(dout, token + at, rows, d, dy);
                 gemm('N', 'N', rows, f, d, 1.0f, dy, d, wd, f, 0.0f, dhidden, f);
                 for (int64_t r = 0; r < rows; ++r)
                     dgate[at + r] = swiglu_row_backward(gate_up_s + (at + r) * 2 * f, gate[at + r], dhidden + r * f,
                                                         hidden + r * f, dgu + r * 2 * f, f);
-                gemm('T', 'N', d, f, rows, 1.0f, dy, d, hidden, f, beta, dwd, f);
-                gemm('T', 'N', 2 * f, d, rows, 1.0f, dgu, 2 * f, xb, d, beta, dwgu, d);
+                if (dgate_up) {
+                    gather(x, token + at, rows, d, xb);
+                    gemm('T', 'N', d, f, rows, 1.0f, dy, d, hidden, f, beta, dwd, f);
+                    gemm('T', 'N', 2 * f, d, rows, 1.0f, dgu, 2 * f, xb, d, beta, dwgu, d);
+                }
+                if (!dx) continue;
                 float* dxb = product(dx_s + at * d, 7, kBlock * d);
                 gemm('N', 'N', rows, d, 2 * f, 1.0f, dgu, 2 * f, wgu, d, 0.0f, dxb, d);
                 settle(dxb, dx_s + at * d, rows * d);
             }
-            settle(dwgu, dwgu_out, 2 * f * d);
-            settle(dwd, dwd_out, d * f);
+            if (dgate_up) {
+                settle(dwgu, dwgu_out, 2 * f * d);
+                settle(dwd, dwd_out, d * f);
+            }
         }
-        combine(dx_s, slot, dx, n, k, d);
+        if (dx) combine(dx_s, slot, dx, n, k, d);
     }
 }
 

@@ -1,0 +1,74 @@
+"""Where a model is cut into pipeline stages: so that the slowest stage is as fast as can be.
+
+Embedding and head count too. The head of a large vocabulary costs as much as layers do, and each MTP module costs a
+layer and the head once more, all in the last stage; so that has fewer layers than the others.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+from benthic.config.schema import ModelConfig
+from benthic.errors import InputError
+from benthic.plan.flops import forward_flops
+
+
+class Costs(NamedTuple):
+    """Of a token, in any unit."""
+
+    layers: list[float]
+    first: float
+    """Of the embedding."""
+    last: float
+    """Of final norm, head, and the MTP modules that run."""
+
+
+def computed_costs(config: ModelConfig, length: int, *, mtp: bool) -> Costs:
+    """Operations of the forward pass; of the backward pass they are twice as many everywhere."""
+
+    def whole(layers: int, dense: int) -> float:
+        sizes = {"num_hidden_layers": layers, "first_k_dense_replace": dense}
+        return forward_flops(config.model_copy(update=sizes), length)
+
+    head = whole(0, 0)
+    dense, sparse = whole(1, 1) - head, whole(1, 0) - head
+    further = forward_flops(config, length, mtp=mtp) - forward_flops(config, length)
+    layers = [dense if layer < config.first_k_dense_replace else sparse for layer in range(config.num_hidden_layers)]
+    return Costs(layers, 0.0, head + further)
+
+
+def cut(costs: Costs, stages: int) -> list[range]:
+    """The layers of each stage: those by which the dearest stage is cheapest, and the rest as even as they can be.
+
+    The first stage may be the embedding alone, the last the head; those between have a layer each at least. Raises
+    InputError if there are too few layers for that.
+    """
+    count = len(costs.layers)
+    if stages > count + 2:
+        raise InputError(f"{stages} pipeline stages: a model of {count} layers can be cut into {count + 2} at most")
+    best = _divide(costs, stages, None)
+    limit = max(_cost(costs, layers, stage, stages) for stage, layers in enumerate(best))
+    return _divide(costs, stages, limit)
+
+
+def _cost(costs: Costs, layers: range, stage: int, stages: int) -> float:
+    extra = (costs.first if stage == 0 else 0.0) + (costs.last if stage == stages - 1 else 0.0)
+    return sum(costs.layers[layer] for layer in layers) + extra
+
+
+def _divide(costs: Costs, stages: int, limit: float | None) -> list[range]:
+    """Least maximum over stages; or, with a limit that none may exceed, least sum of squares."""
+    count = len(costs.layers)
+    found: dict[int, tuple[float, list[int]]] = {0: (0.0, [0])}
+    for stage in range(stages):
+        may_be_empty = stage in (0, stages - 1)
+        after: dict[int, tuple[float, list[int]]] = {}
+        for start, (badness, ends) in found.items():
+            for end in range(start + (not may_be_empty), count + 1):
+                cost = _cost(costs, range(start, end), stage, stages)
+                if limit is not None and cost > limit:
+                    break
+                total = max(badness, cost) if limit is None else badness + cost**2
+                if end not in after or total < after[end][0]:
+                    after[end] = total, [*ends, end]
+        found = after
+    return [range(start, end) for start, end in pairwise(found[count][1])]

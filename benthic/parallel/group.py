@@ -1,0 +1,174 @@
+"""A run of several processes, which torchrun has started: what they divide among them and what they agree on."""
+
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benthic import torchrun
+from benthic.config.schema import ParallelConfig, RunConfig
+from benthic.errors import InputError, WorkFailed
+from benthic.parallel import gather
+from benthic.parallel.dispatch import Sender
+from benthic.parallel.experts import divide_experts
+from benthic.parallel.fits import refuse_misfit
+from benthic.parallel.layout import Layout, passes_of_ranks, rows_of_rank
+from benthic.parallel.mesh import Mesh
+from benthic.parallel.messages import broadcast
+from benthic.parallel.pipeline import divide_layers
+from benthic.parallel.shard import gathered, reduce_in_pass, shard
+from benthic.parallel.traffic import Traffic
+from benthic.parallel.world import ALONE, Stop, Tensors, World
+from benthic.precision.compute import Compute
+
+_Item = TypeVar("_Item")
+_Answer = TypeVar("_Answer")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ERRORS: dict[str, type[Exception]] = {"input": InputError, "work": WorkFailed}
+
+
+@contextmanager
+def open_world(config: RunConfig) -> Iterator[World]:
+    """The processes that torchrun has started, or this one alone.
+
+    Raises:
+        InputError: the settings of ``parallel`` do not fit their number, or the model, or the batch.
+    """
+    refuse_misfit(config, torchrun.processes())
+    if torchrun.processes() == 1:
+        yield ALONE
+        return
+    with _process_group(config.parallel.timeout_seconds):
+        yield Group(config.parallel)
+
+
+@contextmanager
+def _process_group(timeout_seconds: float) -> Iterator[None]:
+    """The group of all processes, unless it is there already."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Group(World):
+    """One of several processes."""
+
+    def __init__(self, parallel: ParallelConfig) -> None:
+        self.layout = Layout.of(parallel)
+        self.rank = dist.get_rank()
+        self.main = self.rank == 0
+        self.processes = self.layout.world
+        self.mesh = Mesh(self.layout)
+        self.traffic = Traffic()
+        self._parallel = parallel
+        self._stop: Stop | None = None
+        self._stopped_by: int | None = None
+
+    def spread(self, objective: nn.Module, compute: Compute, length: int) -> None:
+        """Layers by the pipeline, experts by the expert axis, then all weights by the others."""
+        if self._parallel.pipeline > 1:
+            divide_layers(objective, self._parallel.schedule, self.mesh.pipeline_group, length)
+        if self._parallel.expert > 1:
+            sender = Sender(self.mesh.expert_group, self.traffic)
+            divide_experts(objective, sender, fp8=self._parallel.fp8_dispatch)
+        shard(objective, self.mesh, self._parallel.zero, compute, self.traffic)
+
+    def rows(self, batch: int, micro_batch: int) -> range:
+        """As :func:`rows_of_rank`."""
+        return rows_of_rank(batch, self.layout.data_ranks, self.layout.data_rank(self.rank), micro_batch)
+
+    def passes(self, batch: int, micro_batch: int) -> int:
+        """As :func:`passes_of_ranks`."""
+        return passes_of_ranks(batch, self.layout.data_ranks, micro_batch)
+
+    def begin_pass(self, objective: nn.Module, *, last: bool) -> None:
+        """ZeRO-1 reduces gradients once."""
+        reduce_in_pass(objective, self._parallel.zero, last=last)
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """One message."""
+        total = numbers.clone()
+        dist.all_reduce(total, group=self.mesh.data_group)
+        return total
+
+    def agree(self, losses: Tensor, grad_norm: Tensor, load_ME: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One message for all of them and for whether a process was asked to stop.
+
+        What is not finite on one process is so on all. Loads are counts, which float64 adds exactly.
+        """
+        asked = torch.tensor([float(self._stop is not None and self._stop.signal == number) for number in _SIGNALS])
+        # Each part of a gradient is there once for every copy of the model.
+        square = grad_norm.double().square() / self.layout.replicate
+        parts = [losses.double(), square[None], asked.double(), load_ME.double().flatten()]
+        numbers = torch.cat(parts)
+        dist.all_reduce(numbers)
+        totals, square, asked, loads = numbers.split([len(part) for part in parts])
+        self._stopped_by = next((number for number, one in zip(_SIGNALS, asked.tolist(), strict=True) if one), None)
+        return totals.to(losses.dtype), square[0].sqrt().to(grad_norm.dtype), loads.round().long().view(load_ME.shape)
+
+    def stopped_by(self, stop: Stop) -> int | None:
+        """What all processes knew at the last :meth:`agree`."""
+        return self._stopped_by
+
+    def listen(self, stop: Stop) -> None:
+        """From the next :meth:`agree` on."""
+        self._stop = stop
+
+    def evaluating(self, objective: nn.Module, compute: Compute) -> AbstractContextManager[None]:
+        """As :func:`gathered`."""
+        return gathered(objective, compute)
+
+    def share(self, items: Iterable[_Item]) -> Iterator[tuple[_Item, bool]]:
+        """In turns; in the last one, ranks that have none left get one that does not count."""
+        ranks, rank = self.layout.data_ranks, self.layout.data_rank(self.rank)
+        remaining = iter(items)
+        while turn := list(islice(remaining, ranks)):
+            yield (turn[rank], True) if rank < len(turn) else (turn[0], False)
+
+    def first(self, function: Callable[[], _Answer]) -> _Answer:
+        """On the main process; its answer, or the line of its error, goes to all."""
+        answer: Any = None
+        raised: Exception | None = None
+        if self.main:
+            try:
+                answer = {"answer": function()}
+            except tuple(_ERRORS.values()) as error:
+                kind = next(name for name, one in _ERRORS.items() if isinstance(error, one))
+                answer, raised = {kind: str(error)}, error
+        found = broadcast(answer)
+        if raised is not None:
+            raise raised
+        for kind, failure in _ERRORS.items():
+            if kind in found:
+                raise failure(found[kind])
+        result: _Answer = found["answer"]
+        return result
+
+    def whole(self, model: nn.Module, tensors: Tensors) -> Tensors:
+        """Sent to the main process by those that hold a part."""
+        parts = gather.divided(model, self.layout)
+        return {group: gather.whole(named, parts, self.layout, self.rank) for group, named in sorted(tensors.items())}
+
+    def own(self, model: nn.Module, tensors: Tensors) -> Tensors:
+        """Cut out of them."""
+        parts = gather.divided(model, self.layout)
+        if self.layout.pipeline > 1:
+            here = model.state_dict().keys()
+            tensors = {group: gather.of_stages(named, here) for group, named in tensors.items()}
+        return {group: gather.own(named, parts, self.layout, self.rank) for group, named in tensors.items()}
+
+    def figures(self) -> dict[str, Any]:
+        """Bytes that this process has sent, by purpose."""
+        return {"bytes_sent": self.traffic.take()}

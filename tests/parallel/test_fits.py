@@ -1,0 +1,46 @@
+"""Refusals of sizes that do not fit, each with what would."""
+
+import pytest
+
+from benthic.config.load import load_run_config
+from benthic.errors import InputError
+from benthic.parallel.fits import refuse_misfit
+
+
+def config(*settings):
+    return load_run_config("tiny", ["train.batch_size=12", *settings])
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "says"),
+    [
+        (1, ["parallel.expert=2", "parallel.shard=2"], "torchrun --nproc-per-node 4"),
+        (4, [], "--set parallel.shard=4"),
+        (4, ["parallel.expert=2"], "--set parallel.shard=2"),
+        (3, ["parallel.expert=2"], "torchrun --nproc-per-node 2"),
+        (3, ["parallel.expert=3"], "parallel.expert=3 must divide model.n_routed_experts=8: 1, 2, 4 or 8 would"),
+        (8, ["parallel.shard=8"], "train.batch_size=12 cannot be divided among 8 data ranks"),
+        (8, ["parallel.shard=8"], "; 16 can"),
+        (2, ["parallel.expert=2", "parallel.fp8_dispatch=true"], 'precision.compute="fp8"'),
+        (2, ["parallel.shard=2", "train.minutes=3"], "give train.steps"),
+        (64, ["parallel.pipeline=64"], "must be at most model.num_hidden_layers"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would(processes, settings, says):
+    with pytest.raises(InputError) as caught:
+        refuse_misfit(config(*settings), processes)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (1, []),
+        (12, ["parallel.shard=3", "parallel.replicate=4"]),
+        (8, ["parallel.expert=4", "parallel.pipeline=2"]),
+        (2, ["parallel.expert=2", "parallel.fp8_dispatch=true", "precision.compute=fp8"]),
+    ],
+)
+def test_what_fits_is_accepted(processes, settings):
+    refuse_misfit(config(*settings), processes)
