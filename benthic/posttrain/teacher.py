@@ -34,6 +34,7 @@ _OF_THIS_PROMPT = {400, 413, 422}
 """The endpoint's answer where it refuses what it is asked, but may take other prompts."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 60.0
 """Seconds between tries."""
+_CONNECT_SECONDS = 15.0
 _LONGEST_WHY = 300
 _UNREADABLE = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 _Parsed = TypeVar("_Parsed")
@@ -179,8 +180,9 @@ class Endpoint:
     def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes, float]:
         """Status, content, and the seconds it asks to be left alone for. Raises OSError or HTTPException."""
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self._config.timeout_seconds)
+        connection = kind(self._host, self._port, timeout=min(_CONNECT_SECONDS, self._config.timeout_seconds))
         connection.connect()
+        connection.sock.settimeout(self._config.timeout_seconds)
         with closing(connection), self._in_time(connection.sock):
             connection.request(method, self._path + path, body, self._headers)
             with connection.getresponse() as response:

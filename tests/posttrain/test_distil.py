@@ -1,12 +1,14 @@
 """Answers of teachers that err, hang and write nonsense: what is kept, what is counted, and going on after a kill."""
 
 import json
+import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from serving import make_model
+from serving import PROGRAM, make_model
 from teachers import FakeTeacher, answer, cut_off, drip, endless, gone, hang, redirect
 
 from benthic import api
@@ -251,6 +253,28 @@ def test_it_goes_on_where_it_was_and_ends_the_same(fake, problems, tmp_path):
         return [(line["messages"], line["provenance"]["seed"], line["provenance"]["rewards"]) for line in lines]
 
     assert content(out) == content(whole)
+
+
+def test_ctrl_c_while_the_teacher_hangs(fake, problems, tmp_path):
+    stuck = threading.Event()
+    there = fake(lambda body, number: hang if stuck.is_set() and number >= 2 else right(body))
+    recipe, out = tmp_path / "teacher.toml", tmp_path / "out"
+    recipe.write_text(
+        f'[model]\npreset = "tiny"\n[posttrain.distil]\nteacher = "{there.url}"\n'
+        f'[[posttrain.distil.problems]]\nfile = "{problems}"\nrewards = [{{name = "exact"}}]\n'
+    )
+    command = [*PROGRAM, "distil", str(recipe), "--out", str(out)]
+    stuck.set()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 120
+        while len(there.asked) < 4 and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "stopped by Ctrl-C\n")
+    stuck.clear()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{out / ANSWERS}: 12 of 12 answers\n"
 
 
 def test_other_settings_want_another_folder(fake, problems, tmp_path):
