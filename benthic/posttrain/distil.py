@@ -127,6 +127,10 @@ class Source(NamedTuple):
 def _open(config: ProblemsConfig, held_out: int | None) -> Source:
     if config.family is not None:
         family = Family(config, _HELD_OUT if held_out is None else held_out)
+        try:
+            family.training(_FIRST)
+        except InputError as error:
+            raise InputError(str(error).replace("posttrain.rl", "posttrain.distil", 1)) from None
         return Source(family.name, family.rewards, family.fingerprint, lambda count: _of_family(family, count))
     path = Path(config.file or "")
     if not path.is_file():

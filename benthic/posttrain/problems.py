@@ -60,6 +60,8 @@ class Family:
     @cached_property
     def held_out(self) -> list[Problem]:
         """Problems that all ask something else. Raises InputError if the family has too few."""
+        if not self._count:
+            return []
         found: dict[str, Problem] = {}
         for number in range(_TRIES * self._count):
             problem = self._problem(HELD_OUT_SEED + number)

@@ -331,6 +331,19 @@ def test_a_family_is_asked_what_nobody_holds_out(fake, tmp_path):
     assert all(0 <= line["provenance"]["rewards"]["reasoning_gym"] <= 1 for line in lines)
 
 
+def test_small_families_say_so_before_anything_is_asked(fake, tmp_path):
+    pytest.importorskip("reasoning_gym")
+    there, one = fake(lambda body, number: answer("5")), {"min_terms": 2, "max_terms": 2, "max_digits": 1}
+    config = DistilConfig.model_validate({
+        "teacher": there.url, "count": 3, "least_reward": 0.0, "timeout_seconds": 5.0,
+        "problems": ({"family": "chain_sum", "settings": one},),
+    })  # fmt: skip
+    with pytest.raises(InputError, match=r"^posttrain\.distil: chain_sum has \d+ different problems.*held_out"):
+        api.distil(config, tmp_path / "out")
+    assert (there.asked, (tmp_path / "out").exists()) == ([], False)
+    assert api.distil(config.model_copy(update={"held_out": 0}), tmp_path / "out")["kept"] == 3
+
+
 def test_a_model_of_ones_own_is_a_teacher(problems, tmp_path):
     model = make_model(tmp_path / "run")
     config = settings(
