@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from serving import make_model
+from teachers import FakeTeacher, answer
 
 from benthic.lab import compare
 from benthic.lab.compare import Outcome, Variant
@@ -54,6 +56,30 @@ def run_script(monkeypatch):
         return 0
 
     return run
+
+
+def test_a_student_learns_from_a_teacher_and_is_measured_on_answers_it_has_not_seen(run_script, tmp_path, capsys):
+    student = make_model(tmp_path / "student")
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {number}"}) + "\n" for number in range(40)))
+    teacher = FakeTeacher(lambda body, number: answer("I am well. Thank you " * 3))
+    try:
+        arguments = (student, "--out", out, "--teacher", teacher.url, "--prompts", prompts, "--count", 30, "--json")
+        assert run_script("distillation", *arguments) == 0
+    finally:
+        teacher.close()
+    found = json.loads(capsys.readouterr().out)
+    assert found["answers"] == 30
+    assert found["before"]["n"] == found["after"]["n"] == 6
+    assert found["after"]["ci95"][1] < found["before"]["ci95"][0]
+    assert found["gain"] == pytest.approx(1 - found["after"]["value"] / found["before"]["value"])
+    assert 0 < found["gain_ci95"][0] <= found["gain"] <= found["gain_ci95"][1]
+    learnt = [json.loads(line)["messages"][0]["content"] for line in (out / "learnt.jsonl").read_text().splitlines()]
+    held_out = [
+        json.loads(line)["messages"][0]["content"] for line in (out / "held-out.jsonl").read_text().splitlines()
+    ]
+    assert len(learnt) == 24
+    assert not set(learnt) & set(held_out)
 
 
 def with_loads(loads):
