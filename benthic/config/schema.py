@@ -106,6 +106,9 @@ class DataConfig(Settings):
     """A tokenizer directory to use; by default one is trained on the training split."""
     mask_documents: bool = False
     """Keep attention and MTP within documents; the published pretraining packs without masks."""
+    conversations: Literal["chat", "text"] = "chat"
+    """How pretraining reads conversations: in the chat format, or as text, a turn a line, so that it is fine-tuning
+    that teaches the format."""
     seed: Natural = 0
 
 

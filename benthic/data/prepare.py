@@ -124,7 +124,7 @@ def _prepared_before(config: DataConfig, vocab_size: int, out: Path) -> Manifest
         moved = key == "sources" and changed is False
         if saved.get(key) != value and not moved:
             raise InputError(
-                f"{out / 'data'}: prepared with {key}={manifest.settings.get(key)!r}, not {value!r}; "
+                f"{out / 'data'}: prepared with {key}={manifest.settings.get(key, saved.get(key))!r}, not {value!r}; "
                 "choose another directory or delete this one"
             )
     if changed:
@@ -182,7 +182,8 @@ def _encode(
     writers = {split: ShardWriter(directory, split, dtype) for split in SPLITS}
     documents = counted(_documents(config, found), "encoding", found.documents, progress)
     while batch := list(islice(documents, ENCODE_BATCH)):
-        encoded = tokenizer.encode_documents([document for _, document in batch])
+        chat = config.conversations == "chat"
+        encoded = tokenizer.encode_documents([document if chat else document.unspoken for _, document in batch])
         for (split, document), ids in zip(batch, encoded, strict=True):
             writers[split].append(ids, len(document.plain_text.encode()))
     return {split: writer.close() for split, writer in writers.items()}
