@@ -199,6 +199,19 @@ def test_the_cost_of_fp8_is_relative_and_over_windows():
     assert str(cost) == "training loss +10.000%, at the end +10.000%; validation +5.000%"
 
 
+def test_gains_are_of_each_seed_and_intervals_are_apart_where_all_are():
+    def row(value, low, high):
+        return {"accuracy": {"sums": {"value": value, "n": 500, "ci95": [low, high]}}}
+
+    runs = [[row(0.2, 0.1, 0.3), {"loss": 1.0}, row(0.9, 0.8, 0.95), row(0.5, 0.4, 0.6)],
+            [row(0.25, 0.15, 0.35), row(0.65, 0.45, 0.75)]]  # fmt: skip
+    found = script("grpo").accuracies(runs, "accuracy")["sums"]
+    assert found["gain"]["values"] == pytest.approx([0.3, 0.4])
+    assert found["apart"]
+    runs[1][0] = row(0.25, 0.15, 0.41)
+    assert not script("grpo").accuracies(runs, "accuracy")["sums"]["apart"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
@@ -209,6 +222,7 @@ def test_the_cost_of_fp8_is_relative_and_over_windows():
         ("checkpoint_cost", ["tiny", "precision.compute=fp32"], ["a step in fp32", "every 100 steps"]),
         ("train_vs_transformers", ["tiny", "precision.compute=bf16"], ["in bf16", "times eager"]),
         ("memory_vs_transformers", ["tiny"], ["recomputing", "of transformers'"]),
+        ("rollouts", ["tiny", "--tokens", "3"], ["64 at once", "one at a time", "ratio"]),
     ],
 )
 def test_benchmarks_run(run_script, capfd, name, arguments, said):
@@ -230,6 +244,8 @@ def test_benchmarks_run(run_script, capfd, name, arguments, said):
         ("train_vs_transformers", ["bench", "train.micro_batch_size=2"], "train.micro_batch_size=2: not compared"),
         *((name, ["DIR", "--set", "train.stepz=1"], "train.stepz") for name in STUDIES),
         ("context_length", ["DIR"], "config.toml"),
+        ("grpo", ["DIR", "--run", "DIR"], "config.toml"),
+        ("rollouts", ["nosuch"], "preset or recipe 'nosuch'"),
         ("expert_placement", ["DIR", "--gpus", "8"], "DIR"),
     ],
 )
