@@ -9,8 +9,9 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from torch.distributed.pipelining import schedules as torch_schedules
-from torch.distributed.pipelining.schedules import _Action as Action
-from torch.distributed.pipelining.schedules import _ComputationType as Computation
+
+Action = torch_schedules._Action
+Computation = torch_schedules._ComputationType
 
 Schedule = Literal["1f1b", "zb1p", "interleaved", "zbv", "dualpipev"]
 Orders = dict[int, list[Action]]
