@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.inference import engine
 from benthic.lock import locked
-from benthic.model import LanguageModel, Transformer
+from benthic.model import LanguageModel, Trainable, Transformer
+from benthic.parallel.group import open_world
 from benthic.plan.memory import refuse_too_large
 from benthic.posttrain.preferences import Preferences
 from benthic.posttrain.reward_model import RewardArchitecture, trunk_weights
@@ -63,21 +65,32 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
     """Runs every stage of training on the data prepared in ``out``, or goes on, and leaves the model in ``out/model``.
 
     ``benthic.train`` is this function. What is written besides, and what it raises, is as in
-    :func:`benthic.train.loop.train`; ``out/model`` is in Hugging Face layout.
+    :func:`benthic.train.loop.train`; ``out/model`` is in Hugging Face layout. Under torchrun every process calls it,
+    and the main one writes.
 
     Raises:
         InputError: besides, ``out/model`` is there and not of this training, or another process works in ``out``.
     """
     out = Path(out)
     refuse_too_large(config.model)
+    with open_world(config) as world, ExitStack() as held:
+        world.first(lambda: _prepare(config, out, held))
+        trained = loop.train(config, out, kinds=KINDS, world=world)
+        world.first(lambda: _export(trained.model, out))
+    return trained
+
+
+def _prepare(config: RunConfig, out: Path, held: ExitStack) -> None:
+    """Make ready for training in ``out``, and hold it."""
     refuse_model_directory(out)
     prepare_posttraining(config, out)
-    with locked(out):
-        _refuse_other_model(out)
-        trained = loop.train(config, out, kinds=KINDS)
-        assert isinstance(trained.model, LanguageModel)
-        save_hf(trained.model, trained.model.config, out / "tokenizer", out / "model", purpose="training")
-    return trained
+    held.enter_context(locked(out))
+    _refuse_other_model(out)
+
+
+def _export(model: Trainable, out: Path) -> None:
+    assert isinstance(model, LanguageModel)
+    save_hf(model, model.config, out / "tokenizer", out / "model", purpose="training")
 
 
 def train_reward_model(config: RunConfig, out: str | Path) -> loop.Trained:

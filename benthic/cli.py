@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from benthic import __version__, console
+from benthic import __version__, console, torchrun
 from benthic.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def _options(
 @app.command(epilog="Example: benthic run quickstart --out runs/quickstart --set train.minutes=5")
 def run(out: Out, recipe: Recipe = "quickstart", set_: Set = None) -> None:
     """Every stage, from raw text to a model; run it again to resume."""
+    _refuse_several_processes()
     from benthic.config.load import load_run_config
     from benthic.data.prepare import prepare
     from benthic.plan.memory import refuse_too_large
@@ -188,7 +189,15 @@ def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
     )
 
 
+def _refuse_several_processes() -> None:
+    if torchrun.processes() > 1:
+        raise InputError(
+            f"{torchrun.processes()} processes were started; several can do `benthic train`, after `benthic data`"
+        )
+
+
 def _posttrain(stage: Literal["sft", "rl"], recipe: str, out: Path, base: Path, set_: list[str] | None) -> None:
+    _refuse_several_processes()
     _prepare_and_train(_posttrain_config(stage, recipe, out, base, set_), out)
 
 
@@ -494,7 +503,8 @@ def _train(config: "RunConfig", out: Path) -> None:
     from benthic.api import train
 
     trained = train(config, out)
-    print(f"{out}: {trained.bits_per_byte:.4f} {trained.measure}; to talk to it: benthic chat {out}")
+    if torchrun.rank() == 0:
+        print(f"{out}: {trained.bits_per_byte:.4f} {trained.measure}; to talk to it: benthic chat {out}")
 
 
 def _print(figures: dict[str, object], as_json: bool) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from benthic.errors import InputError, WorkFailed
 from benthic.terminal import without_controls
+from benthic.torchrun import rank
 from benthic.train.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def fail(line: str, status: int) -> NoReturn:
     """End the program, saying why."""
     if line:  # a command without arguments has printed its help instead
         # Names out of a file from anywhere may be among it.
-        print(f"error: {without_controls(' '.join(line.split()))}", file=sys.stderr)
+        said_by = f"rank {rank()}: " if rank() else ""
+        print(f"{said_by}error: {without_controls(' '.join(line.split()))}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -16,6 +16,8 @@ def refuse_misfit(config: RunConfig, processes: int) -> None:
         )
     if processes == 1:
         return
+    if config.train.minutes is not None:
+        raise InputError("train.minutes: what a machine does in so many is measured on one process; give train.steps")
     experts = config.model.n_routed_experts
     if experts % parallel.expert:
         raise InputError(

@@ -98,9 +98,7 @@ def _describe(name: str, tensor: Tensor, parts: dict[str, Divided]) -> _Describe
     return _Described(tuple(held.shape), str(held.dtype).removeprefix("torch."), _weight_of(name, held, parts))
 
 
-def _together(
-    held: Tensor | None, one: _Described, layout: Layout, rank: int, ranks: Sequence[int]
-) -> Tensor | None:
+def _together(held: Tensor | None, one: _Described, layout: Layout, rank: int, ranks: Sequence[int]) -> Tensor | None:
     """The ranks of a stage's first copy send what they hold to rank 0."""
     weight = one.weight or Divided(one.shape[0] if one.shape else 1, expert=False)
     senders = [other for other in ranks if layout.coordinates(other).replicate == 0] if one.weight else ranks[:1]

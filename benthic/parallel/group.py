@@ -1,6 +1,5 @@
 """A run of several processes, which torchrun has started: what they divide among them and what they agree on."""
 
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benthic import torchrun
 from benthic.config.schema import ParallelConfig, RunConfig
 from benthic.errors import InputError, WorkFailed
 from benthic.parallel import gather
@@ -41,9 +41,8 @@ def open_world(config: RunConfig) -> Iterator[World]:
     Raises:
         InputError: the settings of ``parallel`` do not fit their number, or the model, or the batch.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    refuse_misfit(config, processes)
-    if processes == 1:
+    refuse_misfit(config, torchrun.processes())
+    if torchrun.processes() == 1:
         yield ALONE
         return
     with _process_group(config.parallel.timeout_seconds):

@@ -232,7 +232,7 @@ class _Trainer:
                 self.writer.check()
                 if self._step(metrics, progress):
                     self._end_step(metrics, progress, stop)
-            self.writer.wait()
+            self.world.first(self.writer.wait)
 
     def _open_metrics(self) -> Metrics:
         earlier = {stage.name: stage.steps for stage in self.earlier}
@@ -248,7 +248,7 @@ class _Trainer:
         if due or signal is not None:
             self._save(metrics, on_schedule=due)
         if signal is not None:
-            self.writer.wait()
+            self.world.first(self.writer.wait)  # a process that ends takes the others with it
             raise Interrupted(signal, f"stopped after step {step} of {self.stage.name}, saved in {self.run.out}")
 
     def _step(self, metrics: Metrics, progress: Progress) -> bool:
@@ -295,7 +295,7 @@ class _Trainer:
 
     def _roll_back(self, row: dict[str, Any], next_sequence: int, metrics: Metrics) -> None:
         """Become the last checkpoint, or the start, with all sequences before ``next_sequence`` passed over."""
-        self.writer.wait()
+        self.world.first(self.writer.wait)
         target = self.world.first(lambda: str(roll_back_target(self.checkpoints) or ""))
         if not target:
             self.state = TrainState(self.config, self.run.architecture, self.stage.adapter, self.world)
@@ -350,4 +350,4 @@ class _Trainer:
         # A signal's checkpoint takes the place of none: a later roll-back may want the one before.
         keep = self.config.train.keep_checkpoints if on_schedule else None
         checkpoint = self.state.to_checkpoint(self.run.identity, self.work.carry(), on_schedule=on_schedule)
-        self.writer.save(self.state.step, checkpoint, keep)
+        self.world.first(lambda: self.writer.save(self.state.step, checkpoint, keep))

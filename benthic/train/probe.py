@@ -114,9 +114,7 @@ def probe_batches(model: Trainable, batches: Iterable[Batch], compute: Compute =
     """Accuracies on the tokens that these batches have to be predicted, and entropies at all their positions."""
     # The split's last sequence may be too short for all depths.
     long_enough = (batch for batch in batches if batch.tokens_BS.shape[1] > 1 + len(model.mtp))
-    parts = [
-        [part * counts for part in found] for found, counts in _sums_of_shared(model, long_enough, compute, world)
-    ]
+    parts = [[part * counts for part in found] for found, counts in _sums_of_shared(model, long_enough, compute, world)]
     if not parts:
         return Probe([], [])
     sums = [torch.stack(part).sum(0) for part in zip(*parts, strict=True)]

@@ -22,6 +22,7 @@ def config(*settings):
         (8, ["parallel.shard=8"], "train.batch_size=12 cannot be divided among 8 data ranks"),
         (8, ["parallel.shard=8"], "; 16 can"),
         (2, ["parallel.expert=2", "parallel.fp8_dispatch=true"], 'precision.compute="fp8"'),
+        (2, ["parallel.shard=2", "train.minutes=3"], "give train.steps"),
         (64, ["parallel.pipeline=64"], "must be at most model.num_hidden_layers"),
     ],
 )  # fmt: skip
