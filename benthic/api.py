@@ -1,8 +1,8 @@
 """The public functions that join packages which know nothing of each other: models on disk, training, inference."""
 
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,32 @@ from torch import Tensor
 
 from benthic.config.complain import complaint
 from benthic.config.load import inference_defaults
-from benthic.config.schema import InferenceConfig, RunConfig
+from benthic.config.schema import PROBLEMS, InferenceConfig, RunConfig
 from benthic.config.stages import BASE, PRETRAIN
 from benthic.convert.huggingface import copy_tokenizer, is_written_for, save_hf, tokenizer_ids
-from benthic.convert.resolve import find_tokenizer, load_model, model_config
+from benthic.convert.resolve import (
+    current_stage,
+    find_tokenizer,
+    is_exported,
+    load_checkpoint,
+    load_model,
+    model_config,
+)
 from benthic.convert.shards import write_json
 from benthic.data.manifest import Manifest
 from benthic.data.prepare import Progress, refuse_model_directory
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
+from benthic.files import write_atomically
 from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import LanguageModel, Trainable, Transformer
 from benthic.parallel.group import open_world
+from benthic.parallel.world import World
 from benthic.plan.memory import refuse_too_large
 from benthic.posttrain.preferences import Preferences
+from benthic.posttrain.problem_files import FOLDER as PROBLEMS_FOLDER
+from benthic.posttrain.problem_files import write_problems
 from benthic.posttrain.reward_model import RewardArchitecture, trunk_weights
 from benthic.posttrain.rl import Rl
 from benthic.posttrain.sft import Sft, stage_settings
@@ -34,9 +45,12 @@ from benthic.posttrain.sft_data import prepare_sft, split_of
 from benthic.precision.latents import CachePrecision
 from benthic.precision.quantise import Precision
 from benthic.report import page
-from benthic.report.facts import Facts
+from benthic.report.card import FILE_NAME as CARD
+from benthic.report.card import model_card
+from benthic.report.facts import Facts, read_facts
 from benthic.train import loop
 from benthic.train.checkpoint import Checkpoint, latest, save
+from benthic.train.progress import Opener, open_progress
 from benthic.train.work import Kinds
 
 
@@ -72,18 +86,25 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
         InputError: besides, ``out/model`` is there and not of this training, or another process works in ``out``.
     """
     out = Path(out)
-    refuse_too_large(config.model)
-    with open_world(config) as world, ExitStack() as held:
-        world.first(lambda: _prepare(config, out, held))
+    with _training(config, out, KINDS) as world:
         trained = loop.train(config, out, kinds=KINDS, world=world)
         world.first(lambda: _export(trained.model, out))
     return trained
 
 
-def _prepare(config: RunConfig, out: Path, held: ExitStack) -> None:
+@contextmanager
+def _training(config: RunConfig, out: Path, kinds: Kinds) -> Iterator[World]:
+    """All processes of a run that trains in ``out``, once everything is ready for it."""
+    refuse_too_large(config.model)
+    with open_world(config) as world, ExitStack() as held:
+        world.first(lambda: _prepare(config, out, kinds, held))
+        yield world
+
+
+def _prepare(config: RunConfig, out: Path, kinds: Kinds, held: ExitStack) -> None:
     """Make ready for training in ``out``, and hold it."""
     refuse_model_directory(out)
-    prepare_posttraining(config, out)
+    prepare_posttraining(config, out, kinds=kinds)
     held.enter_context(locked(out))
     _refuse_other_model(out)
 
@@ -91,6 +112,32 @@ def _prepare(config: RunConfig, out: Path, held: ExitStack) -> None:
 def _export(model: Trainable, out: Path) -> None:
     assert isinstance(model, LanguageModel)
     save_hf(model, model.config, out / "tokenizer", out / "model", purpose="training")
+
+
+def train_stages(config: RunConfig, out: Path, *, kinds: Kinds = KINDS, show: Opener = open_progress) -> loop.Trained:
+    """As :func:`train`, without writing ``out/model``; of stages of these kinds alone."""
+    with _training(config, out, kinds) as world:
+        return loop.train(config, out, kinds=kinds, world=world, show=show)
+
+
+def export_trained(out: Path) -> None:
+    """Write ``out/model``, in Hugging Face layout with a model card, of the last weights of a run's training; where it
+    is of those already, the card alone, for there may be more to tell.
+
+    Raises:
+        InputError: ``out/model`` is there and not of this training, or a checkpoint is damaged.
+    """
+    with locked(out):
+        _refuse_other_model(out)
+        stage, newest = current_stage(out)
+        if newest is None:
+            raise InputError(f"{out}: nothing has been trained that could be exported")
+        card = model_card(read_facts(out, stage.config.model))
+        if is_exported(out):
+            write_atomically(out / "model" / CARD, card)
+            return
+        model, sizes = load_checkpoint(stage.config.model, newest)
+        save_hf(model, sizes, out / "tokenizer", out / "model", purpose="training", card=card)
 
 
 def train_reward_model(config: RunConfig, out: str | Path) -> loop.Trained:
@@ -108,11 +155,14 @@ def train_reward_model(config: RunConfig, out: str | Path) -> loop.Trained:
         return loop.train(config, out, RewardArchitecture(), {"reward": Preferences})
 
 
-def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress = lambda *_: None) -> list[str]:
+def prepare_posttraining(
+    config: RunConfig, out: str | Path, progress: Progress = lambda *_: None, *, kinds: Kinds = KINDS
+) -> list[str]:
     """Everything that the stages after pretraining need besides its weights, or nothing where it is there.
 
     A model that the run begins with, ``config.posttrain.base``, is copied into ``out``, which then needs nothing of it;
-    conversations to learn from become samples. Returns what somebody should know who did not ask.
+    problems to learn from are written down, and conversations become samples. Returns what somebody should know who did
+    not ask.
 
     Raises:
         InputError: there is no such model, ``out`` holds something else, or the conversations are of no use.
@@ -121,7 +171,11 @@ def prepare_posttraining(config: RunConfig, out: str | Path, progress: Progress 
     with locked(out):
         if config.posttrain.base is not None and latest(out / "checkpoints" / BASE) is None:
             _bring(config, out)
-        if config.posttrain.sft is None:
+        rl, sft = config.posttrain.rl, config.posttrain.sft
+        if rl is not None:
+            told = sft is not None and PROBLEMS in (one.source for one in sft.sources)
+            write_problems(rl, out / PROBLEMS_FOLDER, sft.problems if sft is not None and told else 0)
+        if sft is None or "sft" not in kinds:
             return []
         return prepare_sft(stage_settings(config), out, progress).remarks()
 

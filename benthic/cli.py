@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from benthic import __version__, console, torchrun
-from benthic.errors import InputError
+from benthic.errors import InputError, WorkFailed
 
 if TYPE_CHECKING:
     from benthic.config.schema import ModelConfig, RunConfig
@@ -99,20 +99,30 @@ def _options(
 
 
 @app.command(epilog="Example: benthic run quickstart --out runs/quickstart --set train.minutes=5")
-def run(out: Out, recipe: Recipe = "quickstart", set_: Set = None) -> None:
-    """Every stage, from raw text to a model; run it again to resume."""
+def run(
+    out: Out, recipe: Recipe = "quickstart", set_: Set = None,
+    skip: Annotated[
+        str, typer.Option("--skip", metavar="STAGES", help="Stages to leave out, as in --skip rl,export.")
+    ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the stages, their time and cost; write nothing.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Every stage, from raw text to a model that is measured and exported; run it again to resume."""
     _refuse_several_processes()
     from benthic.config.load import load_run_config
-    from benthic.data.prepare import prepare
-    from benthic.plan.memory import refuse_too_large
+    from benthic.run import whole
 
     config = load_run_config(recipe, set_ or ())
-    refuse_too_large(config.model)
-    if config.posttrain.base is None:
-        with console.counting() as progress:
-            manifest = prepare(config.data, config.model.vocab_size, out, progress)
-        console.print_notes(manifest.remarks())
-    _prepare_and_train(config, out)
+    plan = whole.plan(config, out, [name.strip() for name in skip.split(",") if name.strip()])
+    if dry_run:
+        console.print_forecast(whole.rows(plan, out), config.train.price_per_hour)
+        return
+    outcome = whole.run(plan, out)
+    console.print_evaluations(outcome.records)
+    print(whole.in_words(out, outcome))
+    if outcome.failed:
+        raise WorkFailed("; ".join(outcome.failed) + "; all else is done, and the same command tries again")
 
 
 @app.command(epilog="Example: benthic data notes/ chats.jsonl --out runs/mine --set model.vocab_size=8192")

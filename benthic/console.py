@@ -4,7 +4,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from benthic.errors import InputError, WorkFailed
 from benthic.terminal import without_controls
 from benthic.torchrun import rank
+from benthic.train.progress import clock
 from benthic.train.signals import Interrupted
 
 if TYPE_CHECKING:
+    from benthic.evaluate.records import EvaluationRecord
     from benthic.evaluate.score import Score
     from benthic.plan.report import Plan
+    from benthic.run.whole import Row
 
 LINE_EVERY = 5.0
 """Seconds between plain lines of progress."""
@@ -121,6 +124,56 @@ def print_scores(scores: "Mapping[str, Score]") -> None:
     for name, score in scores.items():
         interval = "{:.4f} to {:.4f}".format(*score.ci95) if score.ci95 else "none"
         rows.append((name, score.metric, f"{score.value:.4f}", interval, score.interval or "", str(score.n)))
+    _print_columns(rows)
+
+
+def print_evaluations(records: "Sequence[EvaluationRecord]") -> None:
+    """What stages of a run have led to, a column each; nothing if nothing was measured."""
+    names = dict.fromkeys(name for record in records for name in record.scores)
+    depths = max((len(record.acceptance) for record in records), default=0)
+    rows = [[name, *(_short(record.scores.get(name)) for record in records)] for name in names]
+    for depth in range(depths):
+        scores = [record.acceptance[depth] if depth < len(record.acceptance) else None for record in records]
+        rows.append([f"drafts accepted, depth {depth + 1}", *map(_short, scores)])
+    if rows:
+        _print_columns([["", *(record.stage for record in records)], *rows])
+
+
+def _short(score: "Score | None") -> str:
+    return "" if score is None else f"{score.value:.4f}"
+
+
+def print_forecast(rows: "Sequence[Row]", price_per_hour: float | None) -> None:
+    """The stages of a run with the time, energy and money they take, as far as that is known."""
+    table = [["stage", "what", "time", "", "energy", "cost"]]
+    total = kwh = 0.0
+    for name, forecast, state in rows:
+        left = state != "done"
+        seconds = forecast.seconds if left else 0.0
+        total += seconds or 0.0
+        kwh += forecast.kwh if left else 0.0
+        cost = forecast.cost(price_per_hour) if left else None
+        time = "?" if seconds is None else duration(seconds)
+        table.append([
+            name, forecast.what, time if left else "", state or forecast.how,
+            f"{forecast.kwh:,.4f} kWh" if left else "", "" if cost is None else f"${cost:,.4f}",
+        ])  # fmt: skip
+    money = "" if price_per_hour is None else f"${total / 3600 * price_per_hour:,.4f}"
+    _print_columns([*table, ["", "in all", duration(total), "", f"{kwh:,.4f} kWh", money]])
+    print("energy is estimated from the processor's design power")
+    if price_per_hour is None:
+        print("no cost: give the price of an hour of this machine with --set train.price_per_hour=DOLLARS")
+
+
+def duration(seconds: float) -> str:
+    """For people, in the unit that fits."""
+    for unit, size in (("years", 365.25 * 86400), ("days", 86400.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return clock(seconds)
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print(without_controls("  ".join(map(str.ljust, row, widths)).rstrip()))

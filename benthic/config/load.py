@@ -81,7 +81,10 @@ def load_posttrain_config(
     section = getattr(config.posttrain, stage)
     if section is None:
         raise InputError(f"{path}: has no [posttrain.{stage}]")
-    posttrain = PosttrainConfig.model_validate({"base": base, stage: section})
+    try:
+        posttrain = PosttrainConfig.model_validate({"base": base, stage: section})
+    except ValidationError as error:
+        raise InputError(complaint(error, PosttrainConfig, str(path))) from None
     # What says for itself what it computes in has nothing to be measured.
     precision = PrecisionConfig(compute=section.compute) if hasattr(section, "compute") else config.precision
     return config.model_copy(update={"posttrain": posttrain, "precision": precision})

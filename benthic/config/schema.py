@@ -106,6 +106,9 @@ class DataConfig(Settings):
     """A tokenizer directory to use; by default one is trained on the training split."""
     mask_documents: bool = False
     """Keep attention and MTP within documents; the published pretraining packs without masks."""
+    conversations: Literal["chat", "text"] = "chat"
+    """How pretraining reads conversations: in the chat format, or as text, a turn a line, so that it is fine-tuning
+    that teaches the format."""
     seed: Natural = 0
 
 
@@ -265,11 +268,16 @@ class AdapterConfig(Settings):
     """Which matrices: parts of their names, such as ``attention``, ``q_b``, ``ffn.shared``, ``experts`` or ``mtp``."""
 
 
+PROBLEMS = "problems"
+"""Name of the source of conversations that is made of the problems of reinforcement learning."""
+
+
 class ConversationsConfig(Settings):
     """One source of conversations in a mixture."""
 
     source: str
-    """``chitchat``, or the path of a .jsonl file, or of a folder of them, with a conversation a line."""
+    """``chitchat``, or ``problems``, those of ``posttrain.rl`` with right answers, or the path of a .jsonl file, or of
+    a folder of them, with a conversation a line."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
     """How many times an epoch reads each conversation: with 0.5 it reads half of them, others each time."""
 
@@ -279,6 +287,8 @@ class SftConfig(Settings):
 
     sources: tuple[ConversationsConfig, ...] = ()
     """By default those of ``data.sources``."""
+    problems: Positive = 1000
+    """How many of each source's problems the source ``problems`` tells the answers of."""
     answers: Literal["all", "last"] = "all"
     """Which of a conversation's answers are learnt."""
     epochs: Positive | None = None
@@ -440,6 +450,15 @@ class PosttrainConfig(Settings):
     """Not a stage of the run: ``benthic reward`` trains it."""
 
     @model_validator(mode="after")
+    def _there_are_problems(self) -> Self:
+        if self.rl is None and self.sft is not None and PROBLEMS in (one.source for one in self.sft.sources):
+            raise ValueError(
+                f"sft.sources: source = {PROBLEMS!r} is made of posttrain.rl, which is not there; `benthic problems` "
+                "writes them as a file"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_follows(self) -> Self:
         stages = [name for name in type(self).model_fields if name != "base"]
         if self.base is not None and not any(getattr(self, name) for name in stages):
@@ -503,6 +522,24 @@ class InferenceConfig(Settings):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
 
 
+class EvaluationConfig(Settings):
+    """What ``benthic run`` measures of the model that each stage of training has led to. Always: bits per byte of
+    what is held out, of text and of answers; how many drafts of the MTP modules are right; the problems of
+    ``posttrain.rl`` that are held out; and where the context is extended, the use that is made of it.
+    """
+
+    tasks: tuple[str, ...] = ()
+    """Task files besides."""
+    prompts: tuple[str, ...] = ("Hi! How are you today?", "What do you do at weekends?", "Do you have a pet?")
+    """What every model is asked, so that its likeliest answers can be laid side by side."""
+    max_new_tokens: Positive = 60
+    """Of these answers."""
+    sequences: Positive = 24
+    """Held-out sequences, of four times the pretrained length, that are read where the context is extended."""
+    retrieval: Positive = 40
+    """Facts, at each length, that are then to be found."""
+
+
 class ServeConfig(Settings):
     """``benthic serve``: where it listens, who may ask, and how much. API keys are no settings: files are copied."""
 
@@ -560,6 +597,7 @@ class RunConfig(Settings):
     precision: PrecisionConfig = PrecisionConfig()
     parallel: ParallelConfig = ParallelConfig()
     posttrain: PosttrainConfig = PosttrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     inference: InferenceConfig = InferenceConfig()
     serve: ServeConfig = ServeConfig()
 

@@ -69,10 +69,15 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
 
 def _pretraining(config: RunConfig) -> tuple[Stage, ...]:
     phases = range(len(config.train.extend))
-    first = config
-    if phases:
-        first = _without_phases(config).model_copy(update={"model": _before_yarn(config.model)})
-    return Stage(PRETRAIN, first), *(Stage(f"extend-{number + 1}", _phase(config, number)) for number in phases)
+    extended = (Stage(f"extend-{number + 1}", _phase(config, number)) for number in phases)
+    return Stage(PRETRAIN, without_extension(config)), *extended
+
+
+def without_extension(config: RunConfig) -> RunConfig:
+    """The settings of a run that is like this one, but for context extension."""
+    if not config.train.extend:
+        return config
+    return _without_phases(config).model_copy(update={"model": _before_yarn(config.model)})
 
 
 def _without_phases(config: RunConfig) -> RunConfig:

@@ -58,6 +58,11 @@ def _find(path: str | Path) -> Path | tuple[Stage, Path]:
     return stage, newest
 
 
+def is_exported(run: Path) -> bool:
+    """Whether a run's ``model/`` is of its newest weights. Raises InputError if there is neither."""
+    return _find(run) == run / "model"
+
+
 def find_tokenizer(path: str | Path) -> Path:
     """The folder with the tokenizer of what :func:`load_model` loads. Raises InputError if there is none."""
     path = _directory(path)

@@ -29,6 +29,11 @@ class Document(NamedTuple):
         """The text as counted in bits per byte: every turn and one newline after it."""
         return "".join(f"{turn.text}\n" for turn in self.turns)
 
+    @property
+    def unspoken(self) -> "Document":
+        """The same turns, without who speaks."""
+        return Document(tuple(Turn(None, turn.text) for turn in self.turns))
+
 
 class Rejection(NamedTuple):
     """Part of a corpus that could not be used: where it starts in its file, in bytes, and why."""

@@ -66,7 +66,8 @@ class Manifest(Settings):
 
     def prepared(self, asked: DataConfig) -> DataConfig:
         """The settings that this data was prepared with; those that only training reads are as asked for."""
-        return DataConfig.model_validate({**asked.model_dump(), **self._data_settings()})
+        # What was prepared before there was a choice has conversations in the chat format.
+        return DataConfig.model_validate({**asked.model_dump(), "conversations": "chat", **self._data_settings()})
 
     def remarks(self) -> list[str]:
         """What whoever prepared this may not expect: text left out, much more held out than was asked for."""

@@ -5,7 +5,7 @@ temporary directory and renamed into place, the data last, so an interruption le
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -119,12 +119,12 @@ def _prepared_before(config: DataConfig, vocab_size: int, out: Path) -> Manifest
     manifest = Manifest.load(out / "data")
     # Data of an earlier version may name its sources relative to where it was prepared.
     saved = manifest.settings | _settings(absolute_paths(manifest.prepared(config)), manifest.settings["vocab_size"])
-    changed = files_changed(config, manifest)
+    changed = files_changed(config.sources, manifest)
     for key, value in _settings(config, vocab_size).items():
         moved = key == "sources" and changed is False
         if saved.get(key) != value and not moved:
             raise InputError(
-                f"{out / 'data'}: prepared with {key}={manifest.settings.get(key)!r}, not {value!r}; "
+                f"{out / 'data'}: prepared with {key}={manifest.settings.get(key, saved.get(key))!r}, not {value!r}; "
                 "choose another directory or delete this one"
             )
     if changed:
@@ -143,10 +143,10 @@ def check_tokenizer(out: Path, manifest: Manifest) -> str:
     return found
 
 
-def files_changed(config: DataConfig, manifest: Manifest) -> bool | None:
+def files_changed(sources: Sequence[str], manifest: Manifest) -> bool | None:
     """Whether the sources hold other text now; None if nobody can tell."""
     try:
-        now = files_digest(config.sources)
+        now = files_digest(sources)
     except InputError:
         return None  # prepared data is whole without its sources, for instance on another machine
     return now != manifest.settings[SOURCES_HASH] if SOURCES_HASH in manifest.settings else None
@@ -182,7 +182,8 @@ def _encode(
     writers = {split: ShardWriter(directory, split, dtype) for split in SPLITS}
     documents = counted(_documents(config, found), "encoding", found.documents, progress)
     while batch := list(islice(documents, ENCODE_BATCH)):
-        encoded = tokenizer.encode_documents([document for _, document in batch])
+        chat = config.conversations == "chat"
+        encoded = tokenizer.encode_documents([document if chat else document.unspoken for _, document in batch])
         for (split, document), ids in zip(batch, encoded, strict=True):
             writers[split].append(ids, len(document.plain_text.encode()))
     return {split: writer.close() for split, writer in writers.items()}

@@ -7,6 +7,7 @@ length are new to the model, and bits per byte there blow up.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,20 +99,39 @@ def context_extension(
     length = TIMES * pretrained_length
     if tokens_BS.shape[1] != length + 1:
         raise InputError(f"sequences of {tokens_BS.shape[1]} tokens; {length + 1} are needed, one to be predicted")
-    total, done = 2 * len(tokens_BS), 0
+    count = len(tokens_BS)
     found = []
-    for model in (extended, unextended):
-        long, short = [], []
-        for tokens_1S in tokens_BS.split(1):
-            long.append(nats_by_position(model, [tokens_1S]))
-            short.append(nats_by_position(model, [tokens_1S[:, -pretrained_length - 1 :]]))
-            done += 1
-            progress(done, total)
-        found.append(_by_position(torch.stack(long), torch.stack(short), bytes_a_token))
+    for model, before in ((extended, 0), (unextended, count)):
+
+        def report(done: int, _: int, before: int = before) -> None:
+            progress(before + done, 2 * count)
+
+        found.append(by_position(read(model, tokens_BS, pretrained_length, report), bytes_a_token))
     return ContextExtension(pretrained_length, length, *found)
 
 
-def _by_position(long_BT: Tensor, short_BT: Tensor, bytes_a_token: float) -> ByPosition:
+class Read(NamedTuple):
+    """Nats of the tokens of some sequences, each sequence a row."""
+
+    long_BT: Tensor
+    """Of all tokens."""
+    short_BT: Tensor
+    """Of the last ones, as many as pretraining read at a time, where nothing before them is read."""
+
+
+def read(model: LanguageModel, tokens_BS: Tensor, pretrained_length: int, progress: Callable[[int, int], None]) -> Read:
+    """What a model makes of sequences, a token longer than is read; ``progress`` is told of those read."""
+    long, short = [], []
+    for number, tokens_1S in enumerate(tokens_BS.split(1), start=1):
+        long.append(nats_by_position(model, [tokens_1S]))
+        short.append(nats_by_position(model, [tokens_1S[:, -pretrained_length - 1 :]]))
+        progress(number, len(tokens_BS))
+    return Read(torch.stack(long), torch.stack(short))
+
+
+def by_position(found: Read, bytes_a_token: float) -> ByPosition:
+    """Bits per byte by where in a sequence tokens stand, and by how much was read before the last."""
+    long_BT, short_BT = found
     pretrained, length = short_BT.shape[1], long_BT.shape[1]
     last = max(1, pretrained // 2)
     parts = (long_BT[:, :pretrained], long_BT[:, length // 2 :], short_BT[:, -last:], long_BT[:, -last:])

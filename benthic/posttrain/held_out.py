@@ -1,7 +1,7 @@
 """The text that tells whether a model forgets how to talk while it learns from rewards.
 
-What pretraining held out, or else fine-tuning, in this run or in the one that it began with; where there is neither,
-the prompts of problems that are held out.
+The answers that fine-tuning held out, or else the text that pretraining did, in this run or in the one that it began
+with; where there is neither, the prompts of problems that are held out.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +33,8 @@ class HeldOut(NamedTuple):
 
     measure: str
     """What bits per byte of it are called."""
+    key: str
+    """The same, in metrics."""
     batches: Callable[[int | None, int], Iterable[Batch]]
     """Of about so many tokens, or all, with so many tokens of lookahead."""
     predicted: int
@@ -44,13 +46,13 @@ class HeldOut(NamedTuple):
         """Bits per byte of about so many tokens, or all, and how often each prediction is right."""
         found = bits_per_byte_of(state.model, self.batches(max_tokens, 1), self.predicted, self.size)
         probed = probe_batches(state.model, self.batches(PROBED_TOKENS, 1 + len(state.model.mtp)))
-        return Validation(found, {"validation_bits_per_byte": found, **probed._asdict()})
+        return Validation(found, {self.key: found, **probed._asdict()})
 
 
 def find_held_out(config: RunConfig, out: Path, tokenizer: Tokenizer, problems: Sequence[Problem]) -> HeldOut:
     """What there is for a run in ``out``; ``problems`` are those held out. Raises InputError if it is damaged."""
     folders = [out, *([Path(config.posttrain.base)] if config.posttrain.base else [])]
-    for name, read in (("data", _documents), (FOLDER, _answers)):
+    for name, read in ((FOLDER, _answers), ("data", _documents)):
         for folder in folders:
             if (folder / name / FILE_NAME).is_file():
                 store = TokenStore(folder / name, "val")
@@ -66,7 +68,8 @@ def _documents(store: TokenStore, config: RunConfig, tokenizer: Tokenizer) -> He
         return validation_batches(store, _AT_ONCE, length, mask_documents=mask, max_tokens=max_tokens)
 
     val = store.manifest.val
-    return HeldOut("bits per byte of held-out text", batches, store.tokens - (val.documents if mask else 1), val.bytes)
+    predicted = store.tokens - (val.documents if mask else 1)
+    return HeldOut("bits per byte of held-out text", "validation_bits_per_byte", batches, predicted, val.bytes)
 
 
 def _answers(store: TokenStore, config: RunConfig, tokenizer: Tokenizer) -> HeldOut:
@@ -76,7 +79,8 @@ def _answers(store: TokenStore, config: RunConfig, tokenizer: Tokenizer) -> Held
     def batches(max_tokens: int | None, lookahead: int) -> Iterable[Batch]:
         return in_order(answers, length, lookahead, _AT_ONCE, tokenizer.eos_id, max_tokens)
 
-    return HeldOut("bits per byte of held-out answers", batches, answers.answer_tokens(), store.manifest.val.bytes)
+    measure, predicted = "bits per byte of held-out answers", answers.answer_tokens()
+    return HeldOut(measure, "answer_bits_per_byte", batches, predicted, store.manifest.val.bytes)
 
 
 def _prompts(problems: Sequence[Problem], tokenizer: Tokenizer) -> HeldOut:
@@ -93,7 +97,8 @@ def _prompts(problems: Sequence[Problem], tokenizer: Tokenizer) -> HeldOut:
                 yield _padded(part, lookahead, tokenizer.eos_id)
 
     size = sum(len(text.encode()) for text in texts)
-    return HeldOut("bits per byte of held-out prompts", batches, sum(map(len, ids)) - len(ids), size)
+    predicted = sum(map(len, ids)) - len(ids)
+    return HeldOut("bits per byte of held-out prompts", "validation_bits_per_byte", batches, predicted, size)
 
 
 def _padded(sequences: Sequence[Sequence[int]], lookahead: int, padding: int) -> Batch:

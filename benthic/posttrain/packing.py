@@ -148,12 +148,15 @@ def _draw(rng: np.random.Generator, start: int, count: int, weight: float) -> To
 
 
 def in_order(
-    answers: AnswerStore, length: int, lookahead: int, batch_size: int, padding: int, max_tokens: int | None = None
-) -> Iterator[Batch]:
-    """All samples once, packed in their stored order; with ``max_tokens``, evenly spaced ones of about so many."""
-    chosen = np.arange(len(answers.lengths))
-    if max_tokens is not None and max_tokens < answers.lengths.sum():
-        count = max(1, int(len(chosen) * max_tokens / answers.lengths.sum()))
+    answers: AnswerStore, length: int, lookahead: int, batch_size: int, padding: int, max_tokens: int | None = None,
+    *, among: slice = slice(None),
+) -> Iterator[Batch]:  # fmt: skip
+    """All samples once, or these ``among`` them, packed in their stored order; with ``max_tokens``, evenly spaced ones
+    of about so many.
+    """
+    chosen = np.arange(len(answers.lengths))[among]
+    if max_tokens is not None and max_tokens < answers.lengths[chosen].sum():
+        count = max(1, int(len(chosen) * max_tokens / answers.lengths[chosen].sum()))
         chosen = chosen[np.arange(count) * len(chosen) // count]
     groups = [chosen[group].tolist() for group in pack(answers.lengths[chosen].tolist(), length + 1)]
     for first in range(0, len(groups), batch_size):

@@ -14,6 +14,8 @@ from benthic.errors import InputError
 from benthic.files import write_atomically
 from benthic.posttrain.problems import Problem, Source, open_sources
 
+FOLDER = "problems"
+"""Of a run, where it has such problems."""
 ANSWERED = "answered.jsonl"
 _FIRST = 10_000_000
 """Numbers of training problems from here on are those whose answers are told; a stage would take years to get there."""
@@ -21,15 +23,16 @@ _VERIFIERS = ("exact", "numeric")
 
 
 def write_problems(rl: RlConfig, out: Path, count: int) -> list[Path]:
-    """Write ``answered.jsonl``, conversations for fine-tuning with ``count`` problems of each source, and for each
-    source whose answers `benthic eval --tasks` can judge a task file of the problems held out. Returns their paths.
+    """Write ``answered.jsonl``, conversations for fine-tuning with ``count`` problems of each source, if any, and for
+    each source whose answers `benthic eval --tasks` can judge a task file of the problems held out. Returns their
+    paths.
 
     Raises:
         InputError: as :func:`benthic.posttrain.problems.open_sources`; or a problem has no answer to be told.
     """
     sources = open_sources(rl.problems, rl.held_out)
     out.mkdir(parents=True, exist_ok=True)
-    files = {ANSWERED: [line for source in sources for line in _answered(source, count)]}
+    files = {ANSWERED: [line for source in sources for line in _answered(source, count)]} if count else {}
     for source in sources:
         if tasks := list(_tasks(source, rl.max_new_tokens)):
             files[f"{source.name}.jsonl"] = tasks

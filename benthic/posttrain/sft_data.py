@@ -6,11 +6,11 @@ lie in ``sft/`` of a run in the format of ``benthic/data/shards.py``, answers ma
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benthic.config.schema import ConversationsConfig, DataConfig, RunConfig, SftConfig
+from benthic.config.schema import PROBLEMS, ConversationsConfig, DataConfig, RunConfig, SftConfig
 from benthic.config.stages import BASE
 from benthic.data.chat import Answers, ChatFormat, Sample
 from benthic.data.conversations import Conversation, pieces, read_conversations
@@ -23,10 +23,14 @@ from benthic.data.split import Survey, survey
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.files import read_json_object, sync
+from benthic.posttrain.problem_files import ANSWERED
+from benthic.posttrain.problem_files import FOLDER as PROBLEMS_FOLDER
 
 FOLDER = "sft"
 SAMPLES = "samples"
 """Key of the manifest's settings for the number of samples of each source, by split."""
+BYTES = "answer_bytes"
+"""Key of the manifest's settings for the bytes of each source's answers, by split."""
 
 
 def prepare_sft(config: RunConfig, out: Path, progress: Progress = lambda *_: None) -> Manifest:
@@ -43,23 +47,23 @@ def prepare_sft(config: RunConfig, out: Path, progress: Progress = lambda *_: No
     )
     settings = _settings(config, data, tokenizer)
     folder = out / FOLDER
-    if (folder / FILE_NAME).is_file() and (kept := _as_before(folder, data, settings)) is not None:
+    places = [str(out / PROBLEMS_FOLDER / ANSWERED) if source == PROBLEMS else source for source in data.sources]
+    if (folder / FILE_NAME).is_file() and (kept := _as_before(folder, places, settings)) is not None:
         return kept
-    settings[SOURCES_HASH] = files_digest(data.sources)
+    settings[SOURCES_HASH] = files_digest(places)
     found = survey(
-        counted((_document(item) for source in data.sources for item in read_conversations(source)), "reading", None,
-                progress),
+        counted((_document(item) for place in places for item in read_conversations(place)), "reading", None, progress),
         data.validation_fraction, data.seed, split.threshold,
     )  # fmt: skip
     with building(out) as draft:
-        return _write(draft, folder, data, settings, found, tokenizer, config, progress)
+        return _write(draft, folder, places, settings, found, tokenizer, config, progress)
 
 
 def sft_sources(config: RunConfig) -> tuple[ConversationsConfig, ...]:
     """The mixture: as given, with absolute paths, or what pretraining reads."""
     given = _sft(config).sources or tuple(ConversationsConfig(source=source) for source in config.data.sources)
     return tuple(
-        one if one.source in NAMED else one.model_copy(update={"source": str(Path(one.source).absolute())})
+        one if one.source in (*NAMED, PROBLEMS) else one.model_copy(update={"source": str(Path(one.source).absolute())})
         for one in given
     )
 
@@ -79,7 +83,7 @@ def _settings(config: RunConfig, data: DataConfig, tokenizer: Tokenizer) -> dict
     }
 
 
-def _as_before(folder: Path, data: DataConfig, settings: dict[str, Any]) -> Manifest | None:
+def _as_before(folder: Path, places: Sequence[str], settings: dict[str, Any]) -> Manifest | None:
     """What is there already, if it is what is wanted and none of it is damaged."""
     try:
         manifest = Manifest.load(folder)
@@ -88,35 +92,39 @@ def _as_before(folder: Path, data: DataConfig, settings: dict[str, Any]) -> Mani
     except InputError:
         return None  # it can be made anew
     same = all(manifest.settings.get(key) == value for key, value in settings.items() if key != "sources")
-    changed = files_changed(data, manifest)
+    changed = files_changed(places, manifest)
     same_sources = manifest.settings.get("sources") == settings["sources"] or changed is False
     return manifest if same and same_sources and not changed else None
 
 
 def _write(
-    draft: Path, folder: Path, data: DataConfig, settings: dict[str, Any], found: Survey, tokenizer: Tokenizer,
+    draft: Path, folder: Path, places: Sequence[str], settings: dict[str, Any], found: Survey, tokenizer: Tokenizer,
     config: RunConfig, progress: Progress,
 ) -> Manifest:  # fmt: skip
     dtype = token_dtype(2 * tokenizer.vocab_size)
     writers = {split: ShardWriter(draft, split, dtype) for split in SPLITS}
-    samples: dict[Split, list[int]] = {split: [0] * len(data.sources) for split in SPLITS}
+    samples, answer_bytes = ({split: [0] * len(places) for split in SPLITS} for _ in "12")
     chat, capacity, answers = ChatFormat(tokenizer), config.train.sequence_length + 1, _sft(config).answers
-    for number, split, conversation in counted(_split(data, found), "encoding answers", found.documents, progress):
-        for sample in _samples(conversation, chat, capacity, answers, data.sources[number]):
+    sides = _split(places, settings["seed"], found)
+    for number, split, conversation in counted(sides, "encoding answers", found.documents, progress):
+        for sample in _samples(conversation, chat, capacity, answers, places[number]):
             marks = zip(sample.ids, sample.learn, strict=True)
             writers[split].append([index + learn * tokenizer.vocab_size for index, learn in marks], sample.answer_bytes)
             samples[split][number] += 1
+            answer_bytes[split][number] += sample.answer_bytes
     for split, counts in samples.items():
         if not sum(counts):
             side = "to learn from" if split == "train" else "held out"
-            raise InputError(f"posttrain.sft: of {', '.join(data.sources)}, no conversation {side} holds an answer")
+            names = ", ".join(settings["sources"])
+            raise InputError(f"posttrain.sft: of {names}, no conversation {side} holds an answer")
     parts = {split: writer.close() for split, writer in writers.items()}
     train, val = parts["train"], parts["val"]
     manifest = Manifest(
         documents=train.documents + val.documents, tokens=train.tokens + val.tokens, bytes=train.bytes + val.bytes,
         rejected=found.rejected, duplicates=found.duplicates, train_tokens=train.tokens, val_tokens=val.tokens,
         vocab_size=2 * tokenizer.vocab_size, dtype=dtype, tokenizer_sha256=tokenizer.fingerprint,
-        settings={**settings, SAMPLES: samples, HELD_OUT: f"{found.threshold:x}"}, rejections=found.rejections,
+        settings={**settings, SAMPLES: samples, BYTES: answer_bytes, HELD_OUT: f"{found.threshold:x}"},
+        rejections=found.rejections,
         train=train, val=val,
     )  # fmt: skip
     manifest.save(draft)
@@ -136,12 +144,12 @@ def _samples(
         raise InputError(f"{source}: the conversation that begins {first[:40]!r}: {error}") from None
 
 
-def _split(data: DataConfig, found: Survey) -> Iterator[tuple[int, Split, Conversation]]:
+def _split(places: Sequence[str], seed: int, found: Survey) -> Iterator[tuple[int, Split, Conversation]]:
     """Unique conversations with the number of their source and their split."""
     seen = set[int]()
-    for number, source in enumerate(data.sources):
-        for item in read_conversations(source):
-            if isinstance(item, Conversation) and (key := digest(item.document, data.seed)) not in seen:
+    for number, place in enumerate(places):
+        for item in read_conversations(place):
+            if isinstance(item, Conversation) and (key := digest(item.document, seed)) not in seen:
                 seen.add(key)
                 yield number, "val" if key <= found.threshold else "train", item
 

@@ -40,8 +40,8 @@ from benthic.train.incidents import (
 )
 from benthic.train.memory import settle_memory
 from benthic.train.metrics import read_metrics
-from benthic.train.progress import Progress, describe
-from benthic.train.records import Metrics, open_ledger, open_metrics, open_progress, open_writer
+from benthic.train.progress import Opener, Progress, describe, open_progress
+from benthic.train.records import Metrics, open_ledger, open_metrics, open_shown, open_writer
 from benthic.train.schedule import Course, StepSettings
 from benthic.train.signals import Interrupted, StopRequest
 from benthic.train.state import TrainState, carried_in, weights_of
@@ -71,11 +71,13 @@ def train(
     architecture: Architecture = DEEPSEEK_V3,
     kinds: Kinds = PRETRAINING,
     world: World = ALONE,
+    show: Opener = open_progress,
 ) -> Trained:
     """Run the stages of training on what is prepared in ``out``, or go on with the training begun there.
 
     ``architecture`` is the kind of model, for those that ``config.model`` does not describe; ``kinds`` are the kinds of
     stages that are run: the others are left out. All processes of ``world`` call it alike; the main one writes.
+    ``show`` is what people see of a stage.
     Writes ``config.toml``, ``metrics.jsonl``, ``ledger.json`` and ``checkpoints/STAGE/step-N`` into ``out``.
 
     Raises:
@@ -116,7 +118,7 @@ def train(
         run = renewed(run, config, hashes)
     assert resolved.precision.compute != "auto"
     peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute)) * world.processes
-    whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak, world)
+    whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak, world, show)
     trainer = _Trainer(whole, number)
     trainer.begin(checkpoint, str(newest))
     del checkpoint
@@ -170,6 +172,7 @@ class _Run(NamedTuple):
     peak_flops: float
     """Operations a second of a matrix product here, on all processes together."""
     world: World
+    show: Opener
 
 
 class _Trainer:
@@ -220,7 +223,7 @@ class _Trainer:
             self.ledger,
             self.writer,
             self._open_metrics() as metrics,
-            open_progress(self.stage.name, self.stage.steps, self.world) as progress,
+            open_shown(self.run.show, self.stage.name, self.stage.steps, self.world) as progress,
         ):
             progress.note(
                 f"{self.stage.name}: {self.stage.steps} steps of {self.work.describe()} in {self.place.compute}, "
@@ -276,7 +279,7 @@ class _Trainer:
         metrics.write(row)
         self.ledger.update(*self.work.spent(state.step))
         tokens_left = row["tokens"] * (self.course.sequences / self.course.sequences_before(state.step) - 1)
-        progress.update(state.step, describe(row, state.bits_per_byte, round(tokens_left)))
+        progress.update(state.step, describe(row, state.bits_per_byte), tokens_left / row["tokens_per_s"])
         if report.incident is None:
             return True
         return self._respond(report, range(first, first + settings.batch_size), metrics, progress)

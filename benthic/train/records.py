@@ -6,17 +6,17 @@ from typing import Any, Self
 
 from benthic.config.schema import RunConfig
 from benthic.parallel.world import World
-from benthic.train import progress
 from benthic.train.background import BackgroundWriter
 from benthic.train.checkpoint import Checkpoint
 from benthic.train.ledger import Ledger
 from benthic.train.metrics import MetricsLog
+from benthic.train.progress import Opener, Progress
 from benthic.train.track import open_trackers
 
 
-def open_progress(title: str, steps: int, world: World) -> progress.Progress:
+def open_shown(show: Opener, title: str, steps: int, world: World) -> Progress:
     """What people see."""
-    return progress.open_progress(title, steps) if world.main else Silent()
+    return show(title, steps) if world.main else Silent()
 
 
 def open_writer(root: Path, world: World) -> "BackgroundWriter | Silent":

@@ -45,6 +45,33 @@ def test_every_unique_document_is_in_one_split(prepared, data_config):
     assert not {*train} & {*val}
 
 
+def test_conversations_may_be_read_as_text(prepared, data_config, tmp_path):
+    """The same documents on the same sides, a turn a line; bytes count the same."""
+    as_text = data_config.model_copy(update={"conversations": "text"})
+    manifest, before = prepare(as_text, 400, tmp_path), Manifest.load(prepared / "data")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.fingerprint == Tokenizer.load(prepared).fingerprint
+    documents = {item.plain_text for item in read_corpus(data_config.sources) if isinstance(item, Document)}
+    assert any("\n" in text[:-1] for text in documents)
+    for split in ("train", "val"):
+        read = [tokenizer.decode(ids[1:-1]) + "\n" for ids in stored_documents(tmp_path, split)]
+        assert set(read) <= documents
+        assert len(read) == len(list(stored_documents(prepared, split)))
+        used = {index for ids in stored_documents(tmp_path, split) for index in ids}
+        assert not used & {*tokenizer.role_ids.values()}
+    assert (manifest.train.bytes, manifest.val.bytes) == (before.train.bytes, before.val.bytes)
+
+
+def test_data_from_before_there_was_a_choice_is_in_the_chat_format(prepared, data_config, tmp_path):
+    shutil.copytree(prepared, tmp_path / "old")
+    manifest = Manifest.load(tmp_path / "old" / "data")
+    settings = {key: value for key, value in manifest.settings.items() if key != "conversations"}
+    manifest.model_copy(update={"settings": settings}).save(tmp_path / "old" / "data")
+    prepare(data_config, 400, tmp_path / "old")
+    with pytest.raises(InputError, match="conversations='chat', not 'text'"):
+        prepare(data_config.model_copy(update={"conversations": "text"}), 400, tmp_path / "old")
+
+
 def test_the_manifest_counts(prepared, data_config):
     manifest = Manifest.load(prepared / "data")
     unique = {item.plain_text for item in read_corpus(data_config.sources) if isinstance(item, Document)}

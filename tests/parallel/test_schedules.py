@@ -2,7 +2,15 @@
 
 import pytest
 
-from benthic.parallel.schedules import KINDS, Computation, forward_orders, orders, parts, ranks_of_stages, stages_of_rank
+from benthic.parallel.schedules import (
+    KINDS,
+    Computation,
+    forward_orders,
+    orders,
+    parts,
+    ranks_of_stages,
+    stages_of_rank,
+)
 from benthic.parallel.timeline import Times, idle_share, published_idle_share, simulate, svg, text
 
 

@@ -11,7 +11,9 @@ from benthic.train import loop
 from benthic.train.checkpoint import Checkpoint, committed, load
 from benthic.train.metrics import read_metrics
 
-MEASURED = ("tokens_per_s", "share_of_gemm_peak", "seconds", "processor_seconds")
+MEASURED = (
+    "tokens_per_s", "share_of_gemm_peak", "seconds", "processor_seconds", "rollout_seconds", "reward_seconds",
+)  # fmt: skip
 """Keys of a row that a clock measured."""
 
 
