@@ -55,7 +55,7 @@ def test_in_fp8():
 
 @pytest.mark.slow
 def test_in_bf16_gradients_differ_by_the_order_of_sums_only():
-    # Of rounded gradients, the embedding's come from two uses; and Adam's first steps are of one size whatever they are.
+    # The embedding's, rounded, come from two uses; and Adam's first steps are of one size whatever the gradients.
     usual = layers(3) | {"compute": "bf16", "steps": 4}
     config = settings(**usual)
     layout = spread_over(config, pipeline=2, shard=2, schedule="zbv")
