@@ -8,7 +8,7 @@ import sys
 import pytest
 
 COMMANDS = ["run", "data", "train", "sft", "eval", "chat", "generate", "serve", "import", "export", "report", "plan",
-            "bench train", "bench prefill", "bench decode"]  # fmt: skip
+            "timeline", "bench train", "bench prefill", "bench decode"]  # fmt: skip
 PROGRAM = [sys.executable, "-c", "from benthic.cli import main; main()"]
 
 
