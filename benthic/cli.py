@@ -447,6 +447,34 @@ def plan(
         console.print_plan(result)
 
 
+@app.command(epilog="Example: benthic timeline dualpipev --ranks 4 --micro-batches 10 --svg dualpipev.svg")
+def timeline(
+    schedule: Annotated[
+        Literal["1f1b", "zb1p", "interleaved", "zbv", "dualpipev"],
+        typer.Argument(metavar="SCHEDULE", help="1f1b, zb1p, interleaved, zbv or dualpipev."),
+    ],
+    ranks: Annotated[int, typer.Option(min=2, max=64, help="Processes of the pipeline.")] = 4,
+    micro_batches: Annotated[int, typer.Option(min=1, max=512, help="Of a step.")] = 8,
+    times: Annotated[
+        str, typer.Option(metavar="F,I,W", help="A stage's forward pass, backward pass of inputs, of weights.")
+    ] = "1,1,1",
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it here.", parser=_path)] = None,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """What each process of a pipeline does in a step, and how much of the time none has work."""
+    from benthic.parallel.show import show
+
+    shown = show(schedule, ranks, micro_batches, times)
+    if svg is not None:
+        from benthic.files import write_atomically
+
+        write_atomically(svg, shown.svg)
+    if json_:
+        console.print_json(shown.figures)
+    else:
+        print(shown.text)
+
+
 @bench.command("train", epilog="Example: benthic bench train --set model.preset=nano --json")
 def bench_train(set_: Set = None, json_: Json = False) -> None:
     """Optimizer steps of bench-108m, 8 sequences of 512 tokens."""
