@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benthic.model.moe import Experts
-from benthic.parallel.layout import Layout
+from benthic.parallel.layout import Layout, chunk
 from benthic.parallel.local import local
 from benthic.parallel.messages import broadcast
 
@@ -38,13 +38,8 @@ def rows_held(weight: Divided, layout: Layout, rank: int) -> range:
     """The rows of a weight that a rank holds."""
     place = layout.coordinates(rank)
     if not weight.expert:
-        return _chunk(range(weight.rows), layout.shard * layout.expert, place.shard * layout.expert + place.expert)
-    return _chunk(_chunk(range(weight.rows), layout.expert, place.expert), layout.shard, place.shard)
-
-
-def _chunk(rows: range, parts: int, number: int) -> range:
-    size = -(-len(rows) // parts)
-    return rows[number * size : (number + 1) * size]
+        return chunk(range(weight.rows), layout.shard * layout.expert, place.shard * layout.expert + place.expert)
+    return chunk(chunk(range(weight.rows), layout.expert, place.expert), layout.shard, place.shard)
 
 
 def own(tensors: dict[str, Tensor], parts: dict[str, Divided], layout: Layout, rank: int) -> dict[str, Tensor]:
