@@ -26,7 +26,11 @@ from benthic.model.transformer import attention_context
 from benthic.precision.quantise import Precision
 
 _DRAFT_PRECISION: Precision = "int8"
-"""Of MTP modules in native decoding, and of the head they use."""
+"""Of MTP modules in native decoding."""
+_FEWEST_WORDS, _SHARE_OF_WORDS = 2048, 4
+"""Words that are drafted greedily: at least so many, else a quarter of the vocabulary, from its beginning. Byte-pair
+tokenizers number words in the order they were merged in, the most frequent first.
+"""
 
 
 class Decoder(Protocol):
@@ -125,7 +129,8 @@ def decoder(model: LanguageModel, precision: Precision | None = None) -> Decoder
     """
     found: Decoder
     try:
-        found = NativeDecoder(model, precision=precision, draft_precision=_DRAFT_PRECISION)
+        words = max(_FEWEST_WORDS, model.config.vocab_size // _SHARE_OF_WORDS)
+        found = NativeDecoder(model, precision=precision, draft_precision=_DRAFT_PRECISION, draft_words=words)
     except CannotDecodeNatively as error:
         found = ReferenceDecoder(model, str(error))
     if precision is not None:
