@@ -26,7 +26,11 @@ from benthic.model.transformer import attention_context
 from benthic.precision.quantise import Precision
 
 _DRAFT_PRECISION: Precision = "int8"
-"""Of MTP modules in native decoding, and of the head they use."""
+"""Of MTP modules in native decoding, and of the head they use if the vocabulary is small."""
+_FEWEST_WORDS, _SHARE_OF_WORDS = 2048, 4
+"""Of a larger vocabulary, a step drafts this share, and at least so many, from its beginning. Byte-pair tokenizers
+number words in the order they were merged in, the most frequent first.
+"""
 
 
 class Decoder(Protocol):
@@ -125,13 +129,21 @@ def decoder(model: LanguageModel, precision: Precision | None = None) -> Decoder
     """
     found: Decoder
     try:
-        found = NativeDecoder(model, precision=precision, draft_precision=_DRAFT_PRECISION)
+        found = NativeDecoder(
+            model, precision=precision, draft_precision=_DRAFT_PRECISION,
+            draft_words=_draft_words(model.config.vocab_size),
+        )  # fmt: skip
     except CannotDecodeNatively as error:
         found = ReferenceDecoder(model, str(error))
     if precision is not None:
         round_weights(model, precision)
     use_huge_pages(model.parameters())
     return found
+
+
+def _draft_words(vocabulary: int) -> int | None:
+    """How many words steps draft, if not all."""
+    return max(_FEWEST_WORDS, vocabulary // _SHARE_OF_WORDS) if vocabulary > _FEWEST_WORDS else None
 
 
 class ReferenceDecoder:

@@ -64,6 +64,8 @@ class NativeDecoder:
             the same numbers. In ``int8`` and ``int4`` activations are rounded to 8 bits besides, in groups of 32.
         draft_precision: that MTP modules, and a copy of the head for them, are kept in; by default like all the rest.
             What they say is only a guess, which costs the less the fewer bits are read for it.
+        draft_words: the head's copy has only so many of the first words of the vocabulary, and those in ``int4``;
+            nothing else is ever drafted within a step.
         threads: at work in a step; by default as many as PyTorch uses.
 
     Raises:
@@ -73,13 +75,13 @@ class NativeDecoder:
 
     def __init__(
         self, model: LanguageModel, *, precision: Precision | None = None, draft_precision: Precision | None = None,
-        threads: int | None = None,
+        draft_words: int | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         library, self.name = native.decode_library()
         if library is None:
             raise CannotDecodeNatively(self.name)
         check_layout(library)
-        self._weights = _Weights(model, precision, draft_precision)
+        self._weights = _Weights(model, precision, draft_precision, draft_words)
         blocks = blocks_of(model)[: model.config.num_hidden_layers]
         self._sparse_layers = sum(isinstance(block.ffn, MoE) for block in blocks)
         self.drafts = len(model.mtp) == 1
@@ -220,8 +222,9 @@ class _Weights:
     """A model's weights as the library reads them, and whatever has to stay alive for it."""
 
     def __init__(
-        self, model: LanguageModel, precision: Precision | None, draft_precision: Precision | None = None
-    ) -> None:
+        self, model: LanguageModel, precision: Precision | None, draft_precision: Precision | None,
+        draft_words: int | None,
+    ) -> None:  # fmt: skip
         if any(p.device.type != "cpu" or p.dtype not in _KINDS for p in model.parameters()):
             raise CannotDecodeNatively("PyTorch decoding (the model is not on the CPU in fp32 or bf16)")
         self._precision: Precision | None = precision
@@ -239,7 +242,9 @@ class _Weights:
         for block, mtp in zip(blocks[count:], modules, strict=True):
             layers.append(self._layer(block))
             self._add_projection(layers[-1], mtp)
-        draft_head = self._matrix(head_1VD, draft_precision) if draft_precision and modules else Matrix()
+        draft_head = Matrix()
+        if modules and (draft_words or draft_precision):
+            draft_head = self._matrix(head_1VD[:, :draft_words], "int4" if draft_words else draft_precision)
         self._layers = (Layer * len(layers))(*layers)
         self.model = Model(
             layers=ctypes.cast(self._layers, ctypes.c_void_p), embed=embed, head=head, draft_head=draft_head,
