@@ -60,7 +60,7 @@ class Decoder(Protocol):
 
 def decode(
     model: LanguageModel, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache,
-    experts_BLK: Tensor | None = None,
+    experts_BLK: Tensor | None = None, wanted_W: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One new token for each row.
 
@@ -71,6 +71,7 @@ def decode(
         table_BP: int32, page numbers of each row's sequence in order; unused entries are -1.
         cache: receives the new latents.
         experts_BLK: int32, over the L layers that have experts: receives the K that each token chose.
+        wanted_W: rows whose logits, then (W, V), are asked for; by default all.
 
     Returns:
         Logits (B, V) of the token after each, and the hidden states (B, D) after the final norm.
@@ -82,8 +83,10 @@ def decode(
         hidden.append(hidden_BTD[0, 0])
         if experts_BLK is not None:
             experts_BLK[row] = torch.stack([routing.index[0, 0] for routing in routings])
-    logits = [transformer.head(hidden_D) for hidden_D in hidden]
-    return torch.stack(logits), torch.stack(hidden)
+    wanted = range(len(hidden)) if wanted_W is None else wanted_W.tolist()
+    logits = [transformer.head(hidden[row]) for row in wanted]
+    width = transformer.head.weight.shape[0]
+    return torch.stack(logits) if logits else hidden[0].new_empty(0, width), torch.stack(hidden)
 
 
 def draft(
@@ -155,10 +158,10 @@ class ReferenceDecoder:
 
     def __call__(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache,
-        experts_BLK: Tensor | None = None,
+        experts_BLK: Tensor | None = None, wanted_W: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As :func:`decode`."""
-        return decode(self._model, tokens_B, positions_B, table_BP, cache, experts_BLK)
+        return decode(self._model, tokens_B, positions_B, table_BP, cache, experts_BLK, wanted_W)
 
     def step(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache, ahead: Ahead | None = None

@@ -96,8 +96,9 @@ class NativeDecoder:
         self._cos_TP = self._sin_TP = torch.empty(0, 0, dtype=torch.float32)
 
     def __call__(
-        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, experts_BLK: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, experts_BLK: Tensor | None = None,
+        wanted_W: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One new token for each row: logits (B, V) and hidden states (B, D) after the final norm, both fp32.
 
         Args:
@@ -106,13 +107,21 @@ class NativeDecoder:
             table_BP: int32, page numbers of each row's sequence in order; unused entries are not looked at.
             cache: receives the new latents.
             experts_BLK: int32, contiguous, over the layers that have experts: receives those each token chose.
+            wanted_W: rows whose logits, then (W, V), are asked for; by default all.
 
         Raises:
-            IndexError: a token, a position or a page is out of range; the cache is as before.
+            IndexError: a token, a position, a page or a row is out of range; the cache is as before.
             ValueError: ``experts_BLK`` has another shape or type.
         """
-        outputs = self._recorded(experts_BLK, len(tokens_B))
-        logits_BV = outputs["logits"] = torch.empty(len(tokens_B), self._config.vocab_size, dtype=torch.float32)
+        outputs, count = self._recorded(experts_BLK, len(tokens_B)), len(tokens_B)
+        if wanted_W is not None:
+            wanted_W, count = wanted_W.int().contiguous(), len(wanted_W)
+            if count and not 0 <= int(wanted_W.min()) <= int(wanted_W.max()) < len(tokens_B):
+                raise IndexError(f"wanted_W: rows of 0 to {len(tokens_B) - 1}")
+            outputs["head_rows"] = wanted_W
+        logits_BV = torch.empty(count, self._config.vocab_size, dtype=torch.float32)
+        if count:
+            outputs["logits"] = logits_BV
         hidden_BD = outputs["hidden"] = torch.empty(len(tokens_B), self._config.hidden_size, dtype=torch.float32)
         self._run(tokens_B, positions_B, table_BP, cache, outputs=outputs)
         return logits_BV, hidden_BD
@@ -187,6 +196,7 @@ class NativeDecoder:
                 table=_pointer(table_BP), table_stride=table_BP.shape[1], pages=_addresses(cache.pages_N),
                 page_count=len(pages), page_kind=_PAGE_KINDS[pages.dtype], cos=_pointer(self._cos_TP),
                 sin=_pointer(self._sin_TP), angles=len(self._cos_TP), norm=_pointer(norm),
+                head_count=len(outputs.get("head_rows", ())),
                 **{name: _pointer(tensor) for name, tensor in outputs.items()},
             )  # fmt: skip
             ahead = drafts and ctypes.byref(drafts.request)
