@@ -10,8 +10,8 @@ from torch import Tensor
 class LowPrecisionAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) on fp32 weights and gradients, its moments stored in ``moments`` (V3 report 3.3.3).
 
-    All arithmetic is fp32, or as the weights are. An update uses the moments before they are rounded. State per parameter: ``step``,
-    ``exp_avg`` and ``exp_avg_sq``, as torch.optim.AdamW has them.
+    All arithmetic is fp32, or as the weights are. An update uses the moments before they are rounded. State per
+    parameter: ``step``, ``exp_avg`` and ``exp_avg_sq``, as torch.optim.AdamW has them.
     """
 
     def __init__(
