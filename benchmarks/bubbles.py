@@ -11,7 +11,7 @@ is a few units out of tens: with a shorter unit, or on a busy machine, messages 
 import argparse
 
 from benthic.lab.bubbles import measure_idle
-from benthic.parallel.schedules import KINDS
+from benthic.parallel.stage_ranks import KINDS
 from benthic.parallel.timeline import Times
 
 

@@ -188,6 +188,29 @@ def problems(
         print(path)
 
 
+@app.command(epilog="Example: benthic distil teacher.toml --out answers")
+def distil(recipe: Recipe, out: Out, set_: Set = None, json_: Json = False) -> None:
+    """Sample a teacher's answers, [posttrain.distil] of a recipe, and keep the good ones to fine-tune on; run it again
+    to resume.
+    """
+    from benthic import api
+    from benthic.config.load import load_posttrain_config
+    from benthic.config.presets import PRESETS
+    from benthic.posttrain.distil import ANSWERS
+
+    config = load_posttrain_config(recipe, set_ or (), "", PRESETS["tiny"], "distil").posttrain.distil
+    assert config is not None
+    with console.counting() as progress:
+        found = api.distil(config, out, progress)
+    if json_:
+        console.print_json(found)
+        return
+    left_out = "".join(f", {count} {reason}" for reason, count in found["left_out"].items())
+    print(f"{out / ANSWERS}: {found['kept']} of {found['asked']} answers{left_out}")
+    if found["without_answer"]:
+        print(f"{found['without_answer']} got no answer; the same command asks for them again")
+
+
 @app.command(epilog="Example: benthic reward preferences.toml --out runs/judge --from runs/assistant")
 def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
     """Train a reward model on pairs of answers, [posttrain.reward] of a recipe; run it again to resume."""
@@ -422,6 +445,34 @@ def plan(
         console.print_json(asdict(result))
     else:
         console.print_plan(result)
+
+
+@app.command(epilog="Example: benthic timeline dualpipev --ranks 4 --micro-batches 10 --svg dualpipev.svg")
+def timeline(
+    schedule: Annotated[
+        Literal["1f1b", "zb1p", "interleaved", "zbv", "dualpipev"],
+        typer.Argument(metavar="SCHEDULE", help="1f1b, zb1p, interleaved, zbv or dualpipev."),
+    ],
+    ranks: Annotated[int, typer.Option(min=2, max=64, help="Processes of the pipeline.")] = 4,
+    micro_batches: Annotated[int, typer.Option(min=1, max=512, help="Of a step.")] = 8,
+    times: Annotated[
+        str, typer.Option(metavar="F,I,W", help="A stage's forward pass, backward pass of inputs, of weights.")
+    ] = "1,1,1",
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it here.", parser=_path)] = None,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """What each process of a pipeline does in a step, and how much of the time none has work."""
+    from benthic.parallel.show import show
+
+    shown = show(schedule, ranks, micro_batches, times)
+    if svg is not None:
+        from benthic.files import write_atomically
+
+        write_atomically(svg, shown.svg)
+    if json_:
+        console.print_json(shown.figures)
+    else:
+        print(shown.text)
 
 
 @bench.command("train", epilog="Example: benthic bench train --set model.preset=nano --json")

@@ -8,13 +8,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import TCPStore
 from torch.multiprocessing.spawn import start_processes
 
 from benthic.ops.wanted import wanted
 from benthic.parallel.pipeline import Pipeline
-from benthic.parallel.schedules import KINDS, Schedule, orders, ranks_of_stages, stages_of_rank
+from benthic.parallel.schedules import orders
+from benthic.parallel.stage_ranks import KINDS, Schedule, ranks_of_stages, stages_of_rank
 from benthic.parallel.stages import AnyStage, MicroBatch
-from benthic.parallel.timeline import Span, Timeline, Times, idle_share, published_idle_share, simulate
+from benthic.parallel.timeline import Times, idle_share, idle_share_between, published_idle_share, simulate
 
 _TIMEOUT = timedelta(seconds=120)
 
@@ -33,24 +35,22 @@ def measure_idle(schedule: Schedule, stages: int, micro_batches: int, times: Tim
     expected = simulate(orders(schedule, ranks, micro_batches), stages, times)
     measured = _run(schedule, ranks, micro_batches, times)
     published = published_idle_share(schedule, stages, ranks, micro_batches, times)
-    return Idle(idle_share(measured), idle_share(expected), published)
+    return Idle(idle_share_between(measured), idle_share(expected), published)
 
 
-def _run(schedule: Schedule, ranks: int, micro_batches: int, times: Times) -> Timeline:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
+def _run(schedule: Schedule, ranks: int, micro_batches: int, times: Times) -> list[list[tuple[float, float]]]:
+    """When each rank was busy."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])  # imports take seconds
     arguments = store.port, schedule, ranks, micro_batches, times
     start_processes(_run_on_rank, arguments, nprocs=ranks, start_method="forkserver")
-    spans: Timeline = {}
-    for rank in range(ranks):
-        numbers = map(float, store.get(f"spans {rank}").decode().split())
-        spans[rank] = [Span(None, start, end) for start, end in zip(numbers, numbers, strict=True)]
-    return spans
+    spans = [map(float, store.get(f"spans {rank}").decode().split()) for rank in range(ranks)]
+    return [list(zip(numbers, numbers, strict=True)) for numbers in spans]
 
 
 def _run_on_rank(rank: int, port: int, schedule: Schedule, ranks: int, micro_batches: int, times: Times) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=_TIMEOUT)
     try:
         assert dist.group.WORLD is not None

@@ -13,8 +13,8 @@ from benthic.ops import native
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, written out.
 
-    The quotient is computed in fp32 at least and rounded to the dtype of ``x`` before the weight, in every dtype: this is what
-    DeepSeek's own code does, and what makes logits equal to transformers' to the last bits.
+    The quotient is computed in fp32 at least and rounded to the dtype of ``x`` before the weight, in every dtype: this
+    is what DeepSeek's own code does, and what makes logits equal to transformers' to the last bits.
     """
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(x.dtype)

@@ -2,6 +2,7 @@
 
 from benthic.config.schema import RunConfig
 from benthic.errors import InputError
+from benthic.parallel.stage_ranks import KINDS
 
 
 def refuse_misfit(config: RunConfig, processes: int) -> None:
@@ -23,17 +24,42 @@ def refuse_misfit(config: RunConfig, processes: int) -> None:
         raise InputError(
             f"parallel.expert={parallel.expert} must divide model.n_routed_experts={experts}: {_divisors(experts)}"
         )
-    if parallel.pipeline > config.model.num_hidden_layers:
-        raise InputError(
-            f"parallel.pipeline={parallel.pipeline} must be at most "
-            f"model.num_hidden_layers={config.model.num_hidden_layers}"
-        )
+    if parallel.pipeline > 1:
+        _refuse_pipeline(config)
     if parallel.fp8_dispatch and config.precision.compute != "fp8":
         raise InputError(
             f'parallel.fp8_dispatch=true needs precision.compute="fp8", not "{config.precision.compute}": experts '
             "round to FP8 what they are sent"
         )
     _refuse_batch(config)
+
+
+def _refuse_pipeline(config: RunConfig) -> None:
+    parallel, train = config.parallel, config.train
+    each = KINDS[parallel.schedule].stages_per_rank
+    # The first stage may be the embedding alone, the last the head.
+    most = (config.model.num_hidden_layers + 2) // each
+    if parallel.pipeline > most:
+        raise InputError(
+            f'parallel.pipeline={parallel.pipeline} with parallel.schedule="{parallel.schedule}" makes '
+            f"{each * parallel.pipeline} stages, too many for model.num_hidden_layers="
+            f"{config.model.num_hidden_layers}; {most} can"
+        )
+    if parallel.zero > 1:
+        raise InputError(
+            f"parallel.zero={parallel.zero} must be 1 with parallel.pipeline={parallel.pipeline}: a step of a pipeline "
+            "keeps weights gathered, and gradients whole, until its end"
+        )
+    rows = train.batch_size // parallel.data_ranks
+    if rows // (train.micro_batch_size or train.batch_size) < parallel.pipeline:
+        given = train.micro_batch_size or f"none (that is, {train.batch_size})"
+        fitting = rows // parallel.pipeline
+        remedy = f"at most {fitting} would" if fitting else f"a batch of {parallel.processes} and 1 would"
+        raise InputError(
+            f"train.micro_batch_size={given} leaves parallel.pipeline={parallel.pipeline} processes fewer "
+            f"micro-batches than they are, of train.batch_size={train.batch_size} on {parallel.data_ranks} data ranks; "
+            f"{remedy} do"
+        )
 
 
 def _refuse_batch(config: RunConfig) -> None:

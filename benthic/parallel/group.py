@@ -21,7 +21,6 @@ from benthic.parallel.fits import refuse_misfit
 from benthic.parallel.layout import Layout, passes_of_ranks, rows_of_rank
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.messages import broadcast
-from benthic.parallel.pipeline import divide_layers
 from benthic.parallel.shard import gathered, reduce_in_pass, shard
 from benthic.parallel.traffic import Traffic
 from benthic.parallel.world import ALONE, Stop, Tensors, World
@@ -79,6 +78,8 @@ class Group(World):
     def spread(self, objective: nn.Module, compute: Compute, length: int) -> None:
         """Layers by the pipeline, experts by the expert axis, then all weights by the others."""
         if self._parallel.pipeline > 1:
+            from benthic.parallel.pipeline import divide_layers  # takes a while
+
             divide_layers(objective, self._parallel.schedule, self.mesh.pipeline_group, length)
         if self._parallel.expert > 1:
             sender = Sender(self.mesh.expert_group, self.traffic)

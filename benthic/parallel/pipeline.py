@@ -18,18 +18,9 @@ from torch.distributed.pipelining.schedules import _add_send_recv, _PipelineSche
 from benthic.model import LanguageModel
 from benthic.parallel.cut import computed_costs, cut
 from benthic.parallel.local import local
-from benthic.parallel.schedules import (
-    KINDS,
-    Orders,
-    Schedule,
-    forward_orders,
-    orders,
-    ranks_of_stages,
-    stages_of_rank,
-)
-from benthic.parallel.stages import EMBEDDING, AnyStage, MicroBatch, drop_other_stages, make_stages
-
-_PIPELINE = "_pipeline"
+from benthic.parallel.schedules import Orders, forward_orders, orders
+from benthic.parallel.stage_ranks import KINDS, Schedule, ranks_of_stages, stages_of_rank
+from benthic.parallel.stages import EMBEDDING, PIPELINE, AnyStage, MicroBatch, drop_other_stages, make_stages
 
 Call = Callable[[nn.Module, Tensor | None, MicroBatch], Tensor]
 """Runs a stage in some precision."""
@@ -119,15 +110,9 @@ def divide_layers(objective: nn.Module, schedule: Schedule, group: ProcessGroup,
     held = make_stages(model, layers, stages_of_rank(schedule, group.size(), group.rank()))
     drop_other_stages(model, held)
     copying_rank = ranks_of_stages(schedule, group.size())[-1] if len(model.mtp) else 0
-    model.__dict__[_PIPELINE] = Pipeline(held, schedule, group, copying_rank)
+    model.__dict__[PIPELINE] = Pipeline(held, schedule, group, copying_rank)
     if copying_rank == group.rank() != 0:
         model.copies = frozenset([EMBEDDING])
-
-
-def pipeline_of(model: nn.Module) -> Pipeline | None:
-    """What the model's steps go through; None if all of it is here."""
-    found: Pipeline | None = model.__dict__.get(_PIPELINE)
-    return found
 
 
 class _Part(nn.Module):
@@ -165,6 +150,7 @@ class _TorchStage(PipelineStage):
         some = torch.empty(1, device="meta", requires_grad=True)
         device = next(part.parameters()).device
         super().__init__(part, number, stages, device, some, some, group=group)
+        self.part = part
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[P2POp]:
         """With memory for the states that arrive."""
@@ -218,7 +204,7 @@ class _Runner(_PipelineScheduleRuntime):
         super().__init__(stages, micro_batches, loss_fn=_itself if learn else None, scale_grads=False)
         self._torch_stages = stages
         if learn:
-            self._prepare_schedule_with_comms(orders)
+            self._prepare_schedule_with_comms({rank: list(actions) for rank, actions in orders.items()})
         else:
             self._prepare_forward(orders, ranks_of)
 
@@ -233,7 +219,7 @@ class _Runner(_PipelineScheduleRuntime):
         """One step; as torch's ``step``, for batches that are cut already."""
         for stage in self._torch_stages:
             stage.has_backward = self._has_backward
-            stage.sizes = [stage.submod.stage.size(micro_batch) for micro_batch in micro_batches]
+            stage.sizes = [stage.part.stage.size(micro_batch) for micro_batch in micro_batches]
             stage.dtype = dtype
             stage.clear_runtime_states()
         held = [{"micro_batch": _Opaque(micro_batch)} for micro_batch in micro_batches]

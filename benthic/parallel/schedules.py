@@ -6,44 +6,17 @@ those of its weights. Nothing here communicates, so lists can be printed, timed 
 """
 
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from torch.distributed.pipelining import schedules as torch_schedules
-from torch.distributed.pipelining.schedules import _Action as Action
-from torch.distributed.pipelining.schedules import _ComputationType as Computation
 
-Schedule = Literal["1f1b", "zb1p", "interleaved", "zbv", "dualpipev"]
+from benthic.parallel.stage_ranks import KINDS, Schedule, stages_of_rank
+
+Action = torch_schedules._Action
+Computation = torch_schedules._ComputationType
+
 Orders = dict[int, list[Action]]
 """By rank, its actions."""
-
-
-class Kind(NamedTuple):
-    """How a schedule lays stages on ranks."""
-
-    stages_per_rank: int
-    v_shaped: bool = False
-    """The second half of the stages runs back over the ranks: the first rank has the first stage and the last."""
-
-
-KINDS: dict[Schedule, Kind] = {
-    "1f1b": Kind(1),
-    "zb1p": Kind(1),
-    "interleaved": Kind(2),
-    "zbv": Kind(2, v_shaped=True),
-    "dualpipev": Kind(2, v_shaped=True),
-}
-
-
-def ranks_of_stages(schedule: Schedule, ranks: int) -> list[int]:
-    """The rank of each stage."""
-    kind = KINDS[schedule]
-    stages = range(ranks * kind.stages_per_rank)
-    return [2 * ranks - 1 - stage if kind.v_shaped and stage >= ranks else stage % ranks for stage in stages]
-
-
-def stages_of_rank(schedule: Schedule, ranks: int, rank: int) -> list[int]:
-    """The stages that a rank holds, in order."""
-    return [stage for stage, holder in enumerate(ranks_of_stages(schedule, ranks)) if holder == rank]
 
 
 def orders(schedule: Schedule, ranks: int, micro_batches: int) -> Orders:

@@ -12,7 +12,7 @@ Shapes: B sequences, T positions, S = T + depths tokens, D model width, V vocabu
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,12 @@ from benthic.model.language_model import mtp_states
 from benthic.model.moe import Router
 from benthic.model.transformer import attention_context
 
+if TYPE_CHECKING:  # it takes a while to import, and most runs have no pipeline
+    from benthic.parallel.pipeline import Pipeline
+
 EMBEDDING = "transformer.embed.weight"
+PIPELINE = "_pipeline"
+"""The attribute of a model that has only some stages."""
 
 
 class Elsewhere(nn.Module):
@@ -77,10 +82,12 @@ class Stage(AnyStage):
             self.norm, self.head, self.mtp = transformer.norm, transformer.head, model.mtp
 
     def size(self, micro_batch: MicroBatch) -> tuple[int, ...]:
+        """Sequences, positions and width."""
         sequences, tokens = micro_batch.tokens_BS.shape
         return sequences, tokens - micro_batch.depths, self.config.hidden_size
 
     def forward(self, x_BTD: Tensor | None, micro_batch: MicroBatch) -> Tensor:
+        """As any stage."""
         depths = micro_batch.depths
         tokens_BS = micro_batch.tokens_BS
         tokens_BT = tokens_BS[:, : tokens_BS.shape[1] - depths]
@@ -141,6 +148,12 @@ def drop_other_stages(model: LanguageModel, stages: dict[int, Stage]) -> None:
             module = parent.get_submodule(name)
             if id(module) not in kept:
                 setattr(parent, name, Elsewhere(module))
+
+
+def pipeline_of(model: nn.Module) -> "Pipeline | None":
+    """What the model's steps go through; None if all of it is here."""
+    found: Pipeline | None = model.__dict__.get(PIPELINE)
+    return found
 
 
 def routers_here(model: nn.Module) -> list[Router | None]:

@@ -3,9 +3,11 @@
 An action begins when its rank is free and what it needs has arrived; sending takes no time.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from benthic.parallel.schedules import Action, Computation, Orders, Schedule, parts
+from benthic.parallel.schedules import Action, Computation, Orders, parts
+from benthic.parallel.stage_ranks import Schedule
 
 _COLOURS = {"F": "#4e79a7", "B": "#f28e2b", "I": "#e9b44c", "W": "#59a14f"}
 _MEANING = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
@@ -87,9 +89,14 @@ def _needs(action: Action, stages: int) -> list[tuple[str, int, int | None]]:
 
 def idle_share(timeline: Timeline) -> float:
     """Share of the ranks' time, from the first start to the last end, in which they run nothing."""
-    spans = [span for line in timeline.values() for span in line]
-    length = max(span.end for span in spans) - min(span.start for span in spans)
-    return 1 - sum(span.end - span.start for span in spans) / (length * len(timeline))
+    return idle_share_between([[(span.start, span.end) for span in line] for line in timeline.values()])
+
+
+def idle_share_between(busy: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """The same of each rank's busy times alone, from when to when."""
+    times = [time for line in busy for time in line]
+    length = max(end for _, end in times) - min(start for start, _ in times)
+    return 1 - sum(end - start for start, end in times) / (length * len(busy))
 
 
 def published_idle(schedule: Schedule, stages: int, times: Times) -> float | None:

@@ -8,19 +8,21 @@ V vocabulary.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benthic.data.batches import Batch
 from benthic.model import LanguageModel, Routing
-from benthic.parallel.pipeline import Pipeline
 from benthic.parallel.shard import whole_for_step
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import Losses, Objective, cross_entropies
 from benthic.train.schedule import StepSettings
+
+if TYPE_CHECKING:
+    from benthic.parallel.pipeline import Pipeline
 
 
 class Pass(NamedTuple):
@@ -35,7 +37,7 @@ class Pass(NamedTuple):
 
 
 def learn(
-    pipeline: Pipeline, objective: Objective, passes: Sequence[Pass], settings: StepSettings, compute: Compute
+    pipeline: "Pipeline", objective: Objective, passes: Sequence[Pass], settings: StepSettings, compute: Compute
 ) -> Losses:
     """Gradients of these passes, and this process's part of their losses: what its stages have found.
 

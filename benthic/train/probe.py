@@ -14,8 +14,7 @@ from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
 from benthic.model import Routing, Trainable
 from benthic.ops.cross_entropy import IGNORE
-from benthic.parallel.pipeline import pipeline_of
-from benthic.parallel.stages import routers_here
+from benthic.parallel.stages import pipeline_of, routers_here
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in

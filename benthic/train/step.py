@@ -11,7 +11,7 @@ from torch import Tensor
 from benthic.data.batches import Batch
 from benthic.model.moe import Router
 from benthic.ops.cross_entropy import IGNORE
-from benthic.parallel.pipeline import pipeline_of
+from benthic.parallel.stages import pipeline_of
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in

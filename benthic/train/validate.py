@@ -13,7 +13,7 @@ from benthic.data.batches import Batch, validation_batches
 from benthic.data.shards import TokenStore
 from benthic.model import Routing, Trainable, Trunk
 from benthic.ops.cross_entropy import IGNORE, linear_cross_entropy
-from benthic.parallel.pipeline import pipeline_of
+from benthic.parallel.stages import pipeline_of
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in

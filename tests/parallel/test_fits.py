@@ -23,7 +23,12 @@ def config(*settings):
         (8, ["parallel.shard=8"], "; 16 can"),
         (2, ["parallel.expert=2", "parallel.fp8_dispatch=true"], 'precision.compute="fp8"'),
         (2, ["parallel.shard=2", "train.minutes=3"], "give train.steps"),
-        (64, ["parallel.pipeline=64"], "must be at most model.num_hidden_layers"),
+        (64, ["parallel.pipeline=64"], "makes 64 stages, too many for model.num_hidden_layers=3; 5 can"),
+        (4, ["parallel.pipeline=4", "parallel.schedule=zbv"], "makes 8 stages, too many"),
+        (4, ["parallel.pipeline=2", "parallel.shard=2", "parallel.zero=3"], "parallel.zero=3 must be 1"),
+        (2, ["parallel.pipeline=2"], "none (that is, 12) leaves parallel.pipeline=2 processes fewer"),
+        (4, ["parallel.pipeline=2", "parallel.shard=2", "train.micro_batch_size=4"], "at most 3 would do"),
+        (16, ["parallel.pipeline=4", "parallel.shard=4", "train.micro_batch_size=1"], "a batch of 16 and 1 would do"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would(processes, settings, says):
@@ -38,7 +43,8 @@ def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would(processes
     [
         (1, []),
         (12, ["parallel.shard=3", "parallel.replicate=4"]),
-        (8, ["parallel.expert=4", "parallel.pipeline=2"]),
+        (8, ["parallel.expert=4", "parallel.pipeline=2", "train.micro_batch_size=1"]),
+        (4, ["parallel.pipeline=2", "parallel.shard=2", "train.micro_batch_size=3", "parallel.schedule=dualpipev"]),
         (2, ["parallel.expert=2", "parallel.fp8_dispatch=true", "precision.compute=fp8"]),
     ],
 )

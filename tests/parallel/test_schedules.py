@@ -2,15 +2,8 @@
 
 import pytest
 
-from benthic.parallel.schedules import (
-    KINDS,
-    Computation,
-    forward_orders,
-    orders,
-    parts,
-    ranks_of_stages,
-    stages_of_rank,
-)
+from benthic.parallel.schedules import Computation, forward_orders, orders, parts
+from benthic.parallel.stage_ranks import KINDS, ranks_of_stages, stages_of_rank
 from benthic.parallel.timeline import Times, idle_share, published_idle_share, simulate, svg, text
 
 

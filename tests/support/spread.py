@@ -133,7 +133,8 @@ def largest_difference(one: Outcome, other: Outcome) -> float:
     """Of any loss in any step and any number in any tensor; the balance loss, in fp32 always, is left to others."""
     assert one.tensors.keys() == other.tensors.keys()
     left, right = (
-        torch.tensor([[*row[:-2], row[-1]] for row in run.losses], dtype=torch.float64) for run in (one, other)
+        torch.tensor([number for row in run.losses for number in (*row[:-2], row[-1])], dtype=torch.float64)
+        for run in (one, other)
     )
     tensors = [(one.tensors[name] - tensor).abs().max().item() for name, tensor in other.tensors.items()]
     return max((left - right).abs().max().item(), *tensors)

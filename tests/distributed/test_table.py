@@ -1,0 +1,62 @@
+"""Every layout of 1, 2, 4 and 8 processes over four axes, by every schedule: 20 steps as one process takes them."""
+
+import itertools
+from functools import cache
+
+import pytest
+from processes import run_processes
+from spread import ALONE, InFloat32, InFloat64, largest_difference, settings, spread_over, spread_steps, take_steps
+
+from benthic.config.schema import ParallelConfig
+
+SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
+LAYERS = {1: 4, 2: 4, 4: 6, 8: 14}
+"""By the size of the pipeline, whose stages need some."""
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+
+
+def layouts():
+    for processes in (1, 2, 4, 8):
+        for sizes in itertools.product((1, 2, 4, 8), repeat=4):
+            layout = dict(zip(("pipeline", "expert", "shard", "replicate"), sizes, strict=True))
+            if ParallelConfig(**layout).processes == processes:
+                for schedule in SCHEDULES if sizes[0] > 1 else SCHEDULES[:1]:
+                    yield layout | {"schedule": schedule}
+
+
+def name(layout):
+    axes = [f"{axis}{size}" for axis, size in layout.items() if axis != "schedule" and size > 1]
+    return "-".join([*axes, layout["schedule"]] if layout["pipeline"] > 1 else axes or ["alone"])
+
+
+def architecture(dtype):
+    return InFloat64() if dtype == "float64" else InFloat32()
+
+
+def config_of(layers, rows, mtp, compute):
+    return settings(
+        steps=20, batch_size=rows, model={"num_hidden_layers": layers, "num_nextn_predict_layers": mtp}, compute=compute
+    )
+
+
+@cache
+def alone(layers, rows, mtp, compute, dtype):
+    return take_steps(config_of(layers, rows, mtp, compute), ALONE, architecture(dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("compute", ["fp32", "fp8"])
+@pytest.mark.parametrize("mtp", [1, 0])
+@pytest.mark.parametrize("layout", list(layouts()), ids=name)
+def test_a_layout_trains_what_one_process_does(layout, mtp, compute, dtype):
+    processes = ParallelConfig(**layout).processes
+    # As many rows as let DualPipeV have a micro-batch for each of its stages.
+    size = LAYERS[layout["pipeline"]], 2 * max(processes, 4), mtp, compute
+    spread = spread_over(config_of(*size), **layout)
+    if processes == 1:
+        outcome = take_steps(spread, ALONE, architecture(dtype))
+    else:
+        outcome, *_ = run_processes(spread_steps, processes, spread, architecture(dtype), timeout=1700)
+    assert largest_difference(alone(*size, dtype), outcome) < TOLERANCE[dtype]
