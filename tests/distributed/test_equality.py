@@ -1,6 +1,6 @@
-"""Training spread over processes gives what one process gives: losses of 20 steps and all tensors at the end.
+"""Training spread over processes gives what one process gives: losses of all steps and all tensors at the end.
 
-In float64 to 1e-9, in fp32 to 1e-4. Passes are the same on every layout (one sequence each), the batch ramps up, so
+In float64, to 1e-9. Passes are the same on every layout (one sequence each), the batch ramps up, so
 that some ranks have nothing to do in some passes, gradients are clipped, and an average is kept.
 """
 
@@ -16,14 +16,6 @@ LAYOUTS = [
     for expert, shard, replicate in itertools.product((1, 2, 4, 8), repeat=3)
     if expert * shard * replicate in (2, 4, 8)
 ]
-ALL_WAYS = [
-    {},
-    {"model": {"num_nextn_predict_layers": 0}},
-    {"compute": "fp8"},
-    {"compute": "fp8", "model": {"num_nextn_predict_layers": 0}},
-]
-GENTLE = {"model": {"initializer_range": 0.006}, "optimizer": {"learning_rate": 1e-4, "clip_norm": 0.5}}
-"""As published. Where a step changes much, fp32's last digit decides what FP8 rounds to, and which expert is chosen."""
 MUON = {"optimizer": {"name": "muon", "matrix_learning_rate": 1e-3, "matrix_products": "fp32", "clip_norm": 0.5}}
 
 
@@ -52,27 +44,16 @@ def assert_equal(config, architecture, parallel, tolerance):
     ],
 )
 def test_a_layout_gives_what_one_process_gives(ways, parallel):
-    assert_equal(settings(steps=6, **ways), InFloat64(), parallel, 1e-9)
+    assert_equal(settings(steps=5, **ways), InFloat64(), parallel, 1e-9)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("ways", ALL_WAYS, ids=str)
+@pytest.mark.parametrize("zero", [2, 3])
 @pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-def test_every_layout_gives_what_one_process_gives(parallel, ways):
-    for zero in (1, 2, 3):
-        if zero > 1 and "compute" in ways:
-            continue  # how weights are gathered has nothing to do with what they are rounded to then
-        exact = {"zero": zero, "fp8_dispatch": "compute" in ways}
-        assert_equal(settings(**ways), InFloat64(), parallel | exact, 1e-9)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("compute", ["fp32", "fp8"])
-@pytest.mark.parametrize("parallel", LAYOUTS, ids=str)
-def test_every_layout_gives_what_one_process_gives_in_fp32(parallel, compute):
-    assert_equal(settings(compute=compute, **GENTLE), InFloat32(), parallel, 1e-4)
+def test_zero_2_and_3_give_what_one_process_gives(parallel, zero):
+    """ZeRO-1 is in the table of all layouts."""
+    assert_equal(settings(), InFloat64(), parallel | {"zero": zero}, 1e-9)
 
 
 def test_weights_and_gradients_travel_as_often_as_zero_says():
