@@ -59,15 +59,21 @@ class Forecast:
     """Is done in it."""
     seconds: float | None
     how: How
+    devices: int = 1
+    """That work on it at the same time."""
 
     @property
     def kwh(self) -> float:
         """Estimated from the processor's design power; see docs/health.md for what that leaves out."""
-        return (self.seconds or 0.0) / 3600 * torch.get_num_threads() * watts_per_core(cpu_name()) / 1000
+        return self._device_hours * torch.get_num_threads() * watts_per_core(cpu_name()) / 1000
 
     def cost(self, price_per_hour: float | None) -> float | None:
-        """Dollars, where a price is given."""
-        return None if price_per_hour is None else (self.seconds or 0.0) / 3600 * price_per_hour
+        """Dollars, where the price of a device is given."""
+        return None if price_per_hour is None else self._device_hours * price_per_hour
+
+    @property
+    def _device_hours(self) -> float:
+        return (self.seconds or 0.0) / 3600 * self.devices
 
 
 def forecasts(config: RunConfig, out: Path, *, measure: bool = False) -> dict[str, Forecast]:
@@ -125,8 +131,10 @@ class _Forecaster:
         flops = train.batch_size * train.sequence_length * _flops_per_token(stage.config)
         steps = train.steps / steps_per_full_batch(train.schedule)
         during = train.steps // train.validate_every * self._forward(train.validation_tokens, train.sequence_length)
+        # Several processes pretrain, and are taken to share the work without loss.
+        devices = self._config.parallel.processes if stage.kind == "corpus" else 1
         seconds = steps * (step or flops / self._rate) + during + last * (2 if stage.kind == "sft" else 1)
-        return Forecast(f"{train.steps:,} steps of {shape}", seconds, how)
+        return Forecast(f"{train.steps:,} steps of {shape}", seconds / devices, how, devices)
 
     def _measured(self, stage: Stage) -> float | None:
         """Seconds of a step; the first stage's also say how fast this machine is, and in which precision."""
