@@ -109,12 +109,15 @@ def run(
     ] = False,
 ) -> None:  # fmt: skip
     """Every stage, from raw text to a model that is measured and exported; run it again to resume."""
-    _refuse_several_processes()
     from benthic.config.load import load_run_config
     from benthic.run import whole
 
     config = load_run_config(recipe, set_ or ())
     plan = whole.plan(config, out, [name.strip() for name in skip.split(",") if name.strip()])
+    if torchrun.rank() and not dry_run:
+        whole.assist(plan, out)
+    if torchrun.rank():
+        return
     if dry_run:
         console.print_forecast(whole.rows(plan, out), config.train.price_per_hour)
         return
@@ -225,7 +228,8 @@ def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
 def _refuse_several_processes() -> None:
     if torchrun.processes() > 1:
         raise InputError(
-            f"{torchrun.processes()} processes were started; several can do `benthic train`, after `benthic data`"
+            f"{torchrun.processes()} processes were started; several can do `benthic run`, and `benthic train` after "
+            "`benthic data`"
         )
 
 

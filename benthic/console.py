@@ -146,20 +146,21 @@ def _short(score: "Score | None") -> str:
 def print_forecast(rows: "Sequence[Row]", price_per_hour: float | None) -> None:
     """The stages of a run with the time, energy and money they take, as far as that is known."""
     table = [["stage", "what", "time", "", "energy", "cost"]]
-    total = kwh = 0.0
+    total = kwh = money = 0.0
     for name, forecast, state in rows:
         left = state != "done"
         seconds = forecast.seconds if left else 0.0
         total += seconds or 0.0
         kwh += forecast.kwh if left else 0.0
         cost = forecast.cost(price_per_hour) if left else None
+        money += cost or 0.0
         time = "?" if seconds is None else duration(seconds)
         table.append([
             name, forecast.what, time if left else "", state or forecast.how,
             f"{forecast.kwh:,.4f} kWh" if left else "", "" if cost is None else f"${cost:,.4f}",
         ])  # fmt: skip
-    money = "" if price_per_hour is None else f"${total / 3600 * price_per_hour:,.4f}"
-    _print_columns([*table, ["", "in all", duration(total), "", f"{kwh:,.4f} kWh", money]])
+    in_all = "" if price_per_hour is None else f"${money:,.4f}"
+    _print_columns([*table, ["", "in all", duration(total), "", f"{kwh:,.4f} kWh", in_all]])
     print("energy is estimated from the processor's design power")
     if price_per_hour is None:
         print("no cost: give the price of an hour of this machine with --set train.price_per_hour=DOLLARS")
