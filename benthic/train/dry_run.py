@@ -23,12 +23,13 @@ from benthic.parallel.gather import Divided, rows_held
 from benthic.parallel.in_flight import InFlight, most_in_flight
 from benthic.parallel.layout import Layout, passes_of_ranks
 from benthic.parallel.pipeline import layers_of_stages
-from benthic.parallel.schedules import Action, Orders, orders, ranks_of_stages
+from benthic.parallel.schedules import Action, Orders, orders
 from benthic.parallel.shard import units
+from benthic.parallel.stage_ranks import ranks_of_stages
 from benthic.parallel.stages import drop_other_stages, make_stages
 from benthic.parallel.timeline import Times, idle_share, simulate
 from benthic.plan.activations import Arithmetic, block_bytes, fp8_bytes, head_bytes, mtp_bytes
-from benthic.plan.states import Unit, Zero, state_memory, state_messages
+from benthic.plan.states import Unit, state_memory, state_messages
 from benthic.plan.traffic import Visits, token_messages, visits
 from benthic.precision.blocks import BLOCK
 from benthic.train.compute import moments_dtype
@@ -187,8 +188,6 @@ class _Job:
         self.depths = self.model.num_nextn_predict_layers if heaviest_mtp(config) else 0
         schedule, pipeline = self.parallel.schedule, self.layout.pipeline
         self.ranks_of = ranks_of_stages(schedule, pipeline) if pipeline > 1 else [0]
-        # A pipeline's step has its weights and gradients whole from beginning to end.
-        self.zero: Zero = 1 if pipeline > 1 else self.parallel.zero
         self.costs = computed_costs(self.model, train.sequence_length, mtp=self.model.num_nextn_predict_layers > 0)
         self.layers = layers_of_stages(self.costs, schedule, pipeline) if pipeline > 1 else cut(self.costs, 1)
 
@@ -339,7 +338,7 @@ class _Place:
 
     def _memory(self, found: list[Unit]) -> tuple[InFlight, Memory]:
         job, train = self.job, self.job.config.train
-        states = state_memory(found, zero=job.zero, average=bool(train.ema_decay or train.ema_span))
+        states = state_memory(found, zero=job.parallel.zero, average=bool(train.ema_decay or train.ema_span))
         order = job.orders[self.place]
         activations = most_in_flight(order, {stage: self._kept(stage) for stage in self.held})
         copies = most_in_flight(order, {stage: self._copied(stage) for stage in self.held})
@@ -387,7 +386,7 @@ class _Place:
 
     def _messages(self, found: list[Unit]) -> Messages:
         job = self.job
-        states = state_messages(found, zero=job.zero, passes=job.passes)
+        states = state_messages(found, zero=job.parallel.zero, passes=job.passes)
         tokens = self._token_messages()
         return Messages(
             **{kind: round(size) for kind, size in (*tokens.items(), *states._asdict().items())},

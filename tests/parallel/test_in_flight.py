@@ -3,7 +3,8 @@
 import pytest
 
 from benthic.parallel.in_flight import most_in_flight
-from benthic.parallel.schedules import Computation, orders, parts, stages_of_rank
+from benthic.parallel.schedules import Computation, orders, parts
+from benthic.parallel.stage_ranks import stages_of_rank
 
 
 def most(schedule, ranks, rank, micro_batches, kept=None):

@@ -82,7 +82,7 @@ def test_recomputation_and_shorter_pipelines_keep_less():
     assert kept.memory.activations > 1.3 * again.memory.activations
     small = ["model.preset=lite-16b", "train.batch_size=64", "train.micro_batch_size=1", "train.sequence_length=2048"]
     one, eight = (
-        dry_run(load_run_config("tiny", [*small, "parallel.pipeline=8", f"train.batch_size={batch}"]))
+        dry_run(load_run_config("tiny", [*small, "parallel.pipeline=8", f"train.batch_size={batch}"]), strict=False)
         for batch in (1, 64)
     )
     assert eight.stages[0].memory.activations == 8 * one.stages[0].memory.activations
