@@ -18,8 +18,8 @@ from benthic.train.signals import Interrupted
 if TYPE_CHECKING:
     from benthic.evaluate.records import EvaluationRecord
     from benthic.evaluate.score import Score
-    from benthic.plan.report import Plan
     from benthic.run.whole import Row
+    from benthic.train.planned import RunPlan
 
 LINE_EVERY = 5.0
 """Seconds between plain lines of progress."""
@@ -100,8 +100,14 @@ def print_figures(figures: dict[str, Any]) -> None:
         print(f"{name:{width}}  {value:,.4g}" if isinstance(value, float) else f"{name:{width}}  {value}")
 
 
-def print_plan(plan: "Plan") -> None:
-    """A plan as a table: parts with their share of the parameters, then what a token costs."""
+def print_lines(lines: Iterable[str]) -> None:
+    """Text as it is."""
+    for line in lines:
+        print(line)
+
+
+def print_plan(plan: "RunPlan") -> None:
+    """A plan as a table: parts with their share of the parameters, what a token costs, what training takes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -109,11 +115,23 @@ def print_plan(plan: "Plan") -> None:
     table.columns[1].justify = table.columns[2].justify = "right"
     for part, number in plan.parameters.items():
         table.add_row(part.replace("_", " "), f"{number:,}", f"{number / plan.total_parameters:.1%}")
-    rows = {key: value for key, value in asdict(plan).items() if key != "parameters"}
     table.add_section()
-    for name, value in rows.items():
-        table.add_row(name.replace("_", " "), f"{value:,.0f}", "")
+    for name, value in asdict(plan).items():
+        if name not in ("parameters", "parallel", "phases"):
+            table.add_row(name.replace("_", " "), _shown(value), "")
     Console().print(table)
+    print("layout: " + ", ".join(f"{axis} {size}" for axis, size in plan.parallel.items()))
+    for phase in plan.phases:
+        print(
+            f"{phase.name}: {phase.steps:,} steps of {phase.step_seconds:.4g} s at {phase.sequence_length} tokens, "
+            f"{phase.tokens:,} tokens, {phase.gpu_hours:,.4g} GPU hours, {phase.memory_per_gpu_gib:,.1f} GiB a GPU"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def print_scores(scores: "Mapping[str, Score]") -> None:

@@ -44,7 +44,7 @@ class ModelOptimizer:
         self._names: dict[Tensor, str] = {part: name for name, part in held.items()}
         self._divided = [(held[name], p) for name, p in parameters.items() if held[name] is not p]
         self._late = {parameter for parameter, name in self._names.items() if _MTP.match(name)}
-        of_muon = _hidden_matrices(model) if config.name == "muon" and isinstance(model, Trainable) else {}
+        of_muon = hidden_matrices(model) if config.name == "muon" and isinstance(model, Trainable) else {}
         matrices = {held[name]: of_muon[parameter] for name, parameter in parameters.items() if parameter in of_muon}
         others = [parameter for parameter in self._names if parameter not in matrices]
         self._parts: list[tuple[torch.optim.Optimizer, float, tuple[str, ...]]] = [
@@ -149,7 +149,7 @@ def adamw(
     return LowPrecisionAdamW(groups, **settings, moments=moments)
 
 
-def _hidden_matrices(model: Trainable) -> dict[Tensor, int]:
+def hidden_matrices(model: Trainable) -> dict[Tensor, int]:
     """Muon's parameters, and how many matrices each holds one above the other: gate and up are two."""
     apart = [*model.transformer.embed.parameters(), *model.transformer.head.parameters()]
     apart += [module.weight for module in model.modules() if isinstance(module, Router)]
