@@ -1,0 +1,55 @@
+"""A notice board for all ranks of a run: short messages in torch.distributed's store, away from its collectives.
+
+Threads beside the training use it: one that writes checkpoints, one that watches. A collective of theirs could come
+between those of a step in another order on another rank; a message cannot. Messages are JSON and never unpickled.
+"""
+
+import json
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError, PrefixStore, Store
+
+from benthic.errors import WorkFailed
+
+
+class NoAnswer(WorkFailed):
+    """A rank has not said what others wait for."""
+
+
+class Board:
+    """One rank's view of the board.
+
+    A thread needs a board of its own (:meth:`another`): who waits for a message blocks everyone on the same connection.
+    """
+
+    def __init__(self, store: Store, rank: int, world: int, *, timeout_seconds: float = 1800) -> None:
+        self.rank, self.world = rank, world
+        self._store, self._timeout = store, timedelta(seconds=timeout_seconds)
+
+    def another(self, prefix: str) -> "Board":
+        """A board apart from this one, with a connection of its own."""
+        store = PrefixStore(prefix, self._store.clone())
+        return Board(store, self.rank, self.world, timeout_seconds=self._timeout.total_seconds())
+
+    def post(self, key: str, message: Any) -> None:
+        """Put up what others may read, in the place of what is there under this key."""
+        self._store.set(key, json.dumps(message))
+
+    def read(self, key: str) -> Any:
+        """What is there under a key, as soon as it is. Raises NoAnswer if that takes too long."""
+        try:
+            self._store.wait([key], self._timeout)
+        except DistError as error:
+            raise NoAnswer(f"nothing heard of {key} within {self._timeout.total_seconds():g} s") from error
+        return json.loads(self._store.get(key))
+
+    def has(self, key: str) -> bool:
+        """Whether anything is there under a key."""
+        return self._store.check([key])
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Take down what everybody concerned has read."""
+        for key in keys:
+            self._store.delete_key(key)
