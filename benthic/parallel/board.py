@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, Store
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import PrefixStore
 
 from benthic.errors import WorkFailed
 
@@ -24,14 +25,14 @@ class Board:
     A thread needs a board of its own (:meth:`another`): who waits for a message blocks everyone on the same connection.
     """
 
-    def __init__(self, store: Store, rank: int, world: int, *, timeout_seconds: float = 1800) -> None:
+    def __init__(self, store: Any, rank: int, world: int, *, timeout_seconds: float = 1800) -> None:
+        """``store`` is torch.distributed's; ``timeout_seconds`` how long messages are waited for."""
         self.rank, self.world = rank, world
         self._store, self._timeout = store, timedelta(seconds=timeout_seconds)
 
     def another(self, prefix: str) -> "Board":
         """A board apart from this one, with a connection of its own."""
-        store = PrefixStore(prefix, self._store.clone())
-        return Board(store, self.rank, self.world, timeout_seconds=self._timeout.total_seconds())
+        return Board(PrefixStore(prefix, self._store.clone()), self.rank, self.world, timeout_seconds=self._timeout.total_seconds())
 
     def post(self, key: str, message: Any) -> None:
         """Put up what others may read, in the place of what is there under this key."""
@@ -47,9 +48,10 @@ class Board:
 
     def has(self, key: str) -> bool:
         """Whether anything is there under a key."""
-        return self._store.check([key])
+        return bool(self._store.check([key]))
 
     def remove(self, keys: Iterable[str]) -> None:
         """Take down what everybody concerned has read."""
         for key in keys:
             self._store.delete_key(key)
+

@@ -67,7 +67,8 @@ class Cut(NamedTuple):
 
     dim: int
     parts: int
-    index: int
+    number: int
+    """Of the part that is kept, from 0."""
 
 
 def whole(name: str, shape: Iterable[int]) -> Piece:
@@ -79,9 +80,9 @@ def whole(name: str, shape: Iterable[int]) -> Piece:
 def cut(piece: Piece, cuts: Iterable[Cut]) -> Piece:
     """What is left of a piece after these cuts, the first first."""
     offset, size = list(piece.offset), list(piece.size)
-    for dim, parts, index in cuts:
+    for dim, parts, number in cuts:
         length = math.ceil(size[dim] / parts)
-        start = min(index * length, size[dim])
+        start = min(number * length, size[dim])
         offset[dim] += start
         size[dim] = min(length, size[dim] - start)
     return piece._replace(offset=tuple(offset), size=tuple(size))
@@ -94,11 +95,11 @@ def cuts_of(placements: Sequence[Any], mesh: Sequence[int], coordinate: Sequence
     stands further out, as strided: it cuts last.
     """
     found: tuple[list[Cut], list[Cut]] = ([], [])
-    for placement, parts, index in zip(placements, mesh, coordinate, strict=True):
+    for placement, parts, number in zip(placements, mesh, coordinate, strict=True):
         if placement.is_partial():
             raise ValueError(f"{placement} is a sum that is not taken yet, and no state of a run")
         if not placement.is_replicate():
-            found[hasattr(placement, "split_factor")].append(Cut(placement.dim, parts, index))
+            found[hasattr(placement, "split_factor")].append(Cut(placement.dim, parts, number))
     return [*found[0], *found[1]]
 
 
@@ -161,7 +162,7 @@ def _refuse_gaps(pieces: Iterable[Piece]) -> None:
 def tile(shape: Extent, boxes: Sequence[Box]) -> bool:
     """Whether these boxes fill a tensor of this shape without an overlap."""
     inside = all(
-        0 <= start and start + length <= end
+        start >= 0 and start + length <= end
         for box in boxes
         for start, length, end in zip(box.offset, box.size, shape, strict=True)
     )

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from benthic.errors import InputError, WorkFailed
 from benthic.files import read_json_object, require_plain, sha256, sync, usual_mode
-from benthic.train.parts import HEADER_LIMIT, Wanted, everything, part_name, read_parts
+from benthic.parallel.local import local
+from benthic.train.parts import HEADER_LIMIT, Wanted, describe_file, everything, part_name, read_parts
 
 _STEP = re.compile(r"step-(\d{1,18})")
 _FILE = re.compile(r"[a-z_]+\.safetensors|state\.json")
@@ -117,7 +118,7 @@ def _write(directory: Path, checkpoint: Checkpoint) -> None:
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
     (directory / "state.json").write_text(json.dumps(checkpoint.state, indent=1), encoding="utf-8")
     files = sorted(directory.iterdir())
-    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    entries = {file.name: describe_file(file) for file in files}
     manifest = directory / "manifest.json"
     manifest.write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
     for file in (*files, manifest, directory):
@@ -209,16 +210,16 @@ def _step(path: Path) -> int:
 def copy_into(targets: Mapping[str, Tensor], loaded: Mapping[str, Tensor], source: str) -> None:
     """Copy loaded tensors into those of the same name. Raises InputError if names, shapes or types differ.
 
-    ``source`` is what the message names.
+    Into a tensor that is spread over ranks goes what this rank holds of it. ``source`` is what the message names.
     """
     for name in sorted(targets.keys() ^ loaded.keys()):
         raise InputError(f"{source}: tensor {name} is {'missing' if name in targets else 'unknown to this model'}")
     for name, target in targets.items():
-        found = loaded[name]
+        found, target = loaded[name], local(target)
         if found.shape != target.shape or found.dtype != target.dtype:
             raise InputError(
                 f"{source}: tensor {name} is {found.dtype} {tuple(found.shape)}, "
                 f"this model's is {target.dtype} {tuple(target.shape)}"
             )
     for name, target in targets.items():
-        target.detach().copy_(loaded[name])
+        local(target.detach()).copy_(loaded[name])

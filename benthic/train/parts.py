@@ -33,13 +33,6 @@ Owned = Mapping[str, Mapping[str, tuple[Piece, Tensor]]]
 """By group and name, what a rank writes."""
 
 
-class Entry(NamedTuple):
-    """What a manifest says of a file."""
-
-    bytes: int
-    sha256: str
-
-
 def everything(group: str, name: str, shape: Extent) -> Box:
     """Wants all of every tensor."""
     return Box((0,) * len(shape), shape)
@@ -50,7 +43,12 @@ def part_name(rank: int) -> str:
     return f"part-{rank:05d}.json"
 
 
-def write_part(directory: Path, rank: int, owned: Owned) -> Entry:
+def describe_file(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_part(directory: Path, rank: int, owned: Owned) -> dict[str, Any]:
     """Write a rank's files and push them to the disk; what the manifest is to say of ``part-R.json``.
 
     Raises OSError or SafetensorError.
@@ -67,7 +65,7 @@ def write_part(directory: Path, rank: int, owned: Owned) -> Entry:
     path = directory / part_name(rank)
     path.write_text(json.dumps({"block_bytes": BLOCK_BYTES, "files": files, "tensors": places}), encoding="utf-8")
     sync(path)
-    return Entry(path.stat().st_size, sha256(path))
+    return describe_file(path)
 
 
 def _hashes(path: Path) -> Iterable[str]:
@@ -215,9 +213,9 @@ class _Part:
 
 def _stored(file: _File, name: str, place: Any) -> _Stored:
     match place:
-        case {"shape": [*shape], "offset": [*offset], "size": [*size]} if len(shape) == len(offset) == len(size) and all(
-            isinstance(number, int) and number >= 0 for number in (*shape, *offset, *size)
-        ):
+        case {"shape": [*shape], "offset": [*offset], "size": [*size]} if len(shape) == len(offset) == len(
+            size
+        ) and all(isinstance(number, int) and number >= 0 for number in (*shape, *offset, *size)):
             return _Stored(file, tuple(shape), Box(tuple(offset), tuple(size)))
     raise InputError(f"{file.path}: tensor {name} has no place in its part's description")
 

@@ -108,7 +108,9 @@ PLACEMENTS = [
 def test_placements_are_cut_as_torch_cuts_them(mesh, placements, shape):
     for coordinate in itertools.product(*map(range, mesh)):
         piece = cut(whole("w", shape), cuts_of(placements, mesh, coordinate))
-        size, offset = _compute_local_shape_and_global_offset(shape, mesh, lambda dim: coordinate[dim], placements)
+        size, offset = _compute_local_shape_and_global_offset(
+            shape, mesh, lambda dim, at=coordinate: at[dim], placements
+        )
         assert piece.size == tuple(size)
         if piece.box.numel:
             assert piece.offset == tuple(offset)

@@ -1,0 +1,28 @@
+"""Ranks as threads of one process: what needs messages between them, and nothing else of torch.distributed."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from benthic.parallel.board import Board
+
+
+def on_ranks(world: int, function: Callable[[Board], Any], timeout_seconds: float = 10) -> list[Any]:
+    """``function(board)`` on each rank; what each returned, or the exception that ended it, by rank."""
+    store, found = dist.HashStore(), [None] * world
+
+    def run(rank: int) -> None:
+        try:
+            found[rank] = function(Board(store, rank, world, timeout_seconds=timeout_seconds))
+        except BaseException as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), name=f"rank-{rank}") for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), f"{thread.name} does not end"
+    return found
