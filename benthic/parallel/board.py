@@ -5,7 +5,7 @@ between those of a step in another order on another rank; a message cannot. Mess
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +32,12 @@ class Board:
 
     def another(self, prefix: str) -> "Board":
         """A board apart from this one, with a connection of its own."""
-        return Board(PrefixStore(prefix, self._store.clone()), self.rank, self.world, timeout_seconds=self._timeout.total_seconds())
+        return Board(
+            PrefixStore(prefix, self._store.clone()),
+            self.rank,
+            self.world,
+            timeout_seconds=self._timeout.total_seconds(),
+        )
 
     def post(self, key: str, message: Any) -> None:
         """Put up what others may read, in the place of what is there under this key."""
@@ -46,6 +51,10 @@ class Board:
             raise NoAnswer(f"nothing heard of {key} within {self._timeout.total_seconds():g} s") from error
         return json.loads(self._store.get(key))
 
+    def read_now(self, keys: Sequence[str]) -> list[Any]:
+        """What is there under keys of which all are."""
+        return [json.loads(message) for message in self._store.multi_get(list(keys))] if keys else []
+
     def has(self, key: str) -> bool:
         """Whether anything is there under a key."""
         return bool(self._store.check([key]))
@@ -54,4 +63,3 @@ class Board:
         """Take down what everybody concerned has read."""
         for key in keys:
             self._store.delete_key(key)
-

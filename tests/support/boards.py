@@ -1,5 +1,6 @@
 """Ranks as threads of one process: what needs messages between them, and nothing else of torch.distributed."""
 
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -26,3 +27,10 @@ def on_ranks(world: int, function: Callable[[Board], Any], timeout_seconds: floa
         thread.join(60)
         assert not thread.is_alive(), f"{thread.name} does not end"
     return found
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
