@@ -30,15 +30,15 @@ _LEAVES = -1
 """Instead of a beat's number, the last one: the silence to come is none."""
 _BEATS = 16
 """In a timeout."""
-_GRACE_SECONDS = 3.0
-"""For a rank that is awake again to write down where it was."""
+_GRACE_SECONDS = 2.0
+"""For a rank that is awake again to write down where it was, once it knows."""
 
 
 class Watch:
     """While entered, gives this rank's signs of life and ends the process if another rank gives none.
 
-    A silence counts from when this rank last saw it broken, by its own clock. A rank that was itself stopped for a while
-    knows nothing of the others, and begins anew.
+    A silence counts from when this rank last saw it broken, by its own clock. A rank that was itself stopped for a
+    while knows nothing of the others, and begins anew.
     """
 
     def __init__(
@@ -46,9 +46,11 @@ class Watch:
     ) -> None:
         """``board`` is for this alone; stacks go to ``folder/stacks-R.txt``; ``leave`` ends the process."""
         self._board, self._folder, self._leave = board, folder, leave
-        self._limit, self._interval = _NOTICED * timeout_seconds, timeout_seconds / _BEATS
+        self._limit, self._interval = _NOTICED * timeout_seconds, min(timeout_seconds / _BEATS, 5.0)
         self._watched = [r for r in range(board.world) if r != board.rank] if board.rank == 0 else [0]
         self._over = threading.Event()
+        self._found: dict[str, Any] | None = None
+        """Which ranks are lost, once this one ends because of them."""
         self._beats: dict[int, dict[str, Any]] = {}
         """The last of each rank that is watched."""
         self._threads = [
@@ -64,7 +66,13 @@ class Watch:
             thread.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is not None:  # maybe because a lost rank, or another that knows of it, has ended first
+            if self._found is None:
+                with suppress(RuntimeError):
+                    self._judge()
+            if self._found is not None:
+                threading.Event().wait()  # for the thread that is about to end the process
         self._over.set()
         self._threads[0].join(2 * self._interval)  # it says that this rank leaves
 
@@ -98,15 +106,15 @@ class Watch:
             self._heard = dict.fromkeys(self._watched, now)
         self._judged = now
         silent = [rank for rank in self._watched if now - self._heard[rank] > self._limit and not self._has_left(rank)]
-        if self._board.has(_LOST):
-            lost = self._board.read(_LOST)
+        if self._found is not None:  # by the other thread, when the board did not answer; now it does
+            self._board.post(_LOST, self._found)
+        elif self._board.has(_LOST):
+            self._end(self._board.read(_LOST))
         elif silent:
             named = ", ".join(map(self._describe, silent))
             lost = {"beats": [self._beats.get(rank, {}) for rank in silent], "why": f"no sign of life of {named}"}
             self._board.post(_LOST, lost)
-        else:
-            return
-        self._end(lost["why"], lost["beats"])
+            self._end(lost)
 
     def _has_left(self, rank: int) -> bool:
         return rank in self._beats and self._beats[rank]["number"] == _LEAVES
@@ -125,21 +133,23 @@ class Watch:
                 self._answered = now
             last = now
             if now - self._answered > self._limit and not self._has_left(0):
-                self._end(f"no sign of life of {_keeper()} for {now - self._answered:.1f} s", [self._beats.get(0, {})])
+                why = f"no sign of life of {_keeper()} for {now - self._answered:.1f} s"
+                self._end({"beats": [self._beats.get(0, {})], "why": why})
 
-    def _end(self, why: str, lost: list[dict[str, Any]]) -> None:
+    def _end(self, lost: dict[str, Any]) -> None:
         """Tell, write down the stacks, wake the lost ones so that they do so too, and end the process."""
+        self._found = lost
         path = self._folder / f"stacks-{self._board.rank}.txt"
-        print(f"rank {self._board.rank}: {why}; where each thread is: {path}", file=sys.stderr, flush=True)
+        print(f"rank {self._board.rank}: {lost['why']}; where each thread is: {path}", file=sys.stderr, flush=True)
         with suppress(OSError), path.open("w", encoding="utf-8") as file:
-            print(why, file=file, flush=True)
+            print(lost["why"], file=file, flush=True)
             faulthandler.dump_traceback(file)
-        others = [beat for beat in lost if beat.get("host") == socket.gethostname() and beat["pid"] != os.getpid()]
+        others = [beat for beat in lost["beats"] if beat.get("host") == socket.gethostname()]
         for beat in others:
             with suppress(OSError):
                 os.kill(beat["pid"], signal.SIGCONT)  # harmless, should the number be another process's by now
         if others:
-            time.sleep(_GRACE_SECONDS)
+            time.sleep(2 * self._interval + _GRACE_SECONDS)
         self._leave(RANK_LOST)
 
 
