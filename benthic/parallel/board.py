@@ -5,12 +5,10 @@ between those of a step in another order on another rank; a message cannot. Mess
 """
 
 import json
+import threading
+import time
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from typing import Any
-
-from torch.distributed import DistError
-from torch.distributed.distributed_c10d import PrefixStore
 
 from benthic.errors import WorkFailed
 
@@ -22,22 +20,21 @@ class NoAnswer(WorkFailed):
 class Board:
     """One rank's view of the board.
 
-    A thread needs a board of its own (:meth:`another`): who waits for a message blocks everyone on the same connection.
+    A thread needs a board of its own (:meth:`another`): when the store does not answer, all wait that share a
+    connection.
     """
 
     def __init__(self, store: Any, rank: int, world: int, *, timeout_seconds: float = 1800) -> None:
         """``store`` is torch.distributed's; ``timeout_seconds`` how long messages are waited for."""
         self.rank, self.world = rank, world
-        self._store, self._timeout = store, timedelta(seconds=timeout_seconds)
+        self._store, self._timeout = store, timeout_seconds
+        self._given_up = threading.Event()
 
     def another(self, prefix: str) -> "Board":
         """A board apart from this one, with a connection of its own."""
-        return Board(
-            PrefixStore(prefix, self._store.clone()),
-            self.rank,
-            self.world,
-            timeout_seconds=self._timeout.total_seconds(),
-        )
+        from torch.distributed.distributed_c10d import PrefixStore
+
+        return Board(PrefixStore(prefix, self._store.clone()), self.rank, self.world, timeout_seconds=self._timeout)
 
     def post(self, key: str, message: Any) -> None:
         """Put up what others may read, in the place of what is there under this key."""
@@ -45,11 +42,19 @@ class Board:
 
     def read(self, key: str) -> Any:
         """What is there under a key, as soon as it is. Raises NoAnswer if that takes too long."""
-        try:
-            self._store.wait([key], self._timeout)
-        except DistError as error:
-            raise NoAnswer(f"nothing heard of {key} within {self._timeout.total_seconds():g} s") from error
+        start = time.monotonic()
+        pause = 0.002
+        while not self.has(key):
+            if time.monotonic() - start > self._timeout:
+                raise NoAnswer(f"nothing heard of {key} within {self._timeout:g} s")
+            if self._given_up.wait(pause):
+                raise NoAnswer(f"nothing heard of {key} before this process ended")
+            pause = min(2 * pause, 0.25)
         return json.loads(self._store.get(key))
+
+    def give_up(self) -> None:
+        """Let nobody in this process wait any longer."""
+        self._given_up.set()
 
     def read_now(self, keys: Sequence[str]) -> list[Any]:
         """What is there under keys of which all are."""

@@ -5,6 +5,7 @@ fault of memory in one of them from training. Each rank hashes what it holds, on
 all, and every rank comes to the same verdict.
 """
 
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benthic.errors import WorkFailed
-from benthic.parallel.pieces import Piece
+from benthic.parallel.local import local
+from benthic.parallel.pieces import Holding, Piece
 
 _CHUNK = 2**22
 _MIX = (-7046029254386353131, -4658895280553007687, -7723592293110705685)
@@ -75,17 +77,35 @@ class Difference(NamedTuple):
         return tuple(rank for rank in self.holders if rank not in self.ranks)
 
 
-def differences(held: Sequence[Sequence[Piece]], hashes: Sequence[Sequence[int]]) -> list[Difference]:
-    """Which copies differ, by name.
+def hashes_of(tensors: Mapping[str, Mapping[str, Tensor]], holdings: Sequence[Holding], rank: int) -> Tensor:
+    """A hash for each parameter and buffer of a rank, with the optimizer's states and the average of it.
 
     Args:
-        held: the pieces that each rank holds.
-        hashes: of each of these.
+        tensors: of the rank, in groups, as a checkpoint has them.
+        holdings: of all ranks.
+        rank: this one.
+
+    Returns:
+        One for each name of the rank in order, then zeros: as many numbers on every rank.
     """
+    holding = holdings[rank]
+    result = torch.zeros(max(map(len, holdings)), dtype=torch.int64)
+    at = {name: number for number, name in enumerate(sorted(holding))}
+    for group, named in sorted(tensors.items()):
+        for name, tensor in sorted(named.items()):
+            parameter = name if name in at else name.rpartition(".")[0]
+            if parameter in at:
+                # Odd, and another for each of a parameter's tensors, so that exchanged ones are noticed.
+                result[at[parameter]] += hash_of(local(tensor)).cpu() * (2 * zlib.crc32(f"{group}.{name}".encode()) + 1)
+    return result
+
+
+def differences(holdings: Sequence[Holding], hashes: Sequence[Tensor]) -> list[Difference]:
+    """Which copies differ, by name; ``hashes`` are those of :func:`hashes_of`, of every rank."""
     copies: dict[Piece, dict[int, int]] = defaultdict(dict)
-    for rank, (pieces, numbers) in enumerate(zip(held, hashes, strict=True)):
-        for piece, number in zip(pieces, numbers, strict=True):
-            copies[piece][rank] = number
+    for rank, (holding, numbers) in enumerate(zip(holdings, hashes, strict=True)):
+        for name, number in zip(sorted(holding), numbers.tolist(), strict=False):
+            copies[holding[name]][rank] = number
     found = (_difference(piece.name, by_rank) for piece, by_rank in copies.items() if piece.box.numel)
     return sorted(difference for difference in found if difference)
 

@@ -10,7 +10,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from benthic.model.moe import Experts
 
 Extent = tuple[int, ...]
 
@@ -116,6 +118,24 @@ def piece_of(name: str, tensor: Tensor, before: Sequence[Cut] = ()) -> Piece:
     for dim, parts, _ in before:
         shape[dim] *= parts
     return cut(whole(name, shape), [*before, *_own_cuts(tensor)])
+
+
+def pieces_of(model: nn.Module, expert_ranks: int = 1, expert_rank: int = 0) -> list[Piece]:
+    """What a rank holds of a model's parameters and buffers, by their own account; experts are divided before."""
+    cuts = [Cut(0, expert_ranks, expert_rank)]
+    experts = {
+        f"{prefix}.{name}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, _ in module.named_parameters()
+    }
+    return [piece_of(name, tensor, cuts if name in experts else ()) for name, tensor in model.state_dict().items()]
+
+
+def piece_from_json(values: Sequence[Any]) -> Piece:
+    """A piece that has been through JSON, which knows no tuples."""
+    name, *extents = values
+    return Piece(name, *map(tuple, extents))
 
 
 def _own_cuts(tensor: Tensor) -> list[Cut]:

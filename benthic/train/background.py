@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -17,12 +17,17 @@ from benthic.train.checkpoint import Checkpoint, save
 from benthic.train.joint import JointSaves
 from benthic.train.shares import Shares
 
+_GRACE_SECONDS = 10.0
+"""For a write by all ranks to end when this rank ends with an error."""
+
 
 class Together(NamedTuple):
     """What a rank needs to write checkpoints with the others."""
 
     shares: Shares
     saves: JointSaves
+    any: Callable[[bool], bool]
+    """Whether it is so on any rank; all ask together."""
 
 
 class BackgroundWriter:
@@ -63,7 +68,8 @@ class BackgroundWriter:
 
     def check(self) -> None:
         """Raise what the write in the background failed with, if it has."""
-        if self._writing is not None and self._writing.done():
+        failed = self.failed
+        if failed if self._together is None else self._together.any(failed):
             self.wait()
 
     def wait(self) -> None:
@@ -89,7 +95,12 @@ class BackgroundWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, *exception: object) -> None:
+        if kind is not None and self._together is not None:
+            # Other ranks may be no more; but if all end alike, the checkpoint is soon there.
+            if self._writing is not None:
+                wait([self._writing], _GRACE_SECONDS)
+            self._together.saves.give_up()
         self._thread.shutdown()
         self._clock = None  # of a thread that is no more
 

@@ -47,6 +47,10 @@ class JointSaves:
                     discard(old)
         return target
 
+    def give_up(self) -> None:
+        """Let a save that waits for other ranks fail."""
+        self._board.give_up()
+
     def _key(self, what: str) -> str:
         return f"{self._number}/{what}"
 

@@ -19,7 +19,7 @@ class Shares:
 
     def __init__(self, rank: int, holdings: Sequence[Holding]) -> None:
         """Raises ValueError if the pieces of all ranks together are not the whole model."""
-        self.holding = holdings[rank]
+        self.holdings, self.holding = holdings, holdings[rank]
         self._rank = rank
         self._owned = share_out(holdings)[rank]
         self._names = {name for holding in holdings for name in holding}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benthic.parallel.hash import Difference, differences, hash_of
+from benthic.parallel.hash import differences, hash_of, hashes_of
 from benthic.parallel.pieces import Cut, cut, whole
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.uint8]
@@ -61,21 +61,43 @@ HALVES = [cut(whole("w", (4, 2)), [Cut(0, 2, number)]) for number in range(2)]
 BIAS = whole("bias", (3,))
 
 
+def compared(*ranks):
+    """Ranks as lists of pieces, each with its tensors in groups; what is found to differ."""
+    holdings = [{piece.name: piece for piece, _ in rank} for rank in ranks]
+    numbers = []
+    for rank, held in enumerate(ranks):
+        groups = {"model": {piece.name: tensors[0] for piece, tensors in held}}
+        groups["optimizer"] = {f"{piece.name}.momentum": tensors[1] for piece, tensors in held if len(tensors) > 1}
+        numbers.append(hashes_of(groups, holdings, rank))
+    return [str(one) for one in differences(holdings, numbers)]
+
+
+A, B = torch.randn(3), torch.randn(3)
+C, D = torch.randn(2, 2), torch.randn(2, 2)
+
+
 def test_copies_that_are_equal_raise_nothing():
-    assert differences([[HALVES[0], BIAS], [HALVES[1], BIAS]], [[1, 5], [2, 5]]) == []
+    assert compared([(HALVES[0], [C]), (BIAS, [A])], [(HALVES[1], [D]), (BIAS, [A])]) == []
 
 
 def test_of_three_copies_the_odd_one_is_named():
-    (found,) = differences([[BIAS]] * 3, [[5], [6], [5]])
-    assert found == Difference("bias", (1,), (0, 1, 2))
-    assert str(found) == "bias of rank 1 differs from that of ranks 0 and 2"
+    assert compared([(BIAS, [A])], [(BIAS, [B])], [(BIAS, [A])]) == [
+        "bias of rank 1 differs from that of ranks 0 and 2"
+    ]
 
 
 def test_of_two_copies_both_are_named():
-    found = differences([[HALVES[0], BIAS], [HALVES[1], BIAS], [HALVES[0], BIAS]], [[1, 5], [2, 5], [3, 5]])
-    assert [str(one) for one in found] == ["w differs between ranks 0 and 2"]
+    ranks = [[(HALVES[0], [C]), (BIAS, [A])], [(HALVES[1], [D]), (BIAS, [A])], [(HALVES[0], [D]), (BIAS, [A])]]
+    assert compared(*ranks) == ["w differs between ranks 0 and 2"]
+
+
+def test_states_count_and_may_not_be_exchanged():
+    assert compared([(BIAS, [A, B])], [(BIAS, [A, B])]) == []
+    assert compared([(BIAS, [A, B])], [(BIAS, [A, A])]) == ["bias differs between ranks 0 and 1"]
+    assert compared([(BIAS, [A, B])], [(BIAS, [B, A])]) == ["bias differs between ranks 0 and 1"]
 
 
 def test_parts_of_other_places_and_empty_parts_are_not_compared():
     empty = cut(whole("w", (1, 2)), [Cut(0, 2, 1)])
-    assert differences([[HALVES[0]], [HALVES[1]], [empty], [empty]], [[1], [2], [3], [4]]) == []
+    nothing = torch.empty(0, 2)
+    assert compared([(HALVES[0], [C])], [(HALVES[1], [D])], [(empty, [nothing])], [(empty, [nothing])]) == []

@@ -1,0 +1,141 @@
+"""What any layout saves, any other loads: every tensor bit for bit, and all that a run goes on with."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import MODEL, layouts_of
+from processes import run_processes
+from spread import take_steps
+
+from benthic.config.schema import RunConfig
+from benthic.parallel.group import Group
+from benthic.parallel.local import local
+from benthic.parallel.world import ALONE
+from benthic.train.checkpoint import load, save
+from benthic.train.joint import JointSaves
+from benthic.train.state import TrainState
+
+STEP = 2
+
+
+def config_of(**parallel) -> RunConfig:
+    """Of a run with an average, whose second step has MTP no more in it."""
+    train = {
+        "steps": 4, "batch_size": 8, "micro_batch_size": 1, "sequence_length": 12, "ema_decay": 0.9,
+        "optimizer": {"learning_rate": 1e-3}, "schedule": {"bias_update_speed": 0.01},
+    }  # fmt: skip
+    settings = {"model": MODEL, "train": train, "precision": {"compute": "fp32"}, "parallel": parallel}
+    return RunConfig.model_validate(settings)
+
+
+def named(parallel) -> str:
+    return "-".join(map(str, parallel.values())) or "one"
+
+
+def one_process(folder: Path) -> Path:
+    """A checkpoint of one process, every number of which is another."""
+    config = config_of()
+    state = TrainState(config)
+    take = config.model_copy(update={"train": config.train.model_copy(update={"steps": STEP})})
+    outcome = take_steps(take, ALONE, _Model())
+    checkpoint = state.to_checkpoint({"of": "this run"}, on_schedule=True)
+    for name, tensor in outcome.tensors.items():
+        group, _, name = name.partition(": ")
+        checkpoint.tensors[group][name] = tensor if not tensor.ndim else torch.randn(tensor.shape).to(tensor.dtype)
+    checkpoint.state.update(step=STEP, bits_per_byte=1.5, sequences_passed_over=3)
+    assert {"model", "optimizer", "average"} == checkpoint.tensors.keys()
+    return save(folder / "one", STEP, checkpoint, keep=None)
+
+
+class _Model:
+    def build(self, config, *, seed):
+        from benthic.model import build_model
+
+        return build_model(config, seed=seed)
+
+
+def spoilt_state(parallel) -> tuple[TrainState, Group]:
+    """A state that has nothing right."""
+    config = config_of(**parallel)
+    world = Group(config.parallel)
+    state = TrainState(config, world=world)
+    for tensor in state.model.state_dict().values():
+        local(tensor.detach()).fill_(torch.nan)
+    assert state.average is not None
+    for tensor in state.average.tensors.values():
+        tensor.fill_(torch.nan)
+    return state, world
+
+
+def save_under(rank: int, folder: str, source: str, layouts: list) -> int:
+    """Load one checkpoint under each layout, and save it again; how many names a rank holds at most."""
+    names = 0
+    for parallel in layouts:
+        state, world = spoilt_state(parallel)
+        state.restore(state.load(Path(source)), source)
+        saves = JointSaves(world.board())
+        checkpoint = state.to_checkpoint({"of": "this run"}, on_schedule=True)
+        saves.save(Path(folder, named(parallel)), STEP, state.shares.owned(checkpoint), checkpoint.state, None)
+        names = max(names, len(checkpoint.tensors["model"]))
+    return names
+
+
+def load_under(rank: int, folder: str, reference: str, pairs: list) -> int:
+    """Load what other layouts have saved and compare it with the reference; numbers compared."""
+    whole, compared = load(Path(reference)), 0
+    for parallel, sources in pairs:
+        for source in sources:
+            state, world = spoilt_state(parallel)
+            path = Path(folder, source, f"step-{STEP}")
+            state.restore(state.load(path), str(path))
+            found = state.to_checkpoint({"of": "this run"}, on_schedule=True)
+            assert found.state == whole.state
+            assert found.tensors.keys() == whole.tensors.keys()
+            for group, tensors in found.tensors.items():
+                for name, tensor in tensors.items():
+                    expected = whole.tensors[group][name]
+                    expected = expected[state.shares.wanted(group, name, tuple(expected.shape)).slices]
+                    assert torch.equal(local(tensor), expected), (parallel, source, group, name)
+                    assert tensor.dtype == expected.dtype
+                    compared += expected.numel()
+            state.compare_copies()
+    return compared
+
+
+def check_pairs(tmp_path, worlds, sources_of) -> None:
+    reference = one_process(tmp_path)
+    layouts = {world: layouts_of(world) for world in worlds}
+    for world, found in layouts.items():
+        run_processes(save_under, world, str(tmp_path), str(reference), found, timeout=1500)
+    everything = [named(parallel) for found in layouts.values() for parallel in found]
+    whole = load(reference)
+    for name in everything:
+        # What one process reads of it, as export, eval and chat do.
+        found = load(tmp_path / name / f"step-{STEP}")
+        assert found.state == whole.state
+        for group, tensors in whole.tensors.items():
+            assert found.tensors[group].keys() == tensors.keys()
+            assert all(torch.equal(found.tensors[group][key], tensor) for key, tensor in tensors.items())
+    total = sum(tensor.numel() for tensors in whole.tensors.values() for tensor in tensors.values())
+    number = 0
+    for world, found in layouts.items():
+        pairs = []
+        for parallel in found:
+            pairs.append((parallel, sources_of(number, everything)))
+            number += 1
+        compared = run_processes(load_under, world, str(tmp_path), str(reference), pairs, timeout=1500)
+        assert sum(compared) >= total * sum(len(sources) for _, sources in pairs)
+
+
+def test_layouts_of_two_and_four_load_one_anothers_checkpoints(tmp_path):
+    def sources_of(number, everything):
+        return [everything[(number + step) % len(everything)] for step in (1, 7)]
+
+    check_pairs(tmp_path, (2, 4), sources_of)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_all_pairs_of_layouts_of_up_to_eight(tmp_path):
+    check_pairs(tmp_path, (2, 4, 8), lambda _, everything: everything)
