@@ -61,7 +61,10 @@ def write_part(directory: Path, rank: int, owned: Owned) -> dict[str, Any]:
             save_file({name: tensor.contiguous() for name, (_, tensor) in tensors.items()}, path)
         sync(path)
         files[path.name] = {"bytes": path.stat().st_size, "blocks": list(_hashes(path))}
-        places[group] = {name: piece._asdict() for name, (piece, _) in tensors.items()}
+        places[group] = {
+            name: {"shape": piece.shape, "offset": piece.offset, "size": piece.size}
+            for name, (piece, _) in tensors.items()
+        }
     path = directory / part_name(rank)
     path.write_text(json.dumps({"block_bytes": BLOCK_BYTES, "files": files, "tensors": places}), encoding="utf-8")
     sync(path)

@@ -1,0 +1,89 @@
+"""Training under a real torchrun, whose processes are killed while it goes on."""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+
+def start(processes: int, recipe: Path, out: Path, *, restarts: int = 0) -> subprocess.Popen[str]:
+    """``torchrun ... benthic train``, all that it says together."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
+        *(f"--max-restarts={restarts}", "--monitor-interval=0.2", "-m", "benthic", "train", str(recipe)),
+        *("--out", str(out)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def workers(torchrun: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes that are alive, by rank."""
+    found = {}
+    for process in psutil.Process(torchrun.pid).children():
+        with contextlib.suppress(psutil.Error, KeyError):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found[int(process.environ()["RANK"])] = process
+    return [process for _, process in sorted(found.items())]
+
+
+def rows(out: Path) -> int:
+    """How many rows the metrics have."""
+    path = out / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_for(condition, torchrun: subprocess.Popen[str], seconds: float = 300) -> bool:
+    """Whether it came to be before the run ended."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if torchrun.poll() is not None:
+            return False
+        assert time.monotonic() < end, "nothing happens"
+        time.sleep(0.02)
+    return True
+
+
+def kill_random_ranks(torchrun: subprocess.Popen[str], out: Path, times: int, rng: random.Random) -> list[int]:
+    """SIGKILL of a random process, so many times, each some rows after training has begun anew; the ranks."""
+    killed: list[int] = []
+    for _ in range(times):
+        ready = rows(out)
+        # A restarted run drops the rows after its checkpoint, and then adds some.
+        assert wait_for(lambda ready=ready: rows(out) != ready, torchrun), said(torchrun)
+        before = rows(out)
+        more = rng.randint(1, 6)
+        assert wait_for(lambda before=before, more=more: rows(out) >= before + more, torchrun), said(torchrun)
+        time.sleep(rng.uniform(0, 0.1))
+        alive = workers(torchrun)
+        rank = rng.randrange(len(alive))
+        alive[rank].send_signal(signal.SIGKILL)
+        killed.append(rank)
+        pids = {process.pid for process in alive}
+        assert wait_for(lambda pids=pids: not pids & {p.pid for p in workers(torchrun)}, torchrun), said(torchrun)
+    return killed
+
+
+def said(torchrun: subprocess.Popen[str]) -> str:
+    """All that a run said, which is ended if it has not."""
+    if torchrun.poll() is None:
+        stop(torchrun)
+    assert torchrun.stdout is not None
+    return torchrun.stdout.read()[-8000:]
+
+
+def stop(torchrun: subprocess.Popen[str]) -> None:
+    """End a run with all of its processes, also stopped ones."""
+    family = [psutil.Process(torchrun.pid), *psutil.Process(torchrun.pid).children(recursive=True)]
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    torchrun.wait()
