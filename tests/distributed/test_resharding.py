@@ -86,7 +86,7 @@ def load_under(rank: int, folder: str, reference: str, pairs: list) -> int:
     whole, compared = load(Path(reference)), 0
     for parallel, sources in pairs:
         for source in sources:
-            state, world = spoilt_state(parallel)
+            state, _ = spoilt_state(parallel)
             path = Path(folder, source, f"step-{STEP}")
             state.restore(state.load(path), str(path))
             found = state.to_checkpoint({"of": "this run"}, on_schedule=True)
