@@ -43,7 +43,6 @@ def running():
     for one in started:
         if one.poll() is None:
             stop(one)
-        one.stdout.close()
 
 
 def final_weights(out) -> dict[str, torch.Tensor]:
@@ -59,41 +58,41 @@ def assert_same_end(out, whole) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(9000)
 @pytest.mark.parametrize(
     "parallel",
     [{"expert": 2, "replicate": 2, "hash_every": 5}, {"pipeline": 2, "shard": 2, "schedule": "zbv"}],
     ids=lambda parallel: "-".join(map(str, parallel.values())),
 )
 def test_ten_kills_of_random_ranks_of_four(recipe, running, make_run, parallel):
-    settings = recipe({**parallel, "timeout_seconds": 60}, steps=120)
+    settings = recipe({**parallel, "timeout_seconds": 300}, steps=120)
     whole, out = make_run("whole"), make_run("killed")
     undisturbed = running(4, settings, whole)
-    assert undisturbed.wait(900) == 0, said(undisturbed)
+    assert undisturbed.wait(2400) == 0, said(whole)
     disturbed = running(4, settings, out, restarts=10)
     killed = kill_random_ranks(disturbed, out, 10, random.Random(0))
     assert len(killed) == 10
     assert len(set(killed)) > 1
-    assert disturbed.wait(900) == 0, said(disturbed)
+    assert disturbed.wait(2400) == 0, said(out)
     assert_same_end(out, whole)
     assert [row["step"] for row in course(out) if "loss" in row] == list(range(1, 121))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_a_stopped_rank_is_named_and_the_run_begins_again(recipe, running, make_run):
-    settings = recipe({"replicate": 2, "timeout_seconds": 12}, steps=60)
+    settings = recipe({"replicate": 2, "timeout_seconds": 40}, steps=60)
     out, whole = make_run("stopped"), make_run("whole")
-    assert running(2, settings, whole).wait(600) == 0
+    assert running(2, settings, whole).wait(1200) == 0
     run = running(2, settings, out, restarts=1)
     assert wait_for(lambda: rows(out) > 10, run)
     stopped = workers(run)[1]
     stopped.send_signal(signal.SIGSTOP)
     at = time.time()
     assert wait_for(lambda: (out / "stacks-0.txt").exists(), run)
-    assert time.time() - at < 12
-    assert run.wait(600) == 0
-    told = said(run)
+    assert time.time() - at < 40
+    assert run.wait(1200) == 0
+    told = said(out)
     assert f"rank 0: no sign of life of rank 1 (process {stopped.pid} on " in told
     for rank in range(2):
         assert "train_step" in (out / f"stacks-{rank}.txt").read_text()
@@ -101,7 +100,7 @@ def test_a_stopped_rank_is_named_and_the_run_begins_again(recipe, running, make_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 def test_sigterm_saves_and_another_layout_goes_on(recipe, running, make_run):
     """Fault 6 and fault 5: stopped by a signal, and resumed by another number of processes."""
     settings = recipe({"expert": 2}, steps=40)
@@ -110,11 +109,11 @@ def test_sigterm_saves_and_another_layout_goes_on(recipe, running, make_run):
     assert wait_for(lambda: rows(out) > 10, run)
     workers(run)[0].send_signal(signal.SIGTERM)
     assert run.wait(300) != 0
-    told = said(run)
+    told = said(out)
     assert "exitcode  : 143" in told.replace("exitcode :", "exitcode  :"), told
     steps = [row["step"] for row in course(out) if "loss" in row]
     state = json.loads((sorted(out.glob("checkpoints/pretrain/step-*"))[-1] / "state.json").read_text())
     assert state["step"] >= steps[-1] - 1
     other = running(4, recipe({"pipeline": 2, "shard": 2}, steps=40), out)
-    assert other.wait(600) == 0, said(other)
+    assert other.wait(1200) == 0, said(out)
     assert [row["step"] for row in course(out) if "loss" in row] == list(range(1, 41))

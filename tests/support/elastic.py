@@ -13,16 +13,24 @@ import psutil
 
 
 def start(processes: int, recipe: Path, out: Path, *, restarts: int = 0) -> subprocess.Popen[str]:
-    """``torchrun ... benthic train``, all that it says together."""
+    """``torchrun ... benthic train``; what all processes say goes to ``OUT.log``."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
         *(f"--max-restarts={restarts}", "--monitor-interval=0.2", "-m", "benthic", "train", str(recipe)),
         *("--out", str(out)),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
+    with _log(out).open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment, start_new_session=True)
+
+
+def _log(out: Path) -> Path:
+    return out.with_suffix(".log")
+
+
+def said(out: Path) -> str:
+    """All that was said by the last run in a directory."""
+    return _log(out).read_text()[-8000:]
 
 
 def workers(torchrun: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -41,7 +49,7 @@ def rows(out: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def wait_for(condition, torchrun: subprocess.Popen[str], seconds: float = 300) -> bool:
+def wait_for(condition, torchrun: subprocess.Popen[str], seconds: float = 1200) -> bool:
     """Whether it came to be before the run ended."""
     end = time.monotonic() + seconds
     while not condition():
@@ -58,26 +66,18 @@ def kill_random_ranks(torchrun: subprocess.Popen[str], out: Path, times: int, rn
     for _ in range(times):
         ready = rows(out)
         # A restarted run drops the rows after its checkpoint, and then adds some.
-        assert wait_for(lambda ready=ready: rows(out) != ready, torchrun), said(torchrun)
+        assert wait_for(lambda ready=ready: rows(out) != ready, torchrun), said(out)
         before = rows(out)
         more = rng.randint(1, 6)
-        assert wait_for(lambda before=before, more=more: rows(out) >= before + more, torchrun), said(torchrun)
+        assert wait_for(lambda before=before, more=more: rows(out) >= before + more, torchrun), said(out)
         time.sleep(rng.uniform(0, 0.1))
         alive = workers(torchrun)
         rank = rng.randrange(len(alive))
         alive[rank].send_signal(signal.SIGKILL)
         killed.append(rank)
         pids = {process.pid for process in alive}
-        assert wait_for(lambda pids=pids: not pids & {p.pid for p in workers(torchrun)}, torchrun), said(torchrun)
+        assert wait_for(lambda pids=pids: not pids & {p.pid for p in workers(torchrun)}, torchrun), said(out)
     return killed
-
-
-def said(torchrun: subprocess.Popen[str]) -> str:
-    """All that a run said, which is ended if it has not."""
-    if torchrun.poll() is None:
-        stop(torchrun)
-    assert torchrun.stdout is not None
-    return torchrun.stdout.read()[-8000:]
 
 
 def stop(torchrun: subprocess.Popen[str]) -> None:
