@@ -1,5 +1,6 @@
 """torchrun starts all processes again when one is lost, and the run goes on from its last checkpoint, bit for bit."""
 
+import importlib.util
 import json
 import random
 import signal
@@ -8,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from elastic import kill_random_ranks, rows, said, start, stop, wait_for, workers
 from interrupted import assert_same_run, course
 from safetensors.torch import load_file
 
 from benthic.config.load import dump_toml
 from benthic.config.schema import RunConfig
+
+SPEC = importlib.util.spec_from_file_location("kill_ranks", Path(__file__).parents[2] / "benchmarks" / "kill_ranks.py")
+script = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(script)
 
 
 @pytest.fixture
@@ -36,13 +40,13 @@ def running():
     started = []
 
     def run(*arguments, **options):
-        started.append(start(*arguments, **options))
+        started.append(script.start(*arguments, **options))
         return started[-1]
 
     yield run
     for one in started:
         if one.poll() is None:
-            stop(one)
+            script.stop(one)
 
 
 def final_weights(out) -> dict[str, torch.Tensor]:
@@ -68,12 +72,12 @@ def test_ten_kills_of_random_ranks_of_four(recipe, running, make_run, parallel):
     settings = recipe({**parallel, "timeout_seconds": 300}, steps=120)
     whole, out = make_run("whole"), make_run("killed")
     undisturbed = running(4, settings, whole)
-    assert undisturbed.wait(2400) == 0, said(whole)
+    assert undisturbed.wait(2400) == 0, script.said(whole)
     disturbed = running(4, settings, out, restarts=10)
-    killed = kill_random_ranks(disturbed, out, 10, random.Random(0))
+    killed = script.kill_random_ranks(disturbed, out, 10, random.Random(0))
     assert len(killed) == 10
     assert len(set(killed)) > 1
-    assert disturbed.wait(2400) == 0, said(out)
+    assert disturbed.wait(2400) == 0, script.said(out)
     assert_same_end(out, whole)
     assert [row["step"] for row in course(out) if "loss" in row] == list(range(1, 121))
 
@@ -85,14 +89,14 @@ def test_a_stopped_rank_is_named_and_the_run_begins_again(recipe, running, make_
     out, whole = make_run("stopped"), make_run("whole")
     assert running(2, settings, whole).wait(1200) == 0
     run = running(2, settings, out, restarts=1)
-    assert wait_for(lambda: rows(out) > 10, run)
-    stopped = workers(run)[1]
+    assert script.wait_for(lambda: script.rows(out) > 10, run)
+    stopped = script.workers(run)[1]
     stopped.send_signal(signal.SIGSTOP)
     at = time.time()
-    assert wait_for(lambda: (out / "stacks-0.txt").exists(), run)
+    assert script.wait_for(lambda: (out / "stacks-0.txt").exists(), run)
     assert time.time() - at < 40
     assert run.wait(1200) == 0
-    told = said(out)
+    told = script.said(out)
     assert f"rank 0: no sign of life of rank 1 (process {stopped.pid} on " in told
     for rank in range(2):
         assert "train_step" in (out / f"stacks-{rank}.txt").read_text()
@@ -106,14 +110,14 @@ def test_sigterm_saves_and_another_layout_goes_on(recipe, running, make_run):
     settings = recipe({"expert": 2}, steps=40)
     out = make_run("stopped")
     run = running(2, settings, out)
-    assert wait_for(lambda: rows(out) > 10, run)
-    workers(run)[0].send_signal(signal.SIGTERM)
+    assert script.wait_for(lambda: script.rows(out) > 10, run)
+    script.workers(run)[0].send_signal(signal.SIGTERM)
     assert run.wait(300) != 0
-    told = said(out)
+    told = script.said(out)
     assert "exitcode  : 143" in told.replace("exitcode :", "exitcode  :"), told
     steps = [row["step"] for row in course(out) if "loss" in row]
     state = json.loads((sorted(out.glob("checkpoints/pretrain/step-*"))[-1] / "state.json").read_text())
     assert state["step"] >= steps[-1] - 1
     other = running(4, recipe({"pipeline": 2, "shard": 2}, steps=40), out)
-    assert other.wait(1200) == 0, said(out)
+    assert other.wait(1200) == 0, script.said(out)
     assert [row["step"] for row in course(out) if "loss" in row] == list(range(1, 41))

@@ -1,5 +1,13 @@
-"""Training under a real torchrun, whose processes are killed while it goes on."""
+"""Training under a real torchrun whose processes are killed while it goes on, each time another, as chance has it.
 
+    python benchmarks/kill_ranks.py RECIPE --out DIR [--processes 4] [--kills 10] [--seed 0]
+
+DIR must hold what ``benthic data`` has prepared, and RECIPE's ``parallel`` must fit the processes. torchrun starts all
+of them again after each kill; what they say goes to ``DIR.log``. Compare the outcome with that of ``--kills 0`` in
+another directory: the same bits. ``tests/distributed/test_elastic.py`` does.
+"""
+
+import argparse
 import contextlib
 import os
 import random
@@ -21,7 +29,7 @@ def start(processes: int, recipe: Path, out: Path, *, restarts: int = 0) -> subp
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with _log(out).open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment, start_new_session=True)  # noqa: S603
 
 
 def _log(out: Path) -> Path:
@@ -87,3 +95,27 @@ def stop(torchrun: subprocess.Popen[str]) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     torchrun.wait()
+
+
+def main() -> int:
+    """Run, kill, and wait for the end."""
+    parser = argparse.ArgumentParser(description="Train under torchrun, and kill random processes of it.")
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    for name, default in (("processes", 4), ("kills", 10), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    given = parser.parse_args()
+    torchrun = start(given.processes, given.recipe, given.out, restarts=given.kills)
+    try:
+        ranks = kill_random_ranks(torchrun, given.out, given.kills, random.Random(given.seed))
+        print(f"killed ranks {', '.join(map(str, ranks))}; waiting for the end")
+        status = torchrun.wait()
+    finally:
+        if torchrun.poll() is None:
+            stop(torchrun)
+    print(f"torchrun ended with status {status} after {rows(given.out)} rows of metrics")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
