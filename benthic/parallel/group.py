@@ -11,11 +11,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from benthic import torchrun
 from benthic.config.schema import ParallelConfig, RunConfig
 from benthic.errors import InputError, WorkFailed
 from benthic.parallel import gather, messages
+from benthic.parallel.attempt import fresh_store
 from benthic.parallel.board import Board
 from benthic.parallel.dispatch import Sender
 from benthic.parallel.experts import divide_experts
@@ -60,7 +62,10 @@ def _process_group(timeout_seconds: float) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    store = fresh_store(store, rank, world, timeout_seconds)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         yield
     finally:

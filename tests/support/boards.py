@@ -10,9 +10,9 @@ import torch.distributed as dist
 from benthic.parallel.board import Board
 
 
-def on_ranks(world: int, function: Callable[[Board], Any], timeout_seconds: float = 10) -> list[Any]:
+def on_ranks(world: int, function: Callable[[Board], Any], timeout_seconds: float = 10, store: Any = None) -> list[Any]:
     """``function(board)`` on each rank; what each returned, or the exception that ended it, by rank."""
-    store, found = dist.HashStore(), [None] * world
+    store, found = store or dist.HashStore(), [None] * world
 
     def run(rank: int) -> None:
         try:

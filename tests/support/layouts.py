@@ -18,7 +18,14 @@ def layouts_of(world: int) -> list[dict[str, Any]]:
     """All ways to spread it over so many processes, with a schedule of every shape where there are stages."""
     sizes = [axes for axes in product(range(1, world + 1), repeat=4) if axes[0] * axes[1] * axes[2] * axes[3] == world]
     return [
-        {"pipeline": pipeline, "expert": expert, "shard": shard, "replicate": replicate, "schedule": schedule}
+        {
+            "pipeline": pipeline,
+            "expert": expert,
+            "shard": shard,
+            "replicate": replicate,
+            "schedule": schedule,
+            "zero": 3 if shard > expert else 1,
+        }
         for pipeline, expert, shard, replicate in sizes
         for schedule in (_SCHEDULES if pipeline > 1 else ["1f1b"])
         if pipeline * KINDS[schedule].stages_per_rank <= MODEL["num_hidden_layers"] + 2
