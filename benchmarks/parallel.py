@@ -90,9 +90,7 @@ def compare(config: RunConfig, axis: str) -> tuple[list[float], list[float]]:
     if parallel.processes == 1:
         parallel = parallel.model_copy(update={axis: PROCESSES})
     several = Workers(config.model_copy(update={"parallel": parallel}), parallel.processes, 1)
-    alone = Workers(
-        config.model_copy(update={"parallel": type(parallel)()}), 1, parallel.processes
-    )
+    alone = Workers(config.model_copy(update={"parallel": type(parallel)()}), 1, parallel.processes)
     try:
         pairs = [(alone.seconds(), several.seconds()) for _ in range(WARM_UP_ROUNDS + ROUNDS)][WARM_UP_ROUNDS:]
     finally:
