@@ -91,9 +91,8 @@ def compare(config: RunConfig, axis: str) -> tuple[list[float], list[float]]:
     several = Workers(config.model_copy(update={"parallel": parallel}), parallel.processes, 1)
     alone = Workers(config.model_copy(update={"parallel": type(parallel)()}), 1, parallel.processes)
     try:
-        pairs = [(alone.seconds(), several.seconds()) for _ in range(WARM_UP_ROUNDS + (config.train.steps or 5))][
-            WARM_UP_ROUNDS:
-        ]
+        rounds = WARM_UP_ROUNDS + (config.train.steps or 5)
+        pairs = [(alone.seconds(), several.seconds()) for _ in range(rounds)][WARM_UP_ROUNDS:]
     finally:
         alone.end()
         several.end()
