@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benthic.config.complain import complaint
 from benthic.config.load import inference_defaults
-from benthic.config.schema import PROBLEMS, InferenceConfig, RunConfig
+from benthic.config.schema import PROBLEMS, DistilConfig, InferenceConfig, RunConfig
 from benthic.config.stages import BASE, PRETRAIN
 from benthic.convert.huggingface import copy_tokenizer, is_written_for, save_hf, tokenizer_ids
 from benthic.convert.resolve import (
@@ -35,6 +35,7 @@ from benthic.model import LanguageModel, Trainable, Transformer
 from benthic.parallel.group import open_world
 from benthic.parallel.world import World
 from benthic.plan.memory import refuse_too_large
+from benthic.posttrain import distil as distillation
 from benthic.posttrain.preferences import Preferences
 from benthic.posttrain.problem_files import FOLDER as PROBLEMS_FOLDER
 from benthic.posttrain.problem_files import write_problems
@@ -42,6 +43,7 @@ from benthic.posttrain.reward_model import RewardArchitecture, trunk_weights
 from benthic.posttrain.rl import Rl
 from benthic.posttrain.sft import Sft, stage_settings
 from benthic.posttrain.sft_data import prepare_sft, split_of
+from benthic.posttrain.teacher import Endpoint, OwnModel, is_address
 from benthic.precision.latents import CachePrecision
 from benthic.precision.quantise import Precision
 from benthic.report import page
@@ -212,6 +214,25 @@ def _refuse_other_model(out: Path) -> None:
         return
     if not (is_written_for("training", model) and any(latest(out / "checkpoints" / name) for name in (PRETRAIN, BASE))):
         raise InputError(f"{model}: already there, and not of a training in {out}; give another --out")
+
+
+def distil(config: DistilConfig, out: Path, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Asks a teacher, judges its answers and writes those that are kept: see :func:`benthic.posttrain.distil.distil`.
+
+    Raises:
+        InputError: besides, there is no such model or endpoint.
+    """
+    teacher = Endpoint(config) if is_address(config.teacher) else _own_teacher(config)
+    try:
+        return distillation.distil(config, teacher, out, progress)
+    finally:
+        teacher.close()
+
+
+def _own_teacher(config: DistilConfig) -> OwnModel:
+    tokenizer = Tokenizer.load(find_tokenizer(config.teacher))
+    model, _ = load_model(config.teacher)
+    return OwnModel(str(Path(config.teacher).absolute()), model, tokenizer, config)
 
 
 def write_report(run: str | Path) -> tuple[Path, Facts]:

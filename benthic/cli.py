@@ -188,6 +188,29 @@ def problems(
         print(path)
 
 
+@app.command(epilog="Example: benthic distil teacher.toml --out answers")
+def distil(recipe: Recipe, out: Out, set_: Set = None, json_: Json = False) -> None:
+    """Sample a teacher's answers, [posttrain.distil] of a recipe, and keep the good ones to fine-tune on; run it again
+    to resume.
+    """
+    from benthic import api
+    from benthic.config.load import load_posttrain_config
+    from benthic.config.presets import PRESETS
+    from benthic.posttrain.distil import ANSWERS
+
+    config = load_posttrain_config(recipe, set_ or (), "", PRESETS["tiny"], "distil").posttrain.distil
+    assert config is not None
+    with console.counting() as progress:
+        found = api.distil(config, out, progress)
+    if json_:
+        console.print_json(found)
+        return
+    left_out = "".join(f", {count} {reason}" for reason, count in found["left_out"].items())
+    print(f"{out / ANSWERS}: {found['kept']} of {found['asked']} answers{left_out}")
+    if found["without_answer"]:
+        print(f"{found['without_answer']} got no answer; the same command asks for them again")
+
+
 @app.command(epilog="Example: benthic reward preferences.toml --out runs/judge --from runs/assistant")
 def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
     """Train a reward model on pairs of answers, [posttrain.reward] of a recipe; run it again to resume."""
@@ -450,6 +473,15 @@ def timeline(
         console.print_json(shown.figures)
     else:
         print(shown.text)
+
+
+@bench.command("stages", epilog="Example: benthic bench stages my.toml --set parallel.pipeline=4 --json")
+def bench_stages(recipe: Recipe, set_: Set = None, json_: Json = False) -> None:
+    """What a recipe's layers, embedding and head cost here, and where that cuts it into the stages of its pipeline."""
+    from benthic.config.load import load_run_config
+    from benthic.lab.bench_stages import bench_stages
+
+    _print(asdict(bench_stages(load_run_config(recipe, set_ or ()))), json_)
 
 
 @bench.command("train", epilog="Example: benthic bench train --set model.preset=nano --json")

@@ -64,7 +64,7 @@ def load_posttrain_config(
         overrides: as for ``load_run_config``, but not of ``model``.
         base: the directory the model is from.
         model: its sizes.
-        stage: ``sft``, ``rl`` or ``reward``.
+        stage: ``sft``, ``rl``, ``reward`` or ``distil``.
 
     Raises:
         InputError: as ``load_run_config``, or the section is not there.

@@ -439,6 +439,51 @@ class RewardModelConfig(Settings):
         return self
 
 
+class DistilConfig(Settings):
+    """Answers of a teacher, filtered by rewards, to fine-tune on (DeepSeek-R1, arXiv 2501.12948, section 2.4)."""
+
+    teacher: Annotated[str, Field(min_length=1)]
+    """An OpenAI-compatible endpoint, ``http://127.0.0.1:8000/v1``, or a directory: a run, or a model."""
+    model: str | None = None
+    """The endpoint's name for it; may be left out where it has one model only."""
+    api_key_env: str | None = None
+    """The environment variable that holds the endpoint's key. Keys are no settings: files are copied."""
+    problems: Annotated[tuple[ProblemsConfig, ...], Field(min_length=1)]
+    """What is asked. By default families are judged by ``reasoning_gym`` and files by nothing."""
+    count: Positive = 1000
+    """Problems of each source; of a file at most all that it has."""
+    held_out: Natural | None = None
+    """Problems of each source that are never asked, chosen as in ``posttrain.rl``; by default 500 of families and none
+    of files."""
+    samples: Positive = 1
+    """Answers to each problem."""
+    keep: Positive = 1
+    """Answers to each problem that are kept at most: those with the highest reward."""
+    least_reward: float | None = None
+    """What an answer must be worth to be kept; by default all the reward there is."""
+    system: str | None = None
+    """Told to the teacher before each problem, and left out of what is learnt."""
+    max_new_tokens: Positive = 512
+    """Of an answer; one that is not ended by then is not kept."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Natural = 0
+    at_once: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Requests at the same time."""
+    timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """For one request, from its first byte to the last of its answer."""
+    retries: Natural = 4
+    """Of a request that failed, at growing intervals."""
+    reward_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """For one reward of one answer."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples={self.samples}: temperature must be above 0, or all would be the same")
+        return self
+
+
 class PosttrainConfig(Settings):
     """The stages after pretraining, each of which a run has if its section is there."""
 
@@ -448,6 +493,8 @@ class PosttrainConfig(Settings):
     rl: RlConfig | None = None
     reward: RewardModelConfig | None = None
     """Not a stage of the run: ``benthic reward`` trains it."""
+    distil: DistilConfig | None = None
+    """Not a stage of the run: ``benthic distil`` asks the teacher."""
 
     @model_validator(mode="after")
     def _there_are_problems(self) -> Self:
@@ -493,6 +540,9 @@ class ParallelConfig(Settings):
     """What is divided: optimizer state (1), gradients too (2), weights too (3)."""
     schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
     """The order of work in the pipeline."""
+    layers: tuple[Natural, ...] | None = None
+    """How many layers each stage of the pipeline has, in order; by default as operations tell, so that all take the
+    same time. ``benthic bench stages`` measures what tells it better on a machine."""
     fp8_dispatch: bool = False
     """Send tokens to experts, and gradients back to them, in FP8; needs ``precision.compute = "fp8"``, whose results
     it leaves as they are."""

@@ -17,6 +17,8 @@ IGNORE = -100
 """Targets with this value count for nothing."""
 
 _CHUNK = 512
+_MOST = 0.75
+"""Share of positions with a target, up to which the others are left out: to copy what is kept costs less then."""
 
 
 def linear_cross_entropy_reference(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> Tensor:
@@ -28,8 +30,12 @@ def linear_cross_entropy(x_ND: Tensor, weight_VD: Tensor, target_N: Tensor) -> T
     """Same as :func:`linear_cross_entropy_reference`; 0 if no target counts.
 
     Gradients are computed chunk by chunk during the forward pass, while a chunk's logits are at hand, so that
-    nothing of size (N, V) is kept or built twice.
+    nothing of size (N, V) is kept or built twice. Where a good part of the positions has no target, as in prompts,
+    they are left out.
     """
+    counted_N = target_N != IGNORE
+    if counted_N.sum() <= _MOST * len(target_N):
+        x_ND, target_N = x_ND[counted_N], target_N[counted_N]
     loss: Tensor = _LinearCrossEntropy.apply(x_ND, weight_VD, target_N)
     return loss
 

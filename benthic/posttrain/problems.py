@@ -60,6 +60,8 @@ class Family:
     @cached_property
     def held_out(self) -> list[Problem]:
         """Problems that all ask something else. Raises InputError if the family has too few."""
+        if not self._count:
+            return []
         found: dict[str, Problem] = {}
         for number in range(_TRIES * self._count):
             problem = self._problem(HELD_OUT_SEED + number)
@@ -98,12 +100,7 @@ class File:
         if not path.is_file():
             raise InputError(f"posttrain.rl.problems: {path}: no such file; give a .jsonl file")
         self.name, self.rewards = path.stem, _rewards(config, "exact")
-        found: dict[str, Problem] = {}
-        for item in read_records(path, lambda record: _of_record(record, path.stem, self.rewards)):
-            if not isinstance(item, Problem):
-                raise InputError(f"{path}: byte {item.offset}: {item.reason}")
-            found.setdefault(json.dumps(item.messages), item)
-        problems = list(found.values())
+        problems = read_problems(path, self.rewards)
         if len(problems) <= held_out:
             raise InputError(
                 f"{path}: {len(problems)} different problems; held_out = {held_out} of them leave none to learn from"
@@ -141,6 +138,16 @@ def order(weights: Sequence[float], start: int, count: int) -> list[tuple[int, i
             found.append((source, taken[source]))
         taken[source] += 1
     return found
+
+
+def read_problems(path: Path, rewards: tuple[Weighted, ...]) -> list[Problem]:
+    """The different problems of a file. Raises InputError that names the place of what is none."""
+    found: dict[str, Problem] = {}
+    for item in read_records(path, lambda record: _of_record(record, path.stem, rewards)):
+        if not isinstance(item, Problem):
+            raise InputError(f"{path}: byte {item.offset}: {item.reason}")
+        found.setdefault(json.dumps(item.messages), item)
+    return list(found.values())
 
 
 def _rewards(config: ProblemsConfig, default: str) -> tuple[Weighted, ...]:

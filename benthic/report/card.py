@@ -130,7 +130,7 @@ def _score(score: Score | None) -> str:
 
 
 def _sample(sample: Sampled) -> str:
-    return f"{_block(sample.prompt)}\n\n{_block(sample.answer)}"
+    return f"Asked:\n\n{_block(sample.prompt)}\n\nit answered:\n\n{_block(sample.answer)}"
 
 
 def _data(facts: Facts) -> Iterator[str]:

@@ -204,6 +204,7 @@ class _Up:
             self._bottom, self._top = float(bottom), float(max(top, bottom + 1))
             every = -(-(int(self._top) - bottom) // 6)
             self.ticks = [10.0**power for power in range(bottom, int(self._top) + 1, every)]
+            self._decimals = 0
             return
         if least == most:
             pad = abs(least) / 10
@@ -213,13 +214,18 @@ class _Up:
         self._bottom = max(0.0, least - room) if least >= 0 else least - room
         self._top = most + room
         self.ticks = _round_between(self._bottom, self._top, 4)
+        # As many as tell one label from the next.
+        apart = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
+        self._decimals = next((digits for digits in range(12) if round(apart, digits) == round(apart, 12)), 12)
 
     def __call__(self, value: float) -> float:
         y = math.log10(max(value, 1e-300)) if self._logarithmic else value
         return SIDE * (self._top - y) / (self._top - self._bottom)
 
     def told(self, value: float) -> str:
-        return f"{value:.0e}" if self._logarithmic else figure(value)
+        if self._logarithmic:
+            return f"{value:.0e}"
+        return f"{value:,.{self._decimals}f}" if abs(value) < 1e6 else figure(value)
 
 
 def _round_between(low: float, high: float, about: int) -> list[float]:

@@ -1,6 +1,7 @@
 """All that a run's directory holds for its report, read without trusting it: what is missing or damaged is told."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from benthic.data.manifest import Manifest
 from benthic.errors import InputError
 from benthic.evaluate.records import EvaluationRecord, evaluations
 from benthic.files import read_json_object
+from benthic.posttrain.distil import read_manifest
 from benthic.posttrain.sft_data import FOLDER as SFT
 from benthic.report.course import StageCourse, read_course
 from benthic.train.ledger import FILE_NAME as LEDGER
@@ -63,6 +65,8 @@ class Facts:
     """By stage."""
     data: dict[str, Manifest]
     """What was prepared, by folder: ``data`` and ``sft``."""
+    distilled: dict[str, dict[str, Any]]
+    """What ``benthic distil`` says of sources that were fine-tuned on, as far as they are still there."""
     brought: dict[str, Any]
     """What the checkpoint that the run begins with says of itself."""
     damaged: list[str] = field(default_factory=list)
@@ -141,6 +145,7 @@ def read_facts(run: Path, model: ModelConfig | None = None) -> Facts:
             for stage, several in _by_stage(ledger.get("made_with"), list).items()
         },
         data={name: manifest for name, manifest in folders.items() if manifest},
+        distilled=_distilled(folders[SFT]),
         brought=attempt(run / "checkpoints" / BASE / "step-0" / "state.json", read_json_object) or {},
         damaged=damaged,
     )
@@ -159,6 +164,16 @@ def _progress(planned: tuple[Stage, ...], course: dict[str, StageCourse]) -> lis
     ]
     names = {one.name for one in known}
     return known + [Progress(name, "corpus", one.steps, None) for name, one in course.items() if name not in names]
+
+
+def _distilled(conversations: Manifest | None) -> dict[str, dict[str, Any]]:
+    sources = conversations.settings.get("sources") if conversations else None
+    found: dict[str, dict[str, Any]] = {}
+    for source in (one for one in sources if isinstance(one, str)) if isinstance(sources, list | tuple) else ():
+        with suppress(InputError, OSError, ValueError):  # somebody else's folder may hold anything
+            if (told := read_manifest(Path(source).parent)) is not None:
+                found[source] = told
+    return found
 
 
 def _by_stage(entries: Any, kind: type) -> dict[str, Any]:

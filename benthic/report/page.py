@@ -118,6 +118,7 @@ def _context(facts: Facts) -> dict[str, Any]:
         },
         "rl_planned": any(one.kind == "rl" for one in facts.progress),
         "positions": _positions(facts),
+        "distilled": [_distilled(source, found) for source, found in facts.distilled.items()],
         "data": [_provenance(name, manifest) for name, manifest in facts.data.items()],
         "problems": _problems(facts),
         "number": number,
@@ -323,26 +324,23 @@ def _accuracy_chart(facts: Facts, segments: Sequence[Segment]) -> Markup:
     return line_chart("Accuracy at validations", segments, lines, unit=unit, whole_bands=True)
 
 
-def _positions(facts: Facts) -> list[tuple[str, Markup]]:
-    """A chart for each stage whose evaluation has bits per byte by position."""
-    found = []
-    for stage, record in facts.records.items():
-        if not record.by_position:
-            continue
-        segment = Segment(stage, 0, max(curve.ends[-1] for curve in record.by_position))
-        lines = []
-        for curve in record.by_position:
-            starts = (0, *curve.ends)
-            middles = [(start + end) / 2 for start, end in zip(starts, curve.ends, strict=False)]
-            points = [Point(x, y, y, y) for x, y in zip(middles, curve.bits_per_byte, strict=True)]
-            lines.append(Line(curve.name, {stage: points}))
-        mark = record.pretrained_length
-        chart = line_chart(
-            f"After {stage}", [segment], lines, unit="bits per byte", below="position in the sequence",
-            mark=mark if mark and mark < segment.last else None,
-        )  # fmt: skip
-        found.append((stage, chart))
-    return found
+def _positions(facts: Facts) -> Markup | None:
+    """One chart of all stages whose evaluation has bits per byte by position."""
+    measured = {name: record for name, record in facts.records.items() if record.by_position}
+    if not measured:
+        return None
+    curves = {f"after {name}, {curve.name}": curve for name, record in measured.items() for curve in record.by_position}
+    whole = Segment("sequence", 0, max(curve.ends[-1] for curve in curves.values()))
+    lines = []
+    for name, curve in curves.items():
+        middles = [(start + end) / 2 for start, end in zip((0, *curve.ends), curve.ends, strict=False)]
+        points = [Point(x, y, y, y) for x, y in zip(middles, curve.bits_per_byte, strict=True)]
+        lines.append(Line(name, {whole.name: points}))
+    mark = next((record.pretrained_length for record in measured.values() if record.pretrained_length), None)
+    return line_chart(
+        "Bits per byte along held-out sequences", [whole], lines, unit="bits per byte", below="position",
+        mark=mark if mark and mark < whole.last else None,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- provenance
@@ -361,6 +359,18 @@ def _provenance(folder: str, manifest: Manifest) -> dict[str, Any]:
         "rejections": manifest.rejections[:MOST_SHOWN],
         "files": [file for split in (manifest.train, manifest.val) for file in (*split.shards, split.boundaries)],
     }
+
+
+def _distilled(source: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a teacher's answers say of themselves."""
+    left_out = found.get("left_out")
+    settings = found.get("settings")
+    told = {"teacher": found.get("teacher"), "answers": found.get("asked"), "kept": found.get("kept")}
+    if isinstance(left_out, dict):
+        told["left out"] = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "none"
+    if isinstance(settings, dict):
+        told |= {key: settings.get(key) for key in ("temperature", "top_p", "system") if settings.get(key) is not None}
+    return {"source": source, "told": list(told.items())}
 
 
 def _problems(facts: Facts) -> list[dict[str, Any]]:

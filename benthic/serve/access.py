@@ -4,7 +4,6 @@ What may pass without a key is listed; everything else, known or not, needs one.
 around it.
 """
 
-import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -19,6 +18,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from benthic.serve.errors import ApiError, engine_failed, unavailable
+from benthic.serve.turns import Turns
 
 log = logging.getLogger("benthic.serve")
 
@@ -30,8 +30,6 @@ ARRIVED = "benthic.arrived"
 """Key of the ASGI scope: when the request's headers were there, by ``time.monotonic()``."""
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
 _DRAINING_RETRY_S = 5
-_AT_A_TIME = 4
-"""Requests let in between two looks at everything else that waits."""
 
 
 @dataclass
@@ -86,7 +84,7 @@ class Door:
         self._open = PROBES | set(open_paths)
         self._hosts = None if hosts is None else frozenset(name.lower() for name in hosts)
         self._log_requests, self._count = log_requests, count
-        self._turns = asyncio.Semaphore(_AT_A_TIME)
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -98,9 +96,7 @@ class Door:
         scope[ARRIVED] = begun = time.monotonic()
         try:
             if not probe:
-                # A crowd that arrives at once is let in by turns, so that a look at /health never waits behind it all.
-                async with self._turns:
-                    await asyncio.sleep(0)
+                await self._turns.take()
             await self._answer(scope, receive, exchange)
         finally:
             self._state.active -= counted

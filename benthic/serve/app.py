@@ -24,6 +24,7 @@ from benthic.serve.generation import ClientGone, Generation, Job, unless_disconn
 from benthic.serve.models import Models, Served
 from benthic.serve.requests import MAX_PROMPTS, ChatRequest, CompletionRequest, EmbeddingRequest, parse
 from benthic.serve.stream import EventStream, to_json
+from benthic.serve.turns import Turns
 
 _Request = TypeVar("_Request", ChatRequest, CompletionRequest, EmbeddingRequest)
 _Result = TypeVar("_Result")
@@ -39,6 +40,7 @@ class Endpoints:
         self.metrics = metrics.Metrics(models)
         self._models, self._config, self._state = models, config, state
         self._bodies = Bodies(int(config.max_body_mib * 2**20), config.body_seconds)
+        self._read, self._prepared = Turns(), Turns()
         self._preparing = ThreadPoolExecutor(_PREPARING, "prepare")
         self._compiling = ThreadPoolExecutor(1, "compile")
         self._embedding = ThreadPoolExecutor(1, "embed")
@@ -123,6 +125,7 @@ class Endpoints:
 
     async def _asked(self, request: Request, kind: type[_Request]) -> _Request:
         body = await self._bodies.read(request)
+        await self._read.take()
         if self._config.log_prompts:
             log.info("asked: %s", ascii(body.decode(errors="replace")))
         return parse(kind, body)
@@ -152,7 +155,9 @@ class Endpoints:
             generation.close()
 
     async def _prepare(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        return await self._run(self._preparing, work, *arguments)
+        done = await self._run(self._preparing, work, *arguments)
+        await self._prepared.take()
+        return done
 
     async def _run(self, threads: ThreadPoolExecutor, work: Callable[..., _Result], *arguments: Any) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)

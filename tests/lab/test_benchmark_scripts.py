@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from serving import make_model
+from teachers import FakeTeacher, answer
 
 from benthic.lab import compare
 from benthic.lab.compare import Outcome, Variant
@@ -54,6 +56,30 @@ def run_script(monkeypatch):
         return 0
 
     return run
+
+
+def test_a_student_learns_from_a_teacher_and_is_measured_on_answers_it_has_not_seen(run_script, tmp_path, capsys):
+    student = make_model(tmp_path / "student")
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    prompts.write_text("".join(json.dumps({"prompt": f"say {number}"}) + "\n" for number in range(40)))
+    teacher = FakeTeacher(lambda body, number: answer("I am well. Thank you " * 3))
+    try:
+        arguments = (student, "--out", out, "--teacher", teacher.url, "--prompts", prompts, "--count", 30, "--json")
+        assert run_script("distillation", *arguments) == 0
+    finally:
+        teacher.close()
+    found = json.loads(capsys.readouterr().out)
+    assert found["answers"] == 30
+    assert found["before"]["n"] == found["after"]["n"] == 6
+    assert found["after"]["ci95"][1] < found["before"]["ci95"][0]
+    assert found["gain"] == pytest.approx(1 - found["after"]["value"] / found["before"]["value"])
+    assert 0 < found["gain_ci95"][0] <= found["gain"] <= found["gain_ci95"][1]
+    learnt = [json.loads(line)["messages"][0]["content"] for line in (out / "learnt.jsonl").read_text().splitlines()]
+    held_out = [
+        json.loads(line)["messages"][0]["content"] for line in (out / "held-out.jsonl").read_text().splitlines()
+    ]
+    assert len(learnt) == 24
+    assert not set(learnt) & set(held_out)
 
 
 def with_loads(loads):
@@ -173,6 +199,19 @@ def test_the_cost_of_fp8_is_relative_and_over_windows():
     assert str(cost) == "training loss +10.000%, at the end +10.000%; validation +5.000%"
 
 
+def test_gains_are_of_each_seed_and_intervals_are_apart_where_all_are():
+    def row(value, low, high):
+        return {"accuracy": {"sums": {"value": value, "n": 500, "ci95": [low, high]}}}
+
+    runs = [[row(0.2, 0.1, 0.3), {"loss": 1.0}, row(0.9, 0.8, 0.95), row(0.5, 0.4, 0.6)],
+            [row(0.25, 0.15, 0.35), row(0.65, 0.45, 0.75)]]  # fmt: skip
+    found = script("grpo").accuracies(runs, "accuracy")["sums"]
+    assert found["gain"]["values"] == pytest.approx([0.3, 0.4])
+    assert found["apart"]
+    runs[1][0] = row(0.25, 0.15, 0.41)
+    assert not script("grpo").accuracies(runs, "accuracy")["sums"]["apart"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
@@ -183,6 +222,7 @@ def test_the_cost_of_fp8_is_relative_and_over_windows():
         ("checkpoint_cost", ["tiny", "precision.compute=fp32"], ["a step in fp32", "every 100 steps"]),
         ("train_vs_transformers", ["tiny", "precision.compute=bf16"], ["in bf16", "times eager"]),
         ("memory_vs_transformers", ["tiny"], ["recomputing", "of transformers'"]),
+        ("rollouts", ["tiny", "--tokens", "3"], ["64 at once", "one at a time", "ratio"]),
     ],
 )
 def test_benchmarks_run(run_script, capfd, name, arguments, said):
@@ -204,6 +244,8 @@ def test_benchmarks_run(run_script, capfd, name, arguments, said):
         ("train_vs_transformers", ["bench", "train.micro_batch_size=2"], "train.micro_batch_size=2: not compared"),
         *((name, ["DIR", "--set", "train.stepz=1"], "train.stepz") for name in STUDIES),
         ("context_length", ["DIR"], "config.toml"),
+        ("grpo", ["DIR", "--run", "DIR"], "config.toml"),
+        ("rollouts", ["nosuch"], "preset or recipe 'nosuch'"),
         ("expert_placement", ["DIR", "--gpus", "8"], "DIR"),
     ],
 )

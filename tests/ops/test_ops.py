@@ -161,11 +161,14 @@ def test_routed_experts(tokens: int, experts: int, top_k: int, width: int, hidde
     )
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize(("rows", "vocabulary", "width"), [(1, 2, 1), (7, 13, 5), (1030, 40, 8)])
-def test_linear_cross_entropy(rows: int, vocabulary: int, width: int) -> None:
+def test_linear_cross_entropy(rows: int, vocabulary: int, width: int, few: bool) -> None:
+    """Where most positions have a target, and where few have."""
     torch.manual_seed(rows)
     target = torch.randint(vocabulary, (rows,))
-    target[::5] = IGNORE
+    ignored = torch.arange(rows) % 5 == 0
+    target[~ignored if few else ignored] = IGNORE
     if rows > 1:
         x, weight = torch.randn(rows, width), torch.randn(vocabulary, width) * 2
         assert_same(
@@ -176,7 +179,12 @@ def test_linear_cross_entropy(rows: int, vocabulary: int, width: int) -> None:
         assert torch.allclose(
             linear_cross_entropy_reference(x, weight, target), linear_cross_entropy(x, weight, target)
         )
-    assert linear_cross_entropy(torch.randn(rows, width), torch.randn(vocabulary, width), target * 0 + IGNORE) == 0
+    x, weight = torch.randn(rows, width, requires_grad=True), torch.randn(vocabulary, width)
+    nothing = linear_cross_entropy(x, weight, torch.full((rows,), IGNORE))
+    nothing.backward()
+    assert nothing == 0
+    assert x.grad is not None
+    assert not x.grad.any()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e12])

@@ -7,12 +7,14 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from whole_run import HOSTILE, manifest
 
 from benthic import api
 from benthic.config.load import load_run_config
 from benthic.convert.huggingface import save_hf
 from benthic.errors import InputError
 from benthic.model import build_model
+from benthic.report.chart import Line, Point, Segment, line_chart
 from benthic.report.page import write_report
 
 XHTML = "{http://www.w3.org/1999/xhtml}"
@@ -87,6 +89,32 @@ def test_curves_stand_where_their_values_are(full):
         assert points[0][0] == pytest.approx(start, abs=15)
         # A factor of two is log10(2) of the one decade that the axis spans.
         assert points[-1][1] - points[0][1] == pytest.approx(301, abs=12)
+
+
+def test_labels_of_a_narrow_range_can_be_told_apart():
+    points = [Point(x, 5.724 + x / 1e6, 0.0, 9.0) for x in range(5)]
+    chart = line_chart("t", [Segment("s", 0, 4)], [Line("l", {"s": points})], unit="u")
+    labels = re.findall(r'<span class="y"[^>]*>([^<]+)<', chart)
+    assert len(labels) >= 3
+    assert len(set(labels)) == len(labels)
+    assert all(5.7239 < float(label) < 5.7241 for label in labels)
+
+
+def test_where_a_teachers_answers_came_from(full, tmp_path):
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    (answers / "asked.jsonl").touch()
+    told = {"teacher": HOSTILE, "asked": 90, "kept": 77, "left_out": {HOSTILE: 13}, "answers_sha256": "x",
+            "settings": {"temperature": 0.7, "system": HOSTILE}}  # fmt: skip
+    (answers / "manifest.json").write_text(json.dumps(told))
+    one = manifest("sft")
+    settings = {**one.settings, "sources": [str(answers / "answers.jsonl"), "chitchat"]}
+    one.model_copy(update={"settings": settings}).save(full / "sft")
+    text = text_of(page_of(full), "data")
+    assert "A teacher's answers" in text
+    assert "answers 90 kept 77 left out 13 <script>" in text
+    (answers / "manifest.json").write_text("[")
+    assert "A teacher's answers" not in text_of(page_of(full), "data")
 
 
 @pytest.mark.parametrize(
