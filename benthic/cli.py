@@ -518,6 +518,15 @@ def timeline(
         print(shown.text)
 
 
+@bench.command("stages", epilog="Example: benthic bench stages my.toml --set parallel.pipeline=4 --json")
+def bench_stages(recipe: Recipe, set_: Set = None, json_: Json = False) -> None:
+    """What a recipe's layers, embedding and head cost here, and where that cuts it into the stages of its pipeline."""
+    from benthic.config.load import load_run_config
+    from benthic.lab.bench_stages import bench_stages
+
+    _print(asdict(bench_stages(load_run_config(recipe, set_ or ()))), json_)
+
+
 @bench.command("train", epilog="Example: benthic bench train --set model.preset=nano --json")
 def bench_train(set_: Set = None, json_: Json = False) -> None:
     """Optimizer steps of bench-108m, 8 sequences of 512 tokens."""

@@ -540,6 +540,9 @@ class ParallelConfig(Settings):
     """What is divided: optimizer state (1), gradients too (2), weights too (3)."""
     schedule: Literal["1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"
     """The order of work in the pipeline."""
+    layers: tuple[Natural, ...] | None = None
+    """How many layers each stage of the pipeline has, in order; by default as operations tell, so that all take the
+    same time. ``benthic bench stages`` measures what tells it better on a machine."""
     fp8_dispatch: bool = False
     """Send tokens to experts, and gradients back to them, in FP8; needs ``precision.compute = "fp8"``, whose results
     it leaves as they are."""

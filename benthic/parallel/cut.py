@@ -4,7 +4,8 @@ Embedding and head count too. The head of a large vocabulary costs as much as la
 layer and the head once more, all in the last stage; so that has fewer layers than the others.
 """
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from benthic.config.schema import ModelConfig
@@ -65,6 +66,18 @@ def _of_ranks(costs: Costs, layers: list[range]) -> tuple[float, float]:
     stages = [_cost(costs, held, stage, len(layers)) for stage, held in enumerate(layers)]
     ranks = [stages[place] + stages[-1 - place] for place in range(len(stages) // 2)]
     return max(ranks), sum(cost**2 for cost in ranks)
+
+
+def stages_of(counts: Sequence[int]) -> list[range]:
+    """The layers of stages that have so many."""
+    ends = [0, *accumulate(counts)]
+    return [range(start, end) for start, end in pairwise(ends)]
+
+
+def dearest_over_mean(costs: Costs, stages: list[range]) -> float:
+    """Cost of the dearest stage over that of an average one, 1 being even."""
+    each = [_cost(costs, layers, stage, len(stages)) for stage, layers in enumerate(stages)]
+    return max(each) * len(each) / sum(each)
 
 
 def _cost(costs: Costs, layers: range, stage: int, stages: int) -> float:

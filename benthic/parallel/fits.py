@@ -45,6 +45,8 @@ def _refuse_pipeline(config: RunConfig) -> None:
             f"{each * parallel.pipeline} stages, too many for model.num_hidden_layers="
             f"{config.model.num_hidden_layers}; {most} can"
         )
+    if parallel.layers is not None:
+        _refuse_layers(config, parallel.layers, each * parallel.pipeline)
     if parallel.zero > 1:
         raise InputError(
             f"parallel.zero={parallel.zero} must be 1 with parallel.pipeline={parallel.pipeline}: a step of a pipeline "
@@ -59,6 +61,16 @@ def _refuse_pipeline(config: RunConfig) -> None:
             f"train.micro_batch_size={given} leaves parallel.pipeline={parallel.pipeline} processes fewer "
             f"micro-batches than they are, of train.batch_size={train.batch_size} on {parallel.data_ranks} data ranks; "
             f"{remedy} do"
+        )
+
+
+def _refuse_layers(config: RunConfig, layers: tuple[int, ...], stages: int) -> None:
+    """The first stage may be the embedding alone, the last the head; those between have a layer each at least."""
+    wanted = config.model.num_hidden_layers
+    if len(layers) != stages or sum(layers) != wanted or not all(layers[1:-1]):
+        raise InputError(
+            f"parallel.layers={list(layers)} must be {stages} numbers, one for each stage, that add up to "
+            f"model.num_hidden_layers={wanted}; only the first and the last may be 0"
         )
 
 

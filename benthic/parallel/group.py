@@ -91,7 +91,13 @@ class Group(World):
         if self._parallel.pipeline > 1:
             from benthic.parallel.pipeline import divide_layers  # takes a while
 
-            divide_layers(objective, self._parallel.schedule, self.mesh.pipeline_group, length)
+            divide_layers(
+                objective,
+                self._parallel.schedule,
+                self.mesh.pipeline_group,
+                length=length,
+                counts=self._parallel.layers,
+            )
         if self._parallel.expert > 1:
             sender = Sender(self.mesh.expert_group, self.traffic)
             divide_experts(objective, sender, fp8=self._parallel.fp8_dispatch)

@@ -16,7 +16,7 @@ from torch.distributed.pipelining._backward import stage_backward_weight
 from torch.distributed.pipelining.schedules import _add_send_recv, _PipelineScheduleRuntime
 
 from benthic.model import LanguageModel
-from benthic.parallel.cut import Costs, computed_costs, cut, cut_in_v
+from benthic.parallel.cut import Costs, computed_costs, cut, cut_in_v, stages_of
 from benthic.parallel.local import local
 from benthic.parallel.schedules import Orders, forward_orders, orders
 from benthic.parallel.stage_ranks import KINDS, Schedule, ranks_of_stages, stages_of_rank
@@ -95,17 +95,28 @@ class Pipeline:
         return _Runner(stages, micro_batches, make(self._schedule, ranks, micro_batches), ranks_of, learn=learn)
 
 
-def divide_layers(objective: nn.Module, schedule: Schedule, group: ProcessGroup, length: int) -> None:
+def divide_layers(
+    objective: nn.Module,
+    schedule: Schedule,
+    group: ProcessGroup,
+    *,
+    length: int,
+    counts: Sequence[int] | None = None,
+) -> None:
     """Keep this rank's stages of the model in an objective, and let its steps go through the pipeline.
 
     Args:
         length: of the sequences, by which the cost of attention is told.
+        counts: layers of each stage; by default as that cost has it.
 
     Raises:
         InputError: the model has too few layers.
     """
     model = next(part for part in objective.modules() if isinstance(part, LanguageModel))
-    layers = layers_of_stages(computed_costs(model.config, length, mtp=len(model.mtp) > 0), schedule, group.size())
+    if counts is None:
+        layers = layers_of_stages(computed_costs(model.config, length, mtp=len(model.mtp) > 0), schedule, group.size())
+    else:
+        layers = stages_of(counts)
     held = make_stages(model, layers, stages_of_rank(schedule, group.size(), group.rank()))
     drop_other_stages(model, held)
     copying_rank = ranks_of_stages(schedule, group.size())[-1] if len(model.mtp) else 0

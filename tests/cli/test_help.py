@@ -8,7 +8,7 @@ import sys
 import pytest
 
 COMMANDS = ["run", "data", "train", "sft", "distil", "eval", "chat", "generate", "serve", "import", "export",
-            "report", "plan", "timeline", "bench train", "bench prefill", "bench decode"]  # fmt: skip
+            "report", "plan", "timeline", "bench stages", "bench train", "bench prefill", "bench decode"]  # fmt: skip
 PROGRAM = [sys.executable, "-c", "from benthic.cli import main; main()"]
 
 

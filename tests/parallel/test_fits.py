@@ -25,6 +25,9 @@ def config(*settings):
         (2, ["parallel.shard=2", "train.minutes=3"], "give train.steps"),
         (64, ["parallel.pipeline=64"], "makes 64 stages, too many for model.num_hidden_layers=3; 5 can"),
         (4, ["parallel.pipeline=4", "parallel.schedule=zbv"], "makes 8 stages, too many"),
+        (2, ["parallel.pipeline=2", "parallel.layers=[1,1,1]"], "must be 2 numbers, one for each stage, that add up"),
+        (2, ["parallel.pipeline=2", "parallel.layers=[1,1]"], "add up to model.num_hidden_layers=3"),
+        (2, ["parallel.pipeline=2", "parallel.schedule=zbv", "parallel.layers=[1,0,1,1]"], "only the first and"),
         (4, ["parallel.pipeline=2", "parallel.shard=2", "parallel.zero=3"], "parallel.zero=3 must be 1"),
         (2, ["parallel.pipeline=2"], "none (that is, 12) leaves parallel.pipeline=2 processes fewer"),
         (4, ["parallel.pipeline=2", "parallel.shard=2", "train.micro_batch_size=4"], "at most 3 would do"),
@@ -43,7 +46,7 @@ def test_what_does_not_fit_is_refused_in_one_line_that_says_what_would(processes
     [
         (1, []),
         (12, ["parallel.shard=3", "parallel.replicate=4"]),
-        (8, ["parallel.expert=4", "parallel.pipeline=2", "train.micro_batch_size=1"]),
+        (8, ["parallel.expert=4", "parallel.pipeline=2", "train.micro_batch_size=1", "parallel.layers=[3,0]"]),
         (4, ["parallel.pipeline=2", "parallel.shard=2", "train.micro_batch_size=3", "parallel.schedule=dualpipev"]),
         (2, ["parallel.expert=2", "parallel.fp8_dispatch=true", "precision.compute=fp8"]),
     ],
