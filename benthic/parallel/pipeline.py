@@ -113,10 +113,8 @@ def divide_layers(
         InputError: the model has too few layers.
     """
     model = next(part for part in objective.modules() if isinstance(part, LanguageModel))
-    if counts is None:
-        layers = layers_of_stages(computed_costs(model.config, length, mtp=len(model.mtp) > 0), schedule, group.size())
-    else:
-        layers = stages_of(counts)
+    costs = computed_costs(model.config, length, mtp=len(model.mtp) > 0)
+    layers = layers_of_stages(costs, schedule, group.size(), counts)
     held = make_stages(model, layers, stages_of_rank(schedule, group.size(), group.rank()))
     drop_other_stages(model, held)
     copying_rank = ranks_of_stages(schedule, group.size())[-1] if len(model.mtp) else 0
@@ -125,8 +123,13 @@ def divide_layers(
         model.copies = frozenset([EMBEDDING])
 
 
-def layers_of_stages(costs: Costs, schedule: Schedule, ranks: int) -> list[range]:
-    """The layers of each stage of a pipeline of so many ranks. Raises InputError if there are too few."""
+def layers_of_stages(costs: Costs, schedule: Schedule, ranks: int, counts: Sequence[int] | None = None) -> list[range]:
+    """The layers of each stage of a pipeline of so many ranks: so many as ``counts`` says, or by what they cost.
+
+    Raises InputError if there are too few.
+    """
+    if counts is not None:
+        return stages_of(counts)
     kind = KINDS[schedule]
     return (cut_in_v if kind.v_shaped else cut)(costs, ranks * kind.stages_per_rank)
 
