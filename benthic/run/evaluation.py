@@ -78,7 +78,8 @@ def _evaluations(run: Path, config: RunConfig) -> "list[_Evaluation]":
     found = []
     for stage, path in finished(run, config):
         listed = read_json_object(path / "manifest.json").get("files", {})
-        weights = [listed.get(f"{group}.safetensors", {}).get("sha256") for group in ("model", "average")]
+        # Of the weights alone, in one file or in parts: the rest of a checkpoint may tell of stages to come.
+        weights = {name: entry for name, entry in listed.items() if name.startswith(("model", "average"))}
         digest = hashlib.sha256(json.dumps([settings, files, weights], sort_keys=True).encode()).hexdigest()[:16]
         found.append(_Evaluation(run, config, stage, path, digest))
     return found

@@ -214,7 +214,9 @@ def test_a_model_that_is_larger_than_this_machine_is_planned_by_arithmetic(tmp_p
     found = whole.forecasts(config, tmp_path / "out", measure=True)
     assert {one.how for one in found.values()} == {"by arithmetic"}
     # 14.8T tokens of 250 GFLOP each, at the rate of this machine, and MTP on top
-    assert found["pretrain"].seconds == pytest.approx(14.8e12 * 250e9 / 60e9, rel=0.1)
+    pretrain = found["pretrain"]
+    assert pretrain.devices == config.parallel.processes
+    assert pretrain.seconds * pretrain.devices == pytest.approx(14.8e12 * 250e9 / 60e9, rel=0.1)
 
 
 def test_minutes_are_as_given_and_epochs_not_known(whole_config, tmp_path):
