@@ -155,7 +155,8 @@ def _set_policy(objective: nn.Module, policy: MixedPrecisionPolicy) -> MixedPrec
             for weight in group.fsdp_params:
                 # Made for the other dtype; the next gathering makes them anew.
                 weight.all_gather_outputs = []
-                del weight._unsharded_param
+                if hasattr(weight, "_unsharded_param"):  # not before the first gathering
+                    del weight._unsharded_param
     return before
 
 
