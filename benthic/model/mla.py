@@ -22,6 +22,8 @@ from benthic.ops.rope import rotate_tail, softmax_scale
 
 _LATENT_NORM_EPS = 1e-6
 """DeepSeek and transformers normalise the latents with this whatever ``rms_norm_eps`` says."""
+_MOST_EXPANDED = 2**28
+"""Numbers of one layer's keys and values that a chunk of a prompt may expand; a gigabyte in fp32."""
 
 
 class Cache(Protocol):
@@ -80,6 +82,9 @@ class LatentAttention(nn.Module):
             cached_BSL = context.cache.append(self.layer, torch.cat((latent_BTC, k_rope_BTR), -1))
             if start == 0 and x_BTD.shape[1] > 1:
                 out_BTHV = self._naive(q_BTHK, latent_BTC, k_rope_BTR, None)
+            elif self._expansion_pays(x_BTD.shape[1], cached_BSL.shape[1]):
+                latent_BSC, k_rope_BSR = cached_BSL.split((latent_BTC.shape[-1], k_rope_BTR.shape[-1]), -1)
+                out_BTHV = self._naive(q_BTHK, latent_BSC, k_rope_BSR, None)
             else:
                 out_BTHV = self._absorbed(q_BTHK, cached_BSL, start)
         out: Tensor = self.o(out_BTHV.flatten(-2))
@@ -97,6 +102,16 @@ class LatentAttention(nn.Module):
         k_rope_BTR = rotate_tail(k_rope_BTR.unsqueeze(2), context.cos_TP, context.sin_TP).squeeze(2)
         kept: tuple[Tensor, Tensor] = self.kept((self.kv_norm(latent_BTC), k_rope_BTR))
         return kept
+
+    def _expansion_pays(self, tokens: int, cached: int) -> bool:
+        """Whether so many queries save more by narrower keys and values than it costs to expand what is cached.
+
+        For each cached token and head: 2 C (N + V) operations once, against 2 (C + C - N - V) for each query. Where
+        there would be too much of it to hold, nothing is expanded.
+        """
+        latent, expanded = self.config.kv_lora_rank, self.config.qk_nope_head_dim + self.config.v_head_dim
+        fits = cached * self.config.num_attention_heads * expanded <= _MOST_EXPANDED
+        return fits and tokens * (2 * latent - expanded) > latent * expanded
 
     def _naive(self, q_BTHK: Tensor, latent_BTC: Tensor, k_rope_BTR: Tensor, document_BT: Tensor | None) -> Tensor:
         """Attention over keys and values expanded from the latents: (B, T, H, V)."""

@@ -5,6 +5,7 @@ import torch
 
 from benthic.inference.paged_cache import PagedCache, PagedView, pages_for
 from benthic.model import build_model
+from benthic.model.mla import LatentAttention
 from benthic.model.transformer import attention_context
 from tests.support.models import SequenceLatents, odd_config
 
@@ -43,6 +44,35 @@ def test_reading_over_the_cache_equals_a_full_forward_at_every_position(seed, ch
         found = decoded(transformer, config, tokens_BT, chunks)
     scale = max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_long_chunks_over_the_cache_equal_a_full_forward(seed, monkeypatch):
+    """Chunks so long that expanding what is cached pays, one that is too short for it, and too much that is cached."""
+    config = odd_config(seed).model_copy(update={"kv_lora_rank": 64, "max_position_embeddings": 1024})
+    transformer = build_model(config, seed=seed).transformer
+    expanded = config.qk_nope_head_dim + config.v_head_dim
+    enough = 64 * expanded // (2 * 64 - expanded) + 1
+    chunks = [enough, enough, enough + 3, enough - 1]
+    tokens_BT = torch.randint(config.vocab_size, (1, sum(chunks)), generator=torch.Generator().manual_seed(seed))
+    absorbed, starts = LatentAttention._absorbed, []
+    monkeypatch.setattr(
+        LatentAttention, "_absorbed", lambda self, *args: starts.append(args[2]) or absorbed(self, *args)
+    )
+    with torch.inference_mode():
+        expected = transformer(tokens_BT)
+        found = decoded(transformer, config, tokens_BT, chunks)
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5)
+    assert set(starts) == {sum(chunks[:3])}
+    # Nor is more expanded than may be held.
+    heads = config.num_attention_heads * expanded
+    monkeypatch.setattr("benthic.model.mla._MOST_EXPANDED", 2 * enough * heads)
+    starts.clear()
+    with torch.inference_mode():
+        found = decoded(transformer, config, tokens_BT, chunks)
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5)
+    assert set(starts) == {2 * enough, sum(chunks[:3])}
 
 
 @pytest.mark.parametrize("seed", range(8))

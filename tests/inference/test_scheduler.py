@@ -451,6 +451,23 @@ def test_top_log_probabilities_begin_with_the_likeliest(schedule):
         assert len(top) == 4
 
 
+def test_chunks_that_expand_what_is_cached_keep_the_promise(config, tokenizer):
+    sizes = {"max_position_embeddings": 512, "kv_lora_rank": 80, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    model = build_model(config.model_copy(update=sizes), seed=3)
+    attention = model.transformer.layers[0].attention
+    assert attention._expansion_pays(PAGE, 2 * PAGE)
+    assert not attention._expansion_pays(8, 2 * PAGE)
+    scheduler = Scheduler(model, tokenizer, cache_gib=0.05, max_batch=4, max_draft=0, cache_precision="fp8")
+    rng = random.Random(2)
+    stem = ids(rng, 200)
+    work = [(stem[:length] + ids(rng, 3), Sampling(max_new_tokens=5, seed=1)) for length in (200, 180, 130, 64, 197)]
+    together = finish(scheduler, *[scheduler.submit(*each) for each in work])
+    assert together == [finish(scheduler, scheduler.submit(*each))[0] for each in work]
+    fresh = [Scheduler(model, tokenizer, cache_gib=0.05, max_batch=1, max_draft=0, cache_precision="fp8") for _ in work]
+    assert together == [finish(s, s.submit(*each))[0] for s, each in zip(fresh, work, strict=True)]
+    assert scheduler.stats().cached_tokens > 0
+
+
 @pytest.mark.parametrize(("kept", "bytes_a_row"), [("fp32", 4 * 24), ("bf16", 2 * 24), ("fp8", 16 + 4 + 2 * 8)])
 def test_bytes_of_a_token_are_exact(kept, bytes_a_row, schedule, longer):
     config = longer.config

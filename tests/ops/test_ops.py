@@ -141,6 +141,18 @@ def test_attention(batch: int, time: int, heads: int, nope: int, rope: int, valu
     )
 
 
+@pytest.mark.parametrize(("earlier", "time"), [(1, 2), (64, 65), (5, 130), (600, 70), (1024, 3)])
+def test_attention_to_earlier_keys(earlier: int, time: int) -> None:
+    torch.manual_seed(time)
+    q, kv = torch.randn(2, time, 3, 12), torch.randn(2, earlier + time, 3, 15)
+    k_rope = torch.randn(2, earlier + time, 4)
+    inputs = [q, kv, k_rope]
+    expected = causal_attention_reference(*(x.double() for x in inputs), scale=0.7)
+    assert_same(causal_attention, causal_attention_reference, inputs, scale=0.7, tolerance=5e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_attention(*inputs, scale=0.7).double(), expected, rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "width", "hidden"),
     [(1, 1, 1, 3, 2), (5, 4, 2, 8, 6), (64, 6, 3, 12, 5), (700, 2, 1, 16, 9), (33, 32, 4, 20, 16)],

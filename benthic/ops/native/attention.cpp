@@ -3,7 +3,8 @@
 // backward pass computes them again from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691).
 //
 // Layouts: q (b, t, h, nope + rope), kv (b, t, h, nope + value), k_rope (b, t, rope), out (b, t, h, value),
-// lse (b, h, t). `first` (b, t) is the first position each position sees, or null if that is 0.
+// lse (b, h, t). Where queries begin at position `start`, there are start + t keys and values. `first` (b, t) is the first
+// position each position sees, or null if that is 0.
 
 #include "common.h"
 
@@ -16,6 +17,8 @@ constexpr int64_t kQueries = 64, kKeys = 512, kLanes = 16;
 struct Shape {
     int64_t time, heads, nope, rope, value;
     float scale;
+    int64_t start = 0;  // keys before the first query; the backward pass has none
+    int64_t keys() const { return start + time; }
     int64_t q_stride() const { return heads * (nope + rope); }
     int64_t kv_stride() const { return heads * (nope + value); }
     int64_t out_stride() const { return heads * value; }
@@ -27,8 +30,8 @@ struct Head {
     Head(const Shape& s, int64_t index) {
         const int64_t b = index / s.heads, h = index % s.heads;
         q = b * s.time * s.q_stride() + h * (s.nope + s.rope);
-        kv = b * s.time * s.kv_stride() + h * (s.nope + s.value);
-        k_rope = b * s.time * s.rope;
+        kv = b * s.keys() * s.kv_stride() + h * (s.nope + s.value);
+        k_rope = b * s.keys() * s.rope;
         out = b * s.time * s.out_stride() + h * s.value;
         lse = index * s.time;
     }
@@ -101,12 +104,13 @@ void forward_block(const Shape& s, const T* q, const T* kv, const T* k_rope, con
     float top[kQueries], sum[kQueries];
     std::fill(top, top + rows, -INFINITY);
     std::fill(sum, sum + rows, 0.0f);
-    for (int64_t key = 0; key < query + rows; key += kKeys) {
-        const int64_t keys = std::min(kKeys, query + rows - key);
+    const int64_t position = s.start + query;
+    for (int64_t key = 0; key < position + rows; key += kKeys) {
+        const int64_t keys = std::min(kKeys, position + rows - key);
         const T* k = kv + key * s.kv_stride();
         scores(s, q + query * s.q_stride(), k, k_rope + key * s.rope, rows, keys, x);
         for (int64_t r = 0; r < rows; ++r) {
-            const Range range(first, query + r, key, keys);
+            const Range range(first, position + r, key, keys);
             const float rescale = online_softmax(x + r * keys, p + r * keys, keys, range, top[r], sum[r]);
             if (key > 0)
                 for (int64_t i = 0; i < s.value; ++i) o[r * s.value + i] *= rescale;
@@ -195,8 +199,8 @@ void backward_head(const Shape& s, const T* dout, const T* q, const T* kv, const
 template <typename T>
 void attention_forward(const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse,
                        int64_t batch, int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value,
-                       float scale) {
-    const Shape s{time, heads, nope, rope, value, scale};
+                       float scale, int64_t start) {
+    const Shape s{time, heads, nope, rope, value, scale, start};
     const int64_t blocks = (time + kQueries - 1) / kQueries;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (int64_t index = 0; index < batch * heads; ++index)
@@ -227,9 +231,9 @@ void attention_backward(const T* dout, const T* q, const T* kv, const T* k_rope,
 }  // namespace
 
 #define ARGS(T) (const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse, int64_t batch, \
-                 int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value, float scale)
+                 int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value, float scale, int64_t start)
 BENTHIC_EXPORT(attention_forward, ARGS,
-               (q, kv, k_rope, first, out, lse, batch, time, heads, nope, rope, value, scale))
+               (q, kv, k_rope, first, out, lse, batch, time, heads, nope, rope, value, scale, start))
 #undef ARGS
 #define ARGS(T) (const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first, const T* out,       \
                  const float* lse, T* dq, T* dkv, float* dk_rope_h, int64_t batch, int64_t time, int64_t heads,     \
