@@ -10,7 +10,7 @@ RUN ?= runs/quickstart
 
 .PHONY: help setup quickstart check test test-all bench
 help:
-	@echo "make quickstart   train a small model on this machine's CPU, about a quarter of an hour, and say how to talk to it"
+	@echo "make quickstart   a small model through every stage on this machine's CPU, within 25 minutes, and how to talk to it"
 	@echo "make setup        a virtual environment in $(VENV) with all that the tests need"
 	@echo "make check        lint, format, types and import order"
 	@echo "make test         the fast tests; make test-all runs every test"
@@ -37,7 +37,7 @@ quickstart: $(VENV)/.quickstart
 	@echo
 	@echo "Your model is in $(RUN). Talk to it:   $(BIN)/benthic chat $(RUN)"
 	@echo "Let it write:                  $(BIN)/benthic generate $(RUN) --prompt 'I really like'"
-	@echo "Measure it:                    $(BIN)/benthic eval $(RUN)"
+	@echo "What came of each stage:       $(RUN)/report.html"
 
 check: setup
 	$(BIN)/ruff check .

@@ -18,7 +18,6 @@ import importlib.util
 import json
 import math
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -77,6 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--epochs", type=positive, default=6)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of AdamW; Muon's in proportion")
     parser.add_argument("--teacher", metavar="URL", help="an endpoint that is there already")
+    parser.add_argument("--port", type=positive, default=8177, help="of the server; the teacher's name has it")
     parser.add_argument("--prompts", type=Path, help="a .jsonl file with a prompt a line; by default from chitchat")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str]) -> None:
 def ask(given: argparse.Namespace) -> dict[str, Any]:
     """The teacher's answers."""
     prompts = given.prompts or opening_words(given.out / "prompts.jsonl")
-    with served(given.teacher, given.out / "server.log") as url, counting() as progress:
+    with served(given.teacher, given.port, given.out / "server.log") as url, counting() as progress:
         config = DistilConfig.model_validate({
             "teacher": url, "problems": ({"file": str(prompts.absolute())},), "count": given.count,
             "system": "Answer in one short sentence.", "max_new_tokens": 48, "at_once": 2,
@@ -119,15 +119,12 @@ def opening_words(path: Path) -> Path:
 
 
 @contextmanager
-def served(url: str | None, log: Path) -> Iterator[str]:
+def served(url: str | None, port: int, log: Path) -> Iterator[str]:
     """The address of the teacher, which runs as long as it is needed."""
     if url is not None:
         yield url
         return
     weights = teacher_file()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     threads = str(torch.get_num_threads())
     command = [sys.executable, "-m", "llama_cpp.server", "--model", str(weights), "--host", "127.0.0.1",
                "--port", str(port), "--n_ctx", "1024", "--n_threads", threads, "--n_threads_batch", threads,

@@ -12,7 +12,7 @@ from benthic.version import VERSION
 if TYPE_CHECKING:
     from benthic.api import Engine, load, train
     from benthic.data.tokenizer import Tokenizer
-    from benthic.plan.report import plan
+    from benthic.train.planned import plan
 
 __version__ = VERSION
 __all__ = ["Engine", "Tokenizer", "__version__", "load", "plan", "train"]

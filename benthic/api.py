@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import LanguageModel, Trainable, Transformer
 from benthic.parallel.group import open_world
-from benthic.parallel.world import World
+from benthic.parallel.world import ALONE, World
 from benthic.plan.memory import refuse_too_large
 from benthic.posttrain import distil as distillation
 from benthic.posttrain.preferences import Preferences
@@ -95,10 +95,10 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
 
 
 @contextmanager
-def _training(config: RunConfig, out: Path, kinds: Kinds) -> Iterator[World]:
-    """All processes of a run that trains in ``out``, once everything is ready for it."""
+def _training(config: RunConfig, out: Path, kinds: Kinds, *, alone: bool = False) -> Iterator[World]:
+    """All processes of a run that trains in ``out``, or this one alone, once everything is ready for it."""
     refuse_too_large(config.model)
-    with open_world(config) as world, ExitStack() as held:
+    with nullcontext(ALONE) if alone else open_world(config) as world, ExitStack() as held:
         world.first(lambda: _prepare(config, out, kinds, held))
         yield world
 
@@ -116,9 +116,11 @@ def _export(model: Trainable, out: Path) -> None:
     save_hf(model, model.config, out / "tokenizer", out / "model", purpose="training")
 
 
-def train_stages(config: RunConfig, out: Path, *, kinds: Kinds = KINDS, show: Opener = open_progress) -> loop.Trained:
-    """As :func:`train`, without writing ``out/model``; of stages of these kinds alone."""
-    with _training(config, out, kinds) as world:
+def train_stages(
+    config: RunConfig, out: Path, *, kinds: Kinds = KINDS, show: Opener = open_progress, alone: bool = False
+) -> loop.Trained:
+    """As :func:`train`, without writing ``out/model``; of stages of these kinds, on all processes or ``alone``."""
+    with _training(config, out, kinds, alone=alone) as world:
         return loop.train(config, out, kinds=kinds, world=world, show=show)
 
 

@@ -109,12 +109,15 @@ def run(
     ] = False,
 ) -> None:  # fmt: skip
     """Every stage, from raw text to a model that is measured and exported; run it again to resume."""
-    _refuse_several_processes()
     from benthic.config.load import load_run_config
     from benthic.run import whole
 
     config = load_run_config(recipe, set_ or ())
     plan = whole.plan(config, out, [name.strip() for name in skip.split(",") if name.strip()])
+    if torchrun.rank() and not dry_run:
+        whole.assist(plan, out)
+    if torchrun.rank():
+        return
     if dry_run:
         console.print_forecast(whole.rows(plan, out), config.train.price_per_hour)
         return
@@ -150,14 +153,46 @@ def data(
 
 
 @app.command(epilog="Example: benthic train quickstart --out runs/quickstart --set train.steps=200")
-def train(recipe: Recipe, out: Out, set_: Set = None) -> None:
+def train(
+    recipe: Recipe,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The directory to write.", parser=_directory)
+    ] = None,
+    set_: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what each rank of the job would hold and send.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help="Of a dry run: whose memory it is to fit; H800.")
+    ] = None,
+    json_: Json = False,
+) -> None:
     """Pretrain, and extend the context, on data that `benthic data` has prepared in --out; run it again to resume."""
     from benthic.config.load import load_run_config
     from benthic.config.schema import PosttrainConfig
 
-    config = load_run_config(recipe, set_ or ())
+    config = load_run_config(recipe, set_ or ()).model_copy(update={"posttrain": PosttrainConfig()})
+    if dry_run:
+        _print_dry_run(config, gpu, json_)
+        return
+    if gpu is not None or json_:
+        raise InputError(f"{'--json' if gpu is None else f'--gpu {gpu}'}: is for --dry-run")
+    if out is None:
+        raise InputError("--out DIR: is missing; it is where `benthic data` has prepared the recipe's data")
     _refuse_other_data(config, set_ or (), out)
-    _train(config.model_copy(update={"posttrain": PosttrainConfig()}), out)
+    _train(config, out)
+
+
+def _print_dry_run(config: "RunConfig", gpu: str | None, json_: bool) -> None:
+    from benthic.config.stages import stages
+    from benthic.plan.hardware import gpu_named
+    from benthic.train.dry_run_report import report_json, report_lines
+
+    first, there = stages(config)[0].config, gpu_named(gpu or "H800")
+    if json_:
+        console.print_json(report_json(first, there))
+    else:
+        console.print_lines(report_lines(first, there))
 
 
 @app.command(epilog="Example: benthic sft chats.toml --out runs/assistant --from runs/quickstart")
@@ -225,7 +260,8 @@ def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
 def _refuse_several_processes() -> None:
     if torchrun.processes() > 1:
         raise InputError(
-            f"{torchrun.processes()} processes were started; several can do `benthic train`, after `benthic data`"
+            f"{torchrun.processes()} processes were started; several can do `benthic run`, and `benthic train` after "
+            "`benthic data`"
         )
 
 
@@ -431,16 +467,23 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's dire
         print(f"the report is {path}")
 
 
-@app.command(epilog="Example: benthic plan v3-671b --json")
+@app.command(epilog="Example: benthic plan v3-671b --gpus 2048 --gpu H800 --json")
 def plan(
     name: Annotated[str, typer.Argument(metavar="PRESET|RECIPE", help="A model preset, or a recipe.")],
-    set_: Set = None, json_: Json = False,
-) -> None:  # fmt: skip
-    """Parameters by part, arithmetic and cache of a token, before anything is built."""
+    set_: Set = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="How many; by default as many as the recipe's [parallel] says.")
+    ] = None,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="Of which kind.")] = "H800",
+    json_: Json = False,
+) -> None:
+    """A model's parameters, arithmetic and cache; its training's memory, time, money and energy."""
     from benthic.config.load import load_preset_or_recipe
-    from benthic.plan.report import plan
+    from benthic.plan.hardware import gpu_named
+    from benthic.train.planned import plan
 
-    result = plan(load_preset_or_recipe(name, set_ or ()))
+    there = gpu_named(gpu)
+    result = plan(load_preset_or_recipe(name, set_ or ()), gpus=gpus, gpu=there)
     if json_:
         console.print_json(asdict(result))
     else:

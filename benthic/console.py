@@ -18,8 +18,8 @@ from benthic.train.signals import Interrupted
 if TYPE_CHECKING:
     from benthic.evaluate.records import EvaluationRecord
     from benthic.evaluate.score import Score
-    from benthic.plan.report import Plan
     from benthic.run.whole import Row
+    from benthic.train.planned import RunPlan
 
 LINE_EVERY = 5.0
 """Seconds between plain lines of progress."""
@@ -100,8 +100,14 @@ def print_figures(figures: dict[str, Any]) -> None:
         print(f"{name:{width}}  {value:,.4g}" if isinstance(value, float) else f"{name:{width}}  {value}")
 
 
-def print_plan(plan: "Plan") -> None:
-    """A plan as a table: parts with their share of the parameters, then what a token costs."""
+def print_lines(lines: Iterable[str]) -> None:
+    """Text as it is."""
+    for line in lines:
+        print(line)
+
+
+def print_plan(plan: "RunPlan") -> None:
+    """A plan as a table: parts with their share of the parameters, what a token costs, what training takes."""
     from rich.console import Console
     from rich.table import Table
 
@@ -109,11 +115,23 @@ def print_plan(plan: "Plan") -> None:
     table.columns[1].justify = table.columns[2].justify = "right"
     for part, number in plan.parameters.items():
         table.add_row(part.replace("_", " "), f"{number:,}", f"{number / plan.total_parameters:.1%}")
-    rows = {key: value for key, value in asdict(plan).items() if key != "parameters"}
     table.add_section()
-    for name, value in rows.items():
-        table.add_row(name.replace("_", " "), f"{value:,.0f}", "")
+    for name, value in asdict(plan).items():
+        if name not in ("parameters", "parallel", "phases"):
+            table.add_row(name.replace("_", " "), _shown(value), "")
     Console().print(table)
+    print("layout: " + ", ".join(f"{axis} {size}" for axis, size in plan.parallel.items()))
+    for phase in plan.phases:
+        print(
+            f"{phase.name}: {phase.steps:,} steps of {phase.step_seconds:.4g} s at {phase.sequence_length} tokens, "
+            f"{phase.tokens:,} tokens, {phase.gpu_hours:,.4g} GPU hours, {phase.memory_per_gpu_gib:,.1f} GiB a GPU"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def print_scores(scores: "Mapping[str, Score]") -> None:
@@ -146,20 +164,21 @@ def _short(score: "Score | None") -> str:
 def print_forecast(rows: "Sequence[Row]", price_per_hour: float | None) -> None:
     """The stages of a run with the time, energy and money they take, as far as that is known."""
     table = [["stage", "what", "time", "", "energy", "cost"]]
-    total = kwh = 0.0
+    total = kwh = money = 0.0
     for name, forecast, state in rows:
         left = state != "done"
         seconds = forecast.seconds if left else 0.0
         total += seconds or 0.0
         kwh += forecast.kwh if left else 0.0
         cost = forecast.cost(price_per_hour) if left else None
+        money += cost or 0.0
         time = "?" if seconds is None else duration(seconds)
         table.append([
             name, forecast.what, time if left else "", state or forecast.how,
             f"{forecast.kwh:,.4f} kWh" if left else "", "" if cost is None else f"${cost:,.4f}",
         ])  # fmt: skip
-    money = "" if price_per_hour is None else f"${total / 3600 * price_per_hour:,.4f}"
-    _print_columns([*table, ["", "in all", duration(total), "", f"{kwh:,.4f} kWh", money]])
+    in_all = "" if price_per_hour is None else f"${money:,.4f}"
+    _print_columns([*table, ["", "in all", duration(total), "", f"{kwh:,.4f} kWh", in_all]])
     print("energy is estimated from the processor's design power")
     if price_per_hour is None:
         print("no cost: give the price of an hour of this machine with --set train.price_per_hour=DOLLARS")

@@ -91,8 +91,11 @@ def load_posttrain_config(
 
 
 def load_preset_or_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """A recipe, or the model of a preset with sequences of its pretraining length. Raises as ``load_run_config``."""
-    if name in PRESETS:
+    """A recipe, or the model of a preset with sequences of its pretraining length. Raises as ``load_run_config``.
+
+    A name of both is the recipe's, which says more of the same model.
+    """
+    if name in PRESETS and name not in recipe_names():
         return _preset_config(name, overrides)
     if not Path(name).exists() and name not in recipe_names():
         raise InputError(_unknown("preset or recipe", name, list(dict.fromkeys([*PRESETS, *recipe_names()]))))

@@ -73,6 +73,11 @@ def _pretraining(config: RunConfig) -> tuple[Stage, ...]:
     return Stage(PRETRAIN, without_extension(config)), *extended
 
 
+def pretraining_alone(config: RunConfig) -> RunConfig:
+    """The settings of a run that ends with pretraining."""
+    return without_extension(config).model_copy(update={"posttrain": PosttrainConfig()})
+
+
 def without_extension(config: RunConfig) -> RunConfig:
     """The settings of a run that is like this one, but for context extension."""
     if not config.train.extend:

@@ -70,6 +70,8 @@ class EvaluationRecord(Settings):
     by_position: tuple[Curve, ...] = ()
     not_measured: dict[str, str] = Field(default_factory=dict)
     """What was left out, and why."""
+    measured: tuple[str, ...] = ()
+    """Measures that were taken, with or without a result; what failed is not among them."""
     asked: str = ""
     """Digest of the model and of what was asked of it: where it is another, all is measured anew."""
 

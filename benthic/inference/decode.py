@@ -26,7 +26,11 @@ from benthic.model.transformer import attention_context
 from benthic.precision.quantise import Precision
 
 _DRAFT_PRECISION: Precision = "int8"
-"""Of MTP modules in native decoding, and of the head they use."""
+"""Of MTP modules in native decoding, and of the head they use if the vocabulary is small."""
+_FEWEST_WORDS, _SHARE_OF_WORDS = 2048, 4
+"""Of a larger vocabulary, a step drafts this share, and at least so many, from its beginning. Byte-pair tokenizers
+number words in the order they were merged in, the most frequent first.
+"""
 
 
 class Decoder(Protocol):
@@ -56,7 +60,7 @@ class Decoder(Protocol):
 
 def decode(
     model: LanguageModel, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache,
-    experts_BLK: Tensor | None = None,
+    experts_BLK: Tensor | None = None, wanted_W: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One new token for each row.
 
@@ -67,6 +71,7 @@ def decode(
         table_BP: int32, page numbers of each row's sequence in order; unused entries are -1.
         cache: receives the new latents.
         experts_BLK: int32, over the L layers that have experts: receives the K that each token chose.
+        wanted_W: rows whose logits, then (W, V), are asked for; by default all.
 
     Returns:
         Logits (B, V) of the token after each, and the hidden states (B, D) after the final norm.
@@ -78,8 +83,10 @@ def decode(
         hidden.append(hidden_BTD[0, 0])
         if experts_BLK is not None:
             experts_BLK[row] = torch.stack([routing.index[0, 0] for routing in routings])
-    logits = [transformer.head(hidden_D) for hidden_D in hidden]
-    return torch.stack(logits), torch.stack(hidden)
+    wanted = range(len(hidden)) if wanted_W is None else wanted_W.tolist()
+    logits = [transformer.head(hidden[row]) for row in wanted]
+    width = transformer.head.weight.shape[0]
+    return torch.stack(logits) if logits else hidden[0].new_empty(0, width), torch.stack(hidden)
 
 
 def draft(
@@ -125,13 +132,21 @@ def decoder(model: LanguageModel, precision: Precision | None = None) -> Decoder
     """
     found: Decoder
     try:
-        found = NativeDecoder(model, precision=precision, draft_precision=_DRAFT_PRECISION)
+        found = NativeDecoder(
+            model, precision=precision, draft_precision=_DRAFT_PRECISION,
+            draft_words=_draft_words(model.config.vocab_size),
+        )  # fmt: skip
     except CannotDecodeNatively as error:
         found = ReferenceDecoder(model, str(error))
     if precision is not None:
         round_weights(model, precision)
     use_huge_pages(model.parameters())
     return found
+
+
+def _draft_words(vocabulary: int) -> int | None:
+    """How many words steps draft, if not all."""
+    return max(_FEWEST_WORDS, vocabulary // _SHARE_OF_WORDS) if vocabulary > _FEWEST_WORDS else None
 
 
 class ReferenceDecoder:
@@ -143,10 +158,10 @@ class ReferenceDecoder:
 
     def __call__(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache,
-        experts_BLK: Tensor | None = None,
+        experts_BLK: Tensor | None = None, wanted_W: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As :func:`decode`."""
-        return decode(self._model, tokens_B, positions_B, table_BP, cache, experts_BLK)
+        return decode(self._model, tokens_B, positions_B, table_BP, cache, experts_BLK, wanted_W)
 
     def step(
         self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: PagedCache, ahead: Ahead | None = None

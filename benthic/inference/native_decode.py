@@ -64,6 +64,8 @@ class NativeDecoder:
             the same numbers. In ``int8`` and ``int4`` activations are rounded to 8 bits besides, in groups of 32.
         draft_precision: that MTP modules, and a copy of the head for them, are kept in; by default like all the rest.
             What they say is only a guess, which costs the less the fewer bits are read for it.
+        draft_words: the head's copy has only so many of the first words of the vocabulary, and those in ``int4``;
+            nothing else is ever drafted within a step.
         threads: at work in a step; by default as many as PyTorch uses.
 
     Raises:
@@ -73,13 +75,13 @@ class NativeDecoder:
 
     def __init__(
         self, model: LanguageModel, *, precision: Precision | None = None, draft_precision: Precision | None = None,
-        threads: int | None = None,
+        draft_words: int | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         library, self.name = native.decode_library()
         if library is None:
             raise CannotDecodeNatively(self.name)
         check_layout(library)
-        self._weights = _Weights(model, precision, draft_precision)
+        self._weights = _Weights(model, precision, draft_precision, draft_words)
         blocks = blocks_of(model)[: model.config.num_hidden_layers]
         self._sparse_layers = sum(isinstance(block.ffn, MoE) for block in blocks)
         self.drafts = len(model.mtp) == 1
@@ -94,8 +96,9 @@ class NativeDecoder:
         self._cos_TP = self._sin_TP = torch.empty(0, 0, dtype=torch.float32)
 
     def __call__(
-        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, experts_BLK: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, experts_BLK: Tensor | None = None,
+        wanted_W: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """One new token for each row: logits (B, V) and hidden states (B, D) after the final norm, both fp32.
 
         Args:
@@ -104,13 +107,21 @@ class NativeDecoder:
             table_BP: int32, page numbers of each row's sequence in order; unused entries are not looked at.
             cache: receives the new latents.
             experts_BLK: int32, contiguous, over the layers that have experts: receives those each token chose.
+            wanted_W: rows whose logits, then (W, V), are asked for; by default all.
 
         Raises:
-            IndexError: a token, a position or a page is out of range; the cache is as before.
+            IndexError: a token, a position, a page or a row is out of range; the cache is as before.
             ValueError: ``experts_BLK`` has another shape or type.
         """
-        outputs = self._recorded(experts_BLK, len(tokens_B))
-        logits_BV = outputs["logits"] = torch.empty(len(tokens_B), self._config.vocab_size, dtype=torch.float32)
+        outputs, count = self._recorded(experts_BLK, len(tokens_B)), len(tokens_B)
+        if wanted_W is not None:
+            wanted_W, count = wanted_W.int().contiguous(), len(wanted_W)
+            if count and not 0 <= int(wanted_W.min()) <= int(wanted_W.max()) < len(tokens_B):
+                raise IndexError(f"wanted_W: rows of 0 to {len(tokens_B) - 1}")
+            outputs["head_rows"] = wanted_W
+        logits_BV = torch.empty(count, self._config.vocab_size, dtype=torch.float32)
+        if count:
+            outputs["logits"] = logits_BV
         hidden_BD = outputs["hidden"] = torch.empty(len(tokens_B), self._config.hidden_size, dtype=torch.float32)
         self._run(tokens_B, positions_B, table_BP, cache, outputs=outputs)
         return logits_BV, hidden_BD
@@ -185,6 +196,7 @@ class NativeDecoder:
                 table=_pointer(table_BP), table_stride=table_BP.shape[1], pages=_addresses(cache.pages_N),
                 page_count=len(pages), page_kind=_PAGE_KINDS[pages.dtype], cos=_pointer(self._cos_TP),
                 sin=_pointer(self._sin_TP), angles=len(self._cos_TP), norm=_pointer(norm),
+                head_count=len(outputs.get("head_rows", ())),
                 **{name: _pointer(tensor) for name, tensor in outputs.items()},
             )  # fmt: skip
             ahead = drafts and ctypes.byref(drafts.request)
@@ -220,8 +232,9 @@ class _Weights:
     """A model's weights as the library reads them, and whatever has to stay alive for it."""
 
     def __init__(
-        self, model: LanguageModel, precision: Precision | None, draft_precision: Precision | None = None
-    ) -> None:
+        self, model: LanguageModel, precision: Precision | None, draft_precision: Precision | None,
+        draft_words: int | None,
+    ) -> None:  # fmt: skip
         if any(p.device.type != "cpu" or p.dtype not in _KINDS for p in model.parameters()):
             raise CannotDecodeNatively("PyTorch decoding (the model is not on the CPU in fp32 or bf16)")
         self._precision: Precision | None = precision
@@ -239,7 +252,9 @@ class _Weights:
         for block, mtp in zip(blocks[count:], modules, strict=True):
             layers.append(self._layer(block))
             self._add_projection(layers[-1], mtp)
-        draft_head = self._matrix(head_1VD, draft_precision) if draft_precision and modules else Matrix()
+        draft_head = Matrix()
+        if modules and (draft_words or draft_precision):
+            draft_head = self._matrix(head_1VD[:, :draft_words], "int4" if draft_words else draft_precision)
         self._layers = (Layer * len(layers))(*layers)
         self.model = Model(
             layers=ctypes.cast(self._layers, ctypes.c_void_p), embed=embed, head=head, draft_head=draft_head,

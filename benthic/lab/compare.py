@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from benthic.config.load import load_run_config
 from benthic.config.schema import RunConfig
+from benthic.config.stages import pretraining_alone
 from benthic.data.batches import Batches, training_batches
 from benthic.data.prepare import prepare
 from benthic.data.shards import TokenStore
@@ -89,11 +90,11 @@ KEPT_SHORT = ("train.checkpoint_every=250", "train.keep_checkpoints=1")
 
 
 class Study:
-    """Runs of a recipe in one directory. ``settings`` are KEY=VALUE over the recipe, for all runs."""
+    """Runs of a recipe's pretraining in one directory. ``settings`` are KEY=VALUE over the recipe, for all runs."""
 
     def __init__(self, directory: Path, settings: Sequence[str] = (), recipe: str = "quickstart") -> None:
         self.directory, self.recipe, self.settings = directory, recipe, tuple(settings)
-        config = load_run_config(recipe, self.settings)
+        config = pretraining_alone(load_run_config(recipe, self.settings))
         prepare(config.data, config.model.vocab_size, directory)
         if config.precision.compute == "auto":
             compute = self.once("precision", {"settings": self.settings}, lambda: self._fastest(config))
@@ -116,7 +117,7 @@ class Study:
 
     def config(self, variant: Variant, *settings: str) -> RunConfig:
         """The recipe with the study's, the variant's and these settings, one over the other."""
-        return load_run_config(self.recipe, (*self.settings, *variant.settings, *settings))
+        return pretraining_alone(load_run_config(self.recipe, (*self.settings, *variant.settings, *settings)))
 
     def compare(self, variants: Sequence[Variant], seeds: int) -> dict[Variant, list[Outcome]]:
         """Runs of each variant with the same seeds, as :meth:`run` makes them."""

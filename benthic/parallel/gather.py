@@ -1,10 +1,10 @@
-"""Divided tensors put together on one process, and cut up again: for checkpoints in the format of one process.
+"""Divided tensors put together on one process.
 
 Every divided tensor is cut along its first dimension. An expert's weights are cut by expert rank, then each part by
 shard rank; all others by both at once. Cuts are those of ``torch.chunk``, as FSDP2 makes them.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benthic.model.moe import Experts
-from benthic.parallel.layout import Layout
+from benthic.parallel.layout import Layout, chunk
 from benthic.parallel.local import local
 from benthic.parallel.messages import broadcast
 
@@ -38,30 +38,8 @@ def rows_held(weight: Divided, layout: Layout, rank: int) -> range:
     """The rows of a weight that a rank holds."""
     place = layout.coordinates(rank)
     if not weight.expert:
-        return _chunk(range(weight.rows), layout.shard * layout.expert, place.shard * layout.expert + place.expert)
-    return _chunk(_chunk(range(weight.rows), layout.expert, place.expert), layout.shard, place.shard)
-
-
-def _chunk(rows: range, parts: int, number: int) -> range:
-    size = -(-len(rows) // parts)
-    return rows[number * size : (number + 1) * size]
-
-
-def own(tensors: dict[str, Tensor], parts: dict[str, Divided], layout: Layout, rank: int) -> dict[str, Tensor]:
-    """What a rank holds of whole tensors."""
-    found = {}
-    for name, tensor in tensors.items():
-        weight = _weight_of(name, tensor, parts)
-        if weight and len(tensor) == weight.rows:  # a tensor of another model is refused where it is used
-            rows = rows_held(weight, layout, rank)
-            tensor = tensor[rows.start : rows.stop]
-        found[name] = tensor
-    return found
-
-
-def of_stages(tensors: dict[str, Tensor], here: Collection[str]) -> dict[str, Tensor]:
-    """Those that are, or are states of, what a model's stages ``here`` hold."""
-    return {name: tensor for name, tensor in tensors.items() if name in here or name.rpartition(".")[0] in here}
+        return chunk(range(weight.rows), layout.shard * layout.expert, place.shard * layout.expert + place.expert)
+    return chunk(chunk(range(weight.rows), layout.expert, place.expert), layout.shard, place.shard)
 
 
 def whole(tensors: dict[str, Tensor], parts: dict[str, Divided], layout: Layout, rank: int) -> dict[str, Tensor]:

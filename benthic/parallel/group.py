@@ -1,34 +1,42 @@
 """A run of several processes, which torchrun has started: what they divide among them and what they agree on."""
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from itertools import islice
+from itertools import count, islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from benthic import torchrun
 from benthic.config.schema import ParallelConfig, RunConfig
 from benthic.errors import InputError, WorkFailed
-from benthic.parallel import gather
+from benthic.parallel import gather, messages
+from benthic.parallel.attempt import fresh_store
+from benthic.parallel.board import Board
 from benthic.parallel.dispatch import Sender
 from benthic.parallel.experts import divide_experts
 from benthic.parallel.fits import refuse_misfit
+from benthic.parallel.hash import CopiesDiffer, differences, hashes_of
 from benthic.parallel.layout import Layout, passes_of_ranks, rows_of_rank
 from benthic.parallel.mesh import Mesh
-from benthic.parallel.messages import broadcast
+from benthic.parallel.pieces import Holding, piece_from_json, pieces_of
 from benthic.parallel.shard import gathered, reduce_in_pass, shard
 from benthic.parallel.traffic import Traffic
+from benthic.parallel.watch import Watch
 from benthic.parallel.world import ALONE, Stop, Tensors, World
 from benthic.precision.compute import Compute
 
 _Item = TypeVar("_Item")
 _Answer = TypeVar("_Answer")
 
+_BOARDS = count()
+"""Numbers of boards, in the order in which all processes make them."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ERRORS: dict[str, type[Exception]] = {"input": InputError, "work": WorkFailed}
 
@@ -54,7 +62,10 @@ def _process_group(timeout_seconds: float) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    store = fresh_store(store, rank, world, timeout_seconds)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         yield
     finally:
@@ -152,14 +163,11 @@ class Group(World):
             try:
                 answer = {"answer": function()}
             except tuple(_ERRORS.values()) as error:
-                kind = next(name for name, one in _ERRORS.items() if isinstance(error, one))
-                answer, raised = {kind: str(error)}, error
-        found = broadcast(answer)
+                answer, raised = {_kind(error): str(error)}, error
+        found = messages.broadcast(answer)
         if raised is not None:
             raise raised
-        for kind, failure in _ERRORS.items():
-            if kind in found:
-                raise failure(found[kind])
+        _raise_first([found])
         result: _Answer = found["answer"]
         return result
 
@@ -168,14 +176,65 @@ class Group(World):
         parts = gather.divided(model, self.layout)
         return {group: gather.whole(named, parts, self.layout, self.rank) for group, named in sorted(tensors.items())}
 
-    def own(self, model: nn.Module, tensors: Tensors) -> Tensors:
-        """Cut out of them."""
-        parts = gather.divided(model, self.layout)
-        if self.layout.pipeline > 1:
-            here = model.state_dict().keys()
-            tensors = {group: gather.of_stages(named, here) for group, named in tensors.items()}
-        return {group: gather.own(named, parts, self.layout, self.rank) for group, named in tensors.items()}
+    def holdings(self, model: nn.Module) -> list[Holding]:
+        """Each tells the others."""
+        found = messages.gather(pieces_of(model, self.layout.expert, self.layout.coordinates(self.rank).expert))
+        return [{piece.name: piece for piece in map(piece_from_json, pieces)} for pieces in found]
+
+    def board(self) -> Board:
+        """In torch.distributed's store."""
+        store = dist.distributed_c10d._get_default_store()
+        board = Board(store, self.rank, self.processes, timeout_seconds=self._parallel.timeout_seconds)
+        return board.another(f"board-{next(_BOARDS)}")
+
+    def any(self, flag: bool) -> bool:
+        """One small message."""
+        found = torch.tensor([float(flag)])
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
+    def together(self, function: Callable[[], _Answer]) -> _Answer:
+        """Each tells the others how it ended."""
+        answer: Any = None
+        raised: Exception | None = None
+        said: dict[str, str] = {}
+        try:
+            answer = function()
+        except tuple(_ERRORS.values()) as error:
+            said, raised = {_kind(error): str(error)}, error
+        ends = messages.gather(said)
+        if raised is not None:
+            raise raised
+        _raise_first(ends)
+        result: _Answer = answer
+        return result
+
+    def watched(self, out: Path) -> AbstractContextManager[Any]:
+        """By a thread of each."""
+        return Watch(self.board(), self._parallel.timeout_seconds, out)
+
+    def compare(self, tensors: Tensors, holdings: Sequence[Holding]) -> None:
+        """By a hash of each parameter with all that belongs to it."""
+        found = differences(holdings, messages.gather_numbers(hashes_of(tensors, holdings, self.rank)))
+        if found:
+            raise CopiesDiffer(f"{found[0]}: a fault of the memory there?" + _and_more(len(found) - 1))
 
     def figures(self) -> dict[str, Any]:
         """Bytes that this process has sent, by purpose."""
         return {"bytes_sent": self.traffic.take()}
+
+
+def _kind(error: Exception) -> str:
+    return next(name for name, one in _ERRORS.items() if isinstance(error, one))
+
+
+def _raise_first(ends: Iterable[dict[str, Any]]) -> None:
+    """Raise what one of them ended with, if any did."""
+    for end in ends:
+        for kind, failure in _ERRORS.items():
+            if kind in end:
+                raise failure(end[kind])
+
+
+def _and_more(count: int) -> str:
+    return f" (and {count} more)" if count else ""

@@ -97,6 +97,12 @@ class Layout:
         return sorted({self.group(rank, axes) for rank in range(self.world)})
 
 
+def chunk(rows: range, parts: int, number: int) -> range:
+    """One of so many parts of consecutive rows, cut as ``torch.chunk`` does: the last ones may be smaller, or empty."""
+    size = -(-len(rows) // parts)
+    return rows[number * size : (number + 1) * size]
+
+
 def rows_of_rank(batch: int, ranks: int, rank: int, micro_batch: int) -> range:
     """The rows of a batch that a data rank reads, in passes of at most ``micro_batch``.
 

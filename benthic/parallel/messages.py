@@ -1,10 +1,11 @@
-"""Small messages of any shape: what JSON has."""
+"""Messages of any shape: what JSON has."""
 
 import json
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def broadcast(message: Any, source: int = 0) -> Any:
@@ -17,3 +18,21 @@ def broadcast(message: Any, source: int = 0) -> Any:
         data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     dist.broadcast(data, source)
     return json.loads(bytes(data.tolist()))
+
+
+def gather(message: Any) -> list[Any]:
+    """What every process has, on all, by rank."""
+    text = json.dumps(message).encode()
+    sizes = gather_numbers(torch.tensor([len(text)]))
+    longest = max(int(size) for size in sizes)
+    data = torch.zeros(longest, dtype=torch.uint8)
+    data[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    found = gather_numbers(data)
+    return [json.loads(bytes(part[:size].tolist())) for part, size in zip(found, sizes, strict=True)]
+
+
+def gather_numbers(numbers: Tensor) -> list[Tensor]:
+    """Tensors of one shape, of every process, on all."""
+    found = [torch.empty_like(numbers) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, numbers)
+    return found

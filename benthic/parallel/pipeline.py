@@ -16,7 +16,7 @@ from torch.distributed.pipelining._backward import stage_backward_weight
 from torch.distributed.pipelining.schedules import _add_send_recv, _PipelineScheduleRuntime
 
 from benthic.model import LanguageModel
-from benthic.parallel.cut import computed_costs, cut, stages_of
+from benthic.parallel.cut import Costs, computed_costs, cut, cut_in_v, stages_of
 from benthic.parallel.local import local
 from benthic.parallel.schedules import Orders, forward_orders, orders
 from benthic.parallel.stage_ranks import KINDS, Schedule, ranks_of_stages, stages_of_rank
@@ -113,17 +113,25 @@ def divide_layers(
         InputError: the model has too few layers.
     """
     model = next(part for part in objective.modules() if isinstance(part, LanguageModel))
-    stages = group.size() * KINDS[schedule].stages_per_rank
-    if counts is None:
-        layers = cut(computed_costs(model.config, length, mtp=len(model.mtp) > 0), stages)
-    else:
-        layers = stages_of(counts)
+    costs = computed_costs(model.config, length, mtp=len(model.mtp) > 0)
+    layers = layers_of_stages(costs, schedule, group.size(), counts)
     held = make_stages(model, layers, stages_of_rank(schedule, group.size(), group.rank()))
     drop_other_stages(model, held)
     copying_rank = ranks_of_stages(schedule, group.size())[-1] if len(model.mtp) else 0
     model.__dict__[PIPELINE] = Pipeline(held, schedule, group, copying_rank)
     if copying_rank == group.rank() != 0:
         model.copies = frozenset([EMBEDDING])
+
+
+def layers_of_stages(costs: Costs, schedule: Schedule, ranks: int, counts: Sequence[int] | None = None) -> list[range]:
+    """The layers of each stage of a pipeline of so many ranks, by their cost or as many as ``counts`` says.
+
+    Raises InputError if there are too few.
+    """
+    if counts is not None:
+        return stages_of(counts)
+    kind = KINDS[schedule]
+    return (cut_in_v if kind.v_shaped else cut)(costs, ranks * kind.stages_per_rank)
 
 
 class _Part(nn.Module):

@@ -37,7 +37,7 @@ def shard(objective: nn.Module, mesh: Mesh, zero: int, compute: Compute, traffic
         return
     experts_are_whole = layout.shard * layout.replicate == 1
     whole = {p for part in _parts(objective, Experts) for p in part.parameters()} if experts_are_whole else set()
-    for part in _units(objective, experts=not experts_are_whole, routers=compute == "bf16"):
+    for part in units(objective, experts=not experts_are_whole, routers=compute == "bf16"):
         divided = fully_shard(
             part,
             mesh=mesh.experts if isinstance(part, Experts) else mesh.weights,
@@ -121,7 +121,7 @@ def gathered(objective: nn.Module, compute: Compute) -> Iterator[None]:
         _set_policy(objective, usual)
 
 
-def _units(objective: nn.Module, *, experts: bool, routers: bool) -> Iterator[nn.Module]:
+def units(objective: nn.Module, *, experts: bool, routers: bool) -> Iterator[nn.Module]:
     """What is gathered as one, inner ones first."""
     inside = {block for module in _parts(objective, MTPModule) for block in _parts(module, Block)}
     for part in objective.modules():

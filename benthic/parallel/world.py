@@ -4,12 +4,15 @@
 that the loop need not ask which it is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from benthic.parallel.board import Board
+from benthic.parallel.pieces import Holding
 from benthic.precision.compute import Compute
 
 _Item = TypeVar("_Item")
@@ -28,6 +31,7 @@ class Stop(Protocol):
 class World:
     """One process."""
 
+    rank = 0
     main = True
     """Whether this process writes files and speaks to people; one of a run does."""
     processes = 1
@@ -80,9 +84,28 @@ class World:
         """Whole tensors, on the main process, of what each holds; empty groups on others."""
         return tensors
 
-    def own(self, model: nn.Module, tensors: Tensors) -> Tensors:
-        """Of whole tensors, what this process holds."""
-        return tensors
+    def holdings(self, model: nn.Module) -> list[Holding] | None:
+        """What every process holds of the parameters and buffers of a model; nothing where one has all of it."""
+        return None
+
+    def board(self) -> Board | None:
+        """A new board for messages beside those of training, which all processes ask for in one order."""
+        return None
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        return flag
+
+    def together(self, function: Callable[[], _Answer]) -> _Answer:
+        """What the function returned here; an error of one process is raised on all."""
+        return function()
+
+    def watched(self, out: Path) -> AbstractContextManager[None]:
+        """Within it, a process that has stopped ends all of them; where each was then is written into ``out``."""
+        return nullcontext()
+
+    def compare(self, tensors: Tensors, holdings: Sequence[Holding]) -> None:
+        """Raise CopiesDiffer on all processes if any two that should hold the same numbers do not."""
 
     def figures(self) -> dict[str, Any]:
         """What there is to say of the last step, for ``metrics.jsonl``."""

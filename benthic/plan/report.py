@@ -1,4 +1,4 @@
-"""The plan of a model in one object: what ``benthic.plan`` returns and ``benthic plan`` prints."""
+"""The plan of a model in one object: the first half of what ``benthic.plan`` returns and ``benthic plan`` prints."""
 
 from dataclasses import asdict, dataclass
 
@@ -9,7 +9,7 @@ from benthic.plan.flops import cache_bytes_per_token, forward_flops, training_fl
 
 @dataclass(frozen=True)
 class Plan:
-    """Parameters, arithmetic and cache of a model; its fields are the keys of ``benthic plan --json``."""
+    """Parameters, arithmetic and cache of a model."""
 
     total_parameters: int
     """Of the main model, without MTP modules."""
@@ -33,7 +33,7 @@ class Plan:
     training_flops_per_token_with_mtp: float
 
 
-def plan(config: RunConfig) -> Plan:
+def plan_model(config: RunConfig) -> Plan:
     """Parameters by part, active parameters, FLOPs and cache bytes per token of a recipe's model."""
     model, length = config.model, config.train.sequence_length
     main, mtp = main_model(model), mtp_modules(model)

@@ -282,7 +282,7 @@ def _ask(config: DistilConfig, teacher: Teacher, question: Question) -> dict[str
     messages = list(question.problem.messages)
     told_first = [{"role": "system", "content": config.system}] if config.system is not None else []
     digest = hashlib.blake2b(f"{config.seed} {question.key}".encode(), digest_size=8).digest()
-    seed, begun = int.from_bytes(digest, "big") >> 1, time.monotonic()
+    seed, begun = int.from_bytes(digest, "big") >> 33, time.monotonic()  # 31 bits: not every endpoint takes more
     entry: dict[str, Any] = {
         "source": question.source, "number": question.number, "sample": question.sample, "seed": seed,
         "when": datetime.now(UTC).isoformat(timespec="seconds"), "messages": messages,

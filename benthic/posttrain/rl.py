@@ -26,7 +26,7 @@ from benthic.posttrain.held_out import find_held_out
 from benthic.posttrain.policy import Policy
 from benthic.posttrain.problems import open_sources
 from benthic.posttrain.reward_model import fingerprint
-from benthic.posttrain.rollout_gradients import Rollouts, backward, see
+from benthic.posttrain.rollout_gradients import Rollouts, backward, distinct, see, with_advantage
 from benthic.posttrain.rollouts import Answers
 from benthic.precision.compute import Compute
 from benthic.train.objective import Losses, Objective
@@ -88,7 +88,7 @@ class RlWork:
         self._clipping = Clipping(rl.clip_low, rl.clip_high, rl.kl_weight)
         self._reference: Policy | None = None
         self._rollouts: Rollouts | None = None
-        self._spent = [Spent(0, 0.0)]
+        self._spent = Spent(0, 0.0)
         self._figures: dict[str, Any] = {}
 
     def describe(self) -> str:
@@ -106,7 +106,7 @@ class RlWork:
             self._rollouts = self._roll_out(state.model, first)
         found = self._rollouts
         self._rollouts = found._replace(used=found.used + 1)
-        self._spend(found, sampled=found.used == 0, mtp=bool(settings.mtp_weight))
+        self._spend(found.answers, passes=3, mtp=bool(settings.mtp_weight))
         return found
 
     def _roll_out(self, model: LanguageModel, first: int) -> Rollouts:
@@ -121,13 +121,14 @@ class RlWork:
         advantage_N = group_advantages(reward_NG, deviation=rl.deviation).flatten().float()
         self._figures |= describe(problems, answers, verdicts, reward_NG)
         self._figures |= {"rollout_seconds": sampled - begun, "reward_seconds": judged - sampled}
+        self._spend(answers, passes=1, mtp=False)
         weight_NT = token_weights(answers.sampled_NT, rl.average, rl.max_new_tokens)
-        return Rollouts(answers, self._by_reference(answers), advantage_N, weight_NT)
+        found = distinct(Rollouts(answers, None, advantage_N, weight_NT))
+        return found._replace(reference_NT=self._by_reference(found.answers)) if rl.kl_weight else with_advantage(found)
 
     @torch.no_grad()
-    def _by_reference(self, answers: Answers) -> Tensor | None:
-        if not self._rl.kl_weight:
-            return None
+    def _by_reference(self, answers: Answers) -> Tensor:
+        """Log-probabilities by the model that the stage began with."""
         if self._reference is None:
             model = self._place.architecture.build(self._config.model, seed=0)
             model.load_state_dict(self._place.began_with())
@@ -138,6 +139,7 @@ class RlWork:
             rows = slice(start, start + _FEW)
             seen = see(self._place.compute, self._reference, answers, rows, mtp=False)
             reference_NT[rows, : seen.logprob_NT.shape[1]] = seen.logprob_NT
+        self._spend(answers, passes=1, mtp=False)
         return reference_NT
 
     def gradients(
@@ -156,20 +158,15 @@ class RlWork:
         """Of the loss, and of the answers where they are new."""
         return self._figures
 
-    def _spend(self, rollouts: Rollouts, *, sampled: bool, mtp: bool) -> None:
-        """Operations of an update: three forward passes' worth, and one each for sampling and for the reference."""
-        tokens, longest = int(rollouts.answers.end_N.sum()), int(rollouts.answers.end_N.max())
-        flops_of = self._place.architecture.training_flops
-        flops = tokens * flops_of(self._config.model, longest, mtp=mtp)
-        if sampled:
-            passes = 1 + (rollouts.reference_NT is not None)
-            flops += passes * tokens * flops_of(self._config.model, longest, mtp=False) / 3
-        before = self._spent[-1]
-        self._spent = [before, Spent(before.tokens + tokens, before.flops + flops)]
+    def _spend(self, answers: Answers, *, passes: int, mtp: bool) -> None:
+        """Operations of so many forward passes, of which an update is worth three; tokens are those learnt from."""
+        tokens, longest = int(answers.end_N.sum()), int(answers.end_N.max())
+        flops = passes / 3 * tokens * self._place.architecture.training_flops(self._config.model, longest, mtp=mtp)
+        self._spent = Spent(self._spent.tokens + (tokens if passes == 3 else 0), self._spent.flops + flops)
 
     def spent(self, step: int) -> Spent:
         """Tokens of prompts and answers, as often as they were learnt from."""
-        return self._spent[-1]
+        return self._spent
 
     # ------------------------------------------------------------------ validation
 
@@ -185,7 +182,7 @@ class RlWork:
 
     def carry(self) -> Carried:
         """Answers not used up, and what has been spent."""
-        numbers: dict[str, Any] = {"tokens": self._spent[-1].tokens, "flops": self._spent[-1].flops}
+        numbers: dict[str, Any] = self._spent._asdict()
         kept = self._rollouts
         if kept is None or kept.used == self._rl.updates:
             return Carried({}, numbers)
@@ -198,7 +195,7 @@ class RlWork:
         """Become what was saved. Raises InputError, naming ``source``, if it does not fit."""
         tensors, numbers = dict(carried.tensors), carried.numbers
         try:
-            self._spent = [Spent(int(numbers["tokens"]), float(numbers["flops"]))]
+            self._spent = Spent(int(numbers["tokens"]), float(numbers["flops"]))
             if not tensors:
                 self._rollouts = None
                 return

@@ -1,6 +1,7 @@
 """Answers with what they are worth, and the gradients that follow from them.
 
-Shapes: N answers, T positions, M MoE layers, E experts, J depths of multi-token prediction, K = 1 + J.
+Shapes: N answers, U of them distinct, X numbers that tell them apart, T positions, M MoE layers, E experts, J depths
+of multi-token prediction, K = 1 + J.
 """
 
 from typing import Any, NamedTuple
@@ -32,11 +33,7 @@ def backward(
     policy: Policy, rollouts: Rollouts, clipping: Clipping, mtp_weight: float, *, micro_batch_size: int,
     compute: Compute,
 ) -> tuple[Losses, dict[str, Any]]:  # fmt: skip
-    """Accumulate the gradients of GRPO's loss, and of the MTP modules' on the same answers; what metrics say of them.
-
-    Without a reference, the policy learns nothing from answers without advantage, and they are not computed with.
-    """
-    rollouts = rollouts if rollouts.reference_NT is not None else with_advantage(rollouts)
+    """Accumulate the gradients of GRPO's loss, and of the MTP modules' on the same answers; and what metrics say."""
     answers, counted = rollouts.answers, rollouts.answers.sampled_NT
     parts, totals = [], torch.zeros(5)
     for start in range(0, len(counted), micro_batch_size):
@@ -76,14 +73,30 @@ def see(compute: Compute, policy: Policy, answers: Answers, rows: slice, *, mtp:
 
 
 def with_advantage(rollouts: Rollouts) -> Rollouts:
-    """Answers that pull in either direction; all, if none does."""
+    """Those that pull in either direction; all, if none does. Without a reference, others teach the policy nothing."""
     kept_N = rollouts.advantage_N != 0
-    if not kept_N.any():
-        return rollouts
-    answers = Answers(*(column[kept_N] for column in rollouts.answers))
+    return _some(rollouts, kept_N.nonzero()[:, 0]) if kept_N.any() else rollouts
+
+
+def distinct(rollouts: Rollouts) -> Rollouts:
+    """Equal answers to a prompt, of equal advantage, as one with the weight of all: short answers are often equal."""
+    tokens_NT, prompt_N, end_N = rollouts.answers[:3]
+    worth_N = rollouts.advantage_N.view(torch.int32).long()
+    key_NX = torch.cat([tokens_NT, torch.stack([prompt_N, end_N, worth_N], 1)], 1)
+    _, same_N, count_U = key_NX.unique(dim=0, return_inverse=True, return_counts=True)
+    first_U = torch.full_like(count_U, len(same_N)).scatter_reduce(0, same_N, torch.arange(len(same_N)), "amin")
+    first_U, order_U = first_U.sort()
+    found = _some(rollouts, first_U)
+    return found._replace(weight_NT=found.weight_NT * count_U[order_U, None])
+
+
+def _some(rollouts: Rollouts, rows: Tensor) -> Rollouts:
+    answers = Answers(*(column[rows] for column in rollouts.answers))
+    reference_NT = None if rollouts.reference_NT is None else rollouts.reference_NT[rows]
     return rollouts._replace(
-        answers=answers, advantage_N=rollouts.advantage_N[kept_N], weight_NT=rollouts.weight_NT[kept_N]
-    )
+        answers=answers, reference_NT=reference_NT, advantage_N=rollouts.advantage_N[rows],
+        weight_NT=rollouts.weight_NT[rows],
+    )  # fmt: skip
 
 
 def _further(sampled_NT: Tensor, depths: int) -> Tensor:

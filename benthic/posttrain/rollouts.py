@@ -167,18 +167,19 @@ class _Writing:
         logits = []
         for start in range(0, len(row_R), _ROWS):
             row, place = row_R[start : start + _ROWS], place_R[start : start + _ROWS]
-            part_BV = self._decode(decode, row, place, cache)
             here = last_R[(last_R >= start) & (last_R < start + _ROWS)] - start
-            logits.append(part_BV[here])
+            logits.append(self._decode(decode, row, place, cache, here))
         self._copy_prompts(cache, first_P, int(length_P.max()))
         return torch.cat(logits).repeat_interleave(self._copies, 0)
 
-    def _decode(self, decode: _Decode, row_R: Tensor, place_R: Tensor, cache: PagedCache) -> Tensor:
-        """Read the tokens in these places; logits (R, V) of what follows each."""
+    def _decode(
+        self, decode: _Decode, row_R: Tensor, place_R: Tensor, cache: PagedCache, wanted_W: Tensor | None = None
+    ) -> Tensor:
+        """Read the tokens in these places; logits (R, V) of what follows each, or of some of them."""
         experts_RMK = torch.zeros(len(row_R), *self.answers.experts_NTMK.shape[2:], dtype=torch.int32)
         recorded = experts_RMK if experts_RMK.numel() else None
         tokens_R = self.answers.tokens_NT[row_R, place_R]
-        logits_RV, _ = decode(tokens_R, place_R, self._table_BL[row_R], cache, recorded)
+        logits_RV, _ = decode(tokens_R, place_R, self._table_BL[row_R], cache, recorded, wanted_W)
         self.answers.experts_NTMK[row_R, place_R] = experts_RMK
         return logits_RV
 

@@ -67,7 +67,7 @@ class Teacher(Protocol):
     """As provenance names it."""
 
     def ask(self, messages: Sequence[Message], seed: int) -> Told:
-        """An answer to a conversation that ends with the user.
+        """An answer to a conversation that ends with the user; ``seed`` has at most 31 bits.
 
         Raises:
             Refused: this prompt is not taken.
@@ -135,7 +135,7 @@ class Endpoint:
         config = self._config
         body = {
             "model": self._model, "messages": list(messages), "max_tokens": config.max_new_tokens,
-            "temperature": config.temperature, "top_p": config.top_p, "seed": seed % 2**31, "stream": False,
+            "temperature": config.temperature, "top_p": config.top_p, "seed": seed, "stream": False,
         }  # fmt: skip
         return self._try("POST", "/chat/completions", json.dumps(body).encode(), _told)
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from benthic.config.schema import ModelConfig
-from benthic.data.manifest import Manifest
+from benthic.data.manifest import SPLITS, Manifest
 from benthic.data.prepare import SOURCES_HASH
 from benthic.evaluate.score import Score
 from benthic.files import cannot_write, write_atomically
@@ -120,6 +120,7 @@ def _context(facts: Facts) -> dict[str, Any]:
         "positions": _positions(facts),
         "distilled": [_distilled(source, found) for source, found in facts.distilled.items()],
         "data": [_provenance(name, manifest) for name, manifest in facts.data.items()],
+        "made_with": _made_with(facts),
         "problems": _problems(facts),
         "number": number,
         "events": [
@@ -349,16 +350,32 @@ def _positions(facts: Facts) -> Markup | None:
 def _provenance(folder: str, manifest: Manifest) -> dict[str, Any]:
     sources = manifest.settings.get("sources")
     samples = manifest.settings.get(SAMPLES)
+    counts = samples if isinstance(samples, dict) else {}
     return {
         "folder": folder,
         "manifest": manifest,
         "sources": [clean(one) for one in sources][:MOST_SHOWN] if isinstance(sources, list | tuple) else [],
         "more": max(0, len(sources) - MOST_SHOWN) if isinstance(sources, list | tuple) else 0,
         "sources_sha256": clean(manifest.settings.get(SOURCES_HASH, "not recorded")),
-        "samples": clean(samples) if samples is not None else None,
+        "samples": [
+            (split, ", ".join(clean(count) for count in counts[split])) for split in SPLITS if _is_list(counts, split)
+        ],
         "rejections": manifest.rejections[:MOST_SHOWN],
         "files": [file for split in (manifest.train, manifest.val) for file in (*split.shards, split.boundaries)],
     }
+
+
+def _is_list(found: Mapping[str, Any], key: str) -> bool:
+    return isinstance(found.get(key), list | tuple)
+
+
+def _made_with(facts: Facts) -> list[tuple[str, dict[str, Any]]]:
+    """What the stages were computed with, those alike together."""
+    alike: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for stage, several in facts.made_with.items():
+        for one in several:
+            alike.setdefault(repr(sorted(one.items())), ([], one))[0].append(stage)
+    return [(", ".join(stages), one) for stages, one in alike.values()]
 
 
 def _distilled(source: str, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ Trouble = Callable[[str], None]
 """Called with a line for each measure that failed."""
 FAILURES = (InputError, WorkFailed, OSError, MemoryError)
 """What ends a measure, and not the evaluation."""
-_FAILED = "failed: "
 
 
 def evaluate_run(
@@ -105,7 +104,7 @@ class _Evaluation:
 
     def missing(self, wanted: Sequence[Measure]) -> list[Measure]:
         """What is not yet there."""
-        return [measure for measure in wanted if not _is_there(measure.name, self._record)]
+        return [measure for measure in wanted if measure.name not in self._record.measured]
 
     def take(self, wanted: Sequence[Measure], progress: Progress, trouble: Trouble) -> int:
         """Take what is missing; returns how many failed."""
@@ -119,11 +118,11 @@ class _Evaluation:
             progress(what, 0, 0)
             begun = time.perf_counter()
             try:
-                found = measure.of(subject, partial(progress, what))
+                found = {"measured": [measure.name], **measure.of(subject, partial(progress, what))}
             except FAILURES as error:
                 failed += 1
                 line = " ".join(str(error).split()) or type(error).__name__
-                found = {"not_measured": {measure.name: _FAILED + line}}
+                found = {"not_measured": {measure.name: line}}
                 trouble(f"{what}: {line}")
             self._add(measure.name, found, time.perf_counter() - begun)
         return failed
@@ -135,20 +134,12 @@ class _Evaluation:
             "seconds": record.seconds + seconds, "when": _now(),
             "not_measured": left_out | found.get("not_measured", {}),
             "scores": record.scores | found.get("scores", {}),
-            "samples": (*record.samples, *found.get("samples", ())),
-            "by_position": (*record.by_position, *found.get("by_position", ())),
+            **{key: (*getattr(record, key), *found.get(key, ())) for key in ("samples", "by_position", "measured")},
         }  # fmt: skip
         changes |= {key: found[key] for key in ("acceptance", "pretrained_length") if key in found}
         content = {**{key: getattr(record, key) for key in type(record).model_fields}, **changes}
         self._record = EvaluationRecord.model_validate(content)
         self._record.save(self._run)
-
-
-def _is_there(name: str, record: EvaluationRecord) -> bool:
-    if name in record.not_measured:
-        return not record.not_measured[name].startswith(_FAILED)
-    parts = {"acceptance": record.acceptance, "by position": record.by_position, "samples": record.samples}
-    return bool(parts[name]) if name in parts else name in record.scores
 
 
 def _now() -> str:

@@ -28,11 +28,11 @@ from benthic.plan.memory import refuse_too_large
 from benthic.plan.power import cpu_name, watts_per_core
 from benthic.posttrain.rollouts import Sampler
 from benthic.precision.compute import Compute
-from benthic.train.calibrate import parts_of_run, seconds_per_step
+from benthic.train.calibrate import parts_of_run
 from benthic.train.ledger import FILE_NAME as LEDGER
 from benthic.train.metrics import read_metrics
 from benthic.train.schedule import steps_per_full_batch
-from benthic.train.trial import RandomSequences, heaviest_mtp
+from benthic.train.trial import RandomSequences, Trial, heaviest_mtp
 
 How = Literal["as given", "measured", "by arithmetic", "not known before the data is there"]
 
@@ -41,6 +41,8 @@ _BYTES_A_SECOND = 1.5e6
 _BYTES_A_TOKEN = 4
 _SHARE_OF_PEAK = 0.6
 """Of the rate of a matrix product, that training reaches (docs/performance.md)."""
+_STEPS = 2
+"""That are timed."""
 _PROMPT = 24
 """Tokens of a problem, where it is not known."""
 _ANSWERS = 64
@@ -57,15 +59,21 @@ class Forecast:
     """Is done in it."""
     seconds: float | None
     how: How
+    devices: int = 1
+    """That work on it at the same time."""
 
     @property
     def kwh(self) -> float:
         """Estimated from the processor's design power; see docs/health.md for what that leaves out."""
-        return (self.seconds or 0.0) / 3600 * torch.get_num_threads() * watts_per_core(cpu_name()) / 1000
+        return self._device_hours * torch.get_num_threads() * watts_per_core(cpu_name()) / 1000
 
     def cost(self, price_per_hour: float | None) -> float | None:
-        """Dollars, where a price is given."""
-        return None if price_per_hour is None else (self.seconds or 0.0) / 3600 * price_per_hour
+        """Dollars, where the price of a device is given."""
+        return None if price_per_hour is None else self._device_hours * price_per_hour
+
+    @property
+    def _device_hours(self) -> float:
+        return (self.seconds or 0.0) / 3600 * self.devices
 
 
 def forecasts(config: RunConfig, out: Path, *, measure: bool = False) -> dict[str, Forecast]:
@@ -123,18 +131,20 @@ class _Forecaster:
         flops = train.batch_size * train.sequence_length * _flops_per_token(stage.config)
         steps = train.steps / steps_per_full_batch(train.schedule)
         during = train.steps // train.validate_every * self._forward(train.validation_tokens, train.sequence_length)
+        # Several processes pretrain, and are taken to share the work without loss.
+        devices = self._config.parallel.processes if stage.kind == "corpus" else 1
         seconds = steps * (step or flops / self._rate) + during + last * (2 if stage.kind == "sft" else 1)
-        return Forecast(f"{train.steps:,} steps of {shape}", seconds, how)
+        return Forecast(f"{train.steps:,} steps of {shape}", seconds / devices, how, devices)
 
     def _measured(self, stage: Stage) -> float | None:
         """Seconds of a step; the first stage's also say how fast this machine is, and in which precision."""
         if not self._measure:
             return None
-        config, sequences = stage.config, RandomSequences(stage.config)
+        config = stage.config
         asked = config.precision.compute
         modes: tuple[Compute, ...] = (self._compute,) if self._compute else ("fp32", "bf16")
         modes = modes if asked == "auto" else (asked,)
-        timed: dict[Compute, float] = {mode: seconds_per_step(config, sequences, mode) for mode in modes}
+        timed: dict[Compute, float] = {mode: _seconds_per_step(config, mode) for mode in modes}
         fastest = min(timed, key=timed.__getitem__)
         if self._compute is None:
             self._compute, train = fastest, config.train
@@ -161,7 +171,7 @@ class _Forecaster:
             update={"batch_size": few, "micro_batch_size": few, "sequence_length": length}
         )
         config = stage.config.model_copy(update={"train": train})
-        learning = seconds_per_step(config, RandomSequences(config), rl.compute)
+        learning = _seconds_per_step(config, rl.compute)
         sampler = Sampler(build_model(config.model, seed=0), [0], at_once=rl.at_once)
         prompts = RandomSequences(config).at(0, max(1, few // rl.group_size)).tokens_BS[:, :_PROMPT].tolist()
         copies = few // len(prompts)
@@ -211,6 +221,19 @@ _REPORT = Forecast("one page, and the model card", _REPORT_SECONDS, "by arithmet
 def seconds_of(found: Mapping[str, Forecast]) -> dict[str, float]:
     """By stage, where it is known."""
     return {name: one.seconds for name, one in found.items() if one.seconds is not None}
+
+
+def _seconds_per_step(config: RunConfig, compute: Compute) -> float:
+    """Of very few steps, after one that allocates: less sure than what a run is begun with, and sooner told."""
+    trial = Trial(config, RandomSequences(config), compute)
+    trial.step()
+    found = 0.0
+    for weight, share in parts_of_run(config.train.schedule):
+        begun = time.perf_counter()
+        for _ in range(_STEPS):
+            trial.step(weight)
+        found += share * (time.perf_counter() - begun) / _STEPS
+    return found
 
 
 def _flops_per_token(config: RunConfig) -> float:

@@ -5,27 +5,32 @@ not done again, so the same call after an interruption, or with stages that were
 preparing that fails ends the run; of what comes after training nothing needs another, so the rest of it is done.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from benthic import torchrun
 from benthic.api import KINDS, export_trained, prepare_posttraining, train_stages, write_report
 from benthic.config.load import load_run_config
-from benthic.config.schema import RunConfig
+from benthic.config.schema import ParallelConfig, RunConfig
 from benthic.config.stages import stages, without_extension
 from benthic.data.manifest import FILE_NAME
 from benthic.data.prepare import prepare
 from benthic.errors import InputError, WorkFailed
 from benthic.evaluate.records import EvaluationRecord
 from benthic.lock import locked
+from benthic.parallel.fits import refuse_misfit
 from benthic.plan.memory import refuse_too_large
+from benthic.posttrain.sft_data import FOLDER as SFT_FOLDER
 from benthic.run.display import Display, StageProgress
 from benthic.run.evaluation import FAILURES, evaluate_run, finished, records
 from benthic.run.forecast import Forecast, forecasts, seconds_of
 from benthic.train.checkpoint import latest
 from benthic.train.ledger import Ledger
+from benthic.train.loop import PRETRAINING, Trained
 from benthic.train.work import Kinds
 
 AFTER = ("evaluation", "export", "report")
@@ -81,6 +86,8 @@ def plan(config: RunConfig, out: Path, skip: Iterable[str] = ()) -> Plan:
     for name in sorted(skip - set(SKIPPABLE)):
         raise InputError(f"--skip {name}: no such stage; allowed are {', '.join(SKIPPABLE)}")
     done = _finished(out)
+    if config.posttrain.base is not None and torchrun.processes() > 1:
+        raise InputError("several processes pretrain, but the run begins with a model; start it without torchrun")
     if "extend" in skip and not any(name.startswith("extend-") for name in done):
         config = without_extension(config)
     if "pretrain" in skip and config.posttrain.base is None and "pretrain" not in done:
@@ -147,6 +154,7 @@ def run(the: Plan, out: Path) -> Outcome:
         InputError, WorkFailed, Interrupted: as the stages of preparing and training.
     """
     refuse_too_large(the.config.model)
+    refuse_misfit(the.config, torchrun.processes())
     outcome = Outcome()
     with Display(the.names, lambda: _seconds(the, out)) as display:
         if "data" in the.names:
@@ -154,7 +162,7 @@ def run(the: Plan, out: Path) -> Outcome:
                 outcome.remarks += _prepare(the, out, progress)
             for remark in outcome.remarks:
                 display.note(f"note: {remark}")
-        trained = train_stages(the.config, out, kinds=the.kinds, show=display.stage)
+        trained = _train(the, out, display)
         outcome.bits_per_byte, outcome.measure = trained.bits_per_byte, trained.measure
         config = trained.config
         del trained  # its model takes memory
@@ -181,6 +189,34 @@ def _seconds(the: Plan, out: Path) -> dict[str, float]:
     done = _finished(out)
     known = seconds_of(forecasts(the.config, out))
     return {name: 0.0 if name in done else seconds for name, seconds in known.items()}
+
+
+def assist(the: Plan, out: Path) -> None:
+    """What the other processes do that torchrun has started: pretraining and context extension, with the main one.
+
+    All else is for one process, and done where ``out`` is known to be ready by its files: preparing text may take
+    longer than processes wait for each other.
+    """
+    refuse_misfit(the.config, torchrun.processes())
+    wanted = [out / "data" / FILE_NAME, *([out / SFT_FOLDER / FILE_NAME] if "sft" in the.names else [])]
+    while "data" in the.names and not all(path.is_file() for path in wanted):
+        time.sleep(1.0)
+    if not _is_past_pretraining(out):
+        train_stages(the.config, out, kinds=PRETRAINING)
+
+
+def _is_past_pretraining(out: Path) -> bool:
+    return any(latest(out / "checkpoints" / name) is not None for name in ("sft", "rl"))
+
+
+def _train(the: Plan, out: Path, display: Display) -> Trained:
+    """All stages of training; the first ones with all processes there are."""
+    config, several = the.config, torchrun.processes() > 1
+    if several and not _is_past_pretraining(out):
+        train_stages(config, out, kinds=PRETRAINING, show=display.stage)
+    if several:
+        config = config.model_copy(update={"parallel": ParallelConfig()})
+    return train_stages(config, out, kinds=the.kinds, show=display.stage, alone=several)
 
 
 @contextmanager

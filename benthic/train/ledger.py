@@ -32,9 +32,8 @@ class Ledger:
         self._path, self._stage = run / FILE_NAME, stage
         self._price, self._devices = price_per_hour, devices
         self._before = _stages(self._path).get(stage, {})
-        made_with = _section(self._path, "made_with", list)
-        earlier, now = made_with.get(stage, []), made_with_now()
-        self._made_with = {**made_with, stage: [*earlier, *([] if now in earlier else [now])]}
+        earlier, now = _section(self._path, "made_with", list).get(stage, []), made_with_now()
+        self._made_with = earlier if now in earlier else [*earlier, now]
         self._work: dict[str, float] = {}
 
     def __enter__(self) -> Self:
@@ -61,7 +60,8 @@ class Ledger:
         hours = (self._written - self._start) / 3600
         device_hours = hours * self._devices
         entry = {**self._work, **self._spent(hours, device_hours)}
-        content = {"stages": {**_stages(self._path), self._stage: entry}, "made_with": self._made_with}
+        made_with = {**_section(self._path, "made_with", list), self._stage: self._made_with}
+        content = {"stages": {**_stages(self._path), self._stage: entry}, "made_with": made_with}
         write_atomically(self._path, json.dumps(content, indent=1))
 
     def _spent(self, hours: float, device_hours: float) -> dict[str, float | str | None]:

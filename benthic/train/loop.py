@@ -26,7 +26,7 @@ from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.calibrate import resolve
-from benthic.train.checkpoint import Checkpoint, latest, load, reached
+from benthic.train.checkpoint import latest, load, reached
 from benthic.train.corpus import Corpus
 from benthic.train.identity import identity, renewed, resume_settings
 from benthic.train.incidents import (
@@ -85,6 +85,7 @@ def train(
         MissingExtra: a tracker's library is not installed.
         Diverged: three updates in a row were not taken, or roll-backs were of no use.
         CheckpointFailed: a checkpoint could not be written.
+        CopiesDiffer: processes that should hold the same numbers do not.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved first.
     """
     require_trackers(config.train.track)
@@ -104,8 +105,7 @@ def train(
         if newest is None:
             raise InputError(f"{out}: holds no weights of {config.posttrain.base} to begin with")
         number, newest = 1, None
-    checkpoint = load(newest) if newest else None
-    if checkpoint is None:
+    if newest is None:
         corpus, first = known.get("corpus"), planned[number]
         batches = corpus.batches(first.config) if isinstance(corpus, Corpus) else None
         resolved = RunConfig.model_validate(
@@ -113,22 +113,27 @@ def train(
         )
         run = identity(config, resolved, hashes, architecture.settings())
     else:
-        run, kind = checkpoint.state.get("run", {}), planned[number].kind
+        run, kind = load(newest, groups=()).state.get("run", {}), planned[number].kind
         resolved = resume_settings(config, run, hashes, str(newest), architecture.settings(), kind=kind)
         run = renewed(run, config, hashes)
     assert resolved.precision.compute != "auto"
     peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute)) * world.processes
     whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak, world, show)
-    trainer = _Trainer(whole, number)
-    trainer.begin(checkpoint, str(newest))
-    del checkpoint
-    world.first(lambda: write_atomically(out / "config.toml", dump_toml(resolved)))
+    with world.watched(out):
+        return _train(whole, number, newest)
+
+
+def _train(run: "_Run", number: int, newest: Path | None) -> Trained:
+    """From a stage on, and one of its checkpoints, or from the stage's beginning."""
+    trainer = _Trainer(run, number)
+    trainer.begin(newest)
+    run.world.first(lambda: write_atomically(run.out / "config.toml", dump_toml(run.config)))
     with StopRequest() as stop:
-        world.listen(stop)
+        run.world.listen(stop)
         trainer.train(stop)
-        for later in range(number + 1, len(whole.stages)):
+        for later in range(number + 1, len(run.stages)):
             del trainer  # before the next stage takes as much memory
-            trainer = _Trainer(whole, later)
+            trainer = _Trainer(run, later)
             trainer.begin()
             trainer.train(stop)
     return trainer.trained()
@@ -189,26 +194,26 @@ class _Trainer:
         )
         self.state = TrainState(config, run.architecture, stage.adapter, run.world)
         self.place = Place(stage, out, run.architecture, self.course, self._began_with, run.world)
-        self.writer = open_writer(self.checkpoints, run.world)
+        self.writer = open_writer(self.checkpoints, run.world, self.state.shares)
         self.ledger = open_ledger(out, stage.name, config.train.price_per_hour, run.world)
 
-    def begin(self, checkpoint: Checkpoint | None = None, source: str = "") -> None:
+    def begin(self, source: Path | None = None) -> None:
         """Take over one of the stage's own checkpoints, or else what the stage before it ended with."""
         self.work: Work = self.run.kinds[self.stage.kind].open(self.place)
-        if checkpoint is not None:
-            self.state.restore(checkpoint, source)
-            self.work.restore(carried_in(checkpoint, source), source)
+        if source is not None:
+            checkpoint = self.state.load(source)
+            self.state.restore(checkpoint, str(source))
+            self.work.restore(carried_in(checkpoint, str(source)), str(source))
         elif self.earlier:
-            ended, source = self._end_of_the_stage_before()
-            self.state.begin_with(ended, source)
+            last = self._end_of_the_stage_before()
+            self.state.begin_with(self.state.load(last, groups=("model", "average")), str(last))
 
-    def _end_of_the_stage_before(self) -> tuple[Checkpoint, str]:
+    def _end_of_the_stage_before(self) -> Path:
         before = self.earlier[-1]
-        last = self.run.out / "checkpoints" / before.name / f"step-{before.steps}"
-        return load(last, groups=("model", "average")), str(last)
+        return self.run.out / "checkpoints" / before.name / f"step-{before.steps}"
 
     def _began_with(self) -> Mapping[str, Tensor]:
-        return weights_of(self._end_of_the_stage_before()[0])
+        return weights_of(load(self._end_of_the_stage_before(), groups=("model", "average")))
 
     def trained(self) -> Trained:
         """What the stage has led to."""
@@ -235,7 +240,7 @@ class _Trainer:
                 self.writer.check()
                 if self._step(metrics, progress):
                     self._end_step(metrics, progress, stop)
-            self.world.first(self.writer.wait)
+            self.writer.wait()
 
     def _open_metrics(self) -> Metrics:
         earlier = {stage.name: stage.steps for stage in self.earlier}
@@ -248,10 +253,14 @@ class _Trainer:
         if step % train.validate_every == 0 or step == self.stage.steps:
             self._validate(metrics, progress)
         due = step % train.checkpoint_every == 0 or step == self.stage.steps
-        if due or signal is not None:
+        saves = due or signal is not None
+        hash_every = self.config.parallel.hash_every
+        if hash_every and (saves or step % hash_every == 0):
+            self.state.compare_copies()
+        if saves:
             self._save(metrics, on_schedule=due)
         if signal is not None:
-            self.world.first(self.writer.wait)  # a process that ends takes the others with it
+            self.writer.wait()
             raise Interrupted(signal, f"stopped after step {step} of {self.stage.name}, saved in {self.run.out}")
 
     def _step(self, metrics: Metrics, progress: Progress) -> bool:
@@ -298,13 +307,13 @@ class _Trainer:
 
     def _roll_back(self, row: dict[str, Any], next_sequence: int, metrics: Metrics) -> None:
         """Become the last checkpoint, or the start, with all sequences before ``next_sequence`` passed over."""
-        self.world.first(self.writer.wait)
+        self.writer.wait()
         target = self.world.first(lambda: str(roll_back_target(self.checkpoints) or ""))
         if not target:
             self.state = TrainState(self.config, self.run.architecture, self.stage.adapter, self.world)
             self.begin()
         else:
-            self.begin(load(Path(target)), target)
+            self.begin(Path(target))
         self.state.sequences_passed_over = next_sequence - self.course.sequences_before(self.state.step)
         events = self.world.first(lambda: self._roll_back_rows(row))
         metrics.rewind(self.state.step)
@@ -353,4 +362,4 @@ class _Trainer:
         # A signal's checkpoint takes the place of none: a later roll-back may want the one before.
         keep = self.config.train.keep_checkpoints if on_schedule else None
         checkpoint = self.state.to_checkpoint(self.run.identity, self.work.carry(), on_schedule=on_schedule)
-        self.world.first(lambda: self.writer.save(self.state.step, checkpoint, keep))
+        self.writer.save(self.state.step, checkpoint, keep)

@@ -8,11 +8,14 @@ Legend: N matrices, R rows, C columns.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from benthic.parallel.owners import on_whole
 
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -46,12 +49,22 @@ def orthogonalize(x_NRC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return x.mT if tall else x
 
 
+class Division(NamedTuple):
+    """How a matrix is divided, by rows, among processes."""
+
+    rows: int
+    """Of the whole."""
+    group: ProcessGroup
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, with decoupled weight decay.
 
     A parameter is (R, C) or a stack (E, R, C); its group's ``parts`` says how many matrices lie one above the other in
     its rows. Updates are scaled by 0.2 sqrt(max(R, C)), which gives them the size of AdamW's
     (Moonlight, arXiv 2502.16982, section 2.2). State per parameter: ``momentum``.
+
+    Of parameters in ``divided``, this process holds some rows: each is orthogonalised by one of the processes.
     """
 
     def __init__(
@@ -62,16 +75,20 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         dtype: torch.dtype = torch.float32,
+        divided: Mapping[Tensor, Division] | None = None,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
         self.dtype = dtype
+        self._divided = divided or {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         loss = closure() if closure else None
         for group in self.param_groups:
-            pieces = (piece for param in group["params"] for piece in self._pieces(param, group["parts"]))
+            whole = [param for param in group["params"] if param not in self._divided]
+            self._step_divided([param for param in group["params"] if param in self._divided], group)
+            pieces = (piece for param in whole for piece in self._pieces(param, group["parts"]))
             for bundle in _bundles(pieces):
                 self._step_bundle(bundle, group["lr"], group["momentum"], group["weight_decay"])
         return loss
@@ -87,15 +104,38 @@ class Muon(torch.optim.Optimizer):
         for piece, share in zip(bundle, shares, strict=True):
             piece.weight_NRC.mul_(1 - lr * weight_decay).add_(share, alpha=-lr * scale)
 
+    def _step_divided(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        params = [param for param in params if param.grad is not None]
+        updates = []
+        for param in params:
+            assert param.grad is not None
+            momentum = self._momentum(param)
+            momentum.lerp_(param.grad, 1 - group["momentum"])
+            updates.append(param.grad.lerp(momentum, group["momentum"]))
+        parts, divisions = group["parts"], [self._divided[param] for param in params]
+
+        def orthogonal(_: int, update_RC: Tensor) -> Tensor:
+            return orthogonalize(update_RC.unflatten(0, (parts, -1)), self.dtype).flatten(0, 1)
+
+        rows = [division.rows for division in divisions]
+        shares = on_whole(updates, rows, divisions[0].group, orthogonal) if params else []
+        for param, share, count in zip(params, shares, rows, strict=True):
+            scale = 0.2 * max(count // parts, param.shape[1]) ** 0.5
+            param.mul_(1 - group["lr"] * group["weight_decay"]).add_(share, alpha=-group["lr"] * scale)
+
+    def _momentum(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if not state:
+            state["momentum"] = torch.zeros_like(param)
+        found: Tensor = state["momentum"]
+        return found
+
     def _pieces(self, param: Tensor, parts: int) -> Iterator["_Piece"]:
         """A parameter's matrices, with gradient and momentum, in pieces of bounded size."""
         if param.grad is None:
             return
-        state = self.state[param]
-        if not state:
-            state["momentum"] = torch.zeros_like(param)
         shape = (-1, param.shape[-2] // parts, param.shape[-1])
-        tensors = (tensor.view(shape) for tensor in (param, param.grad, state["momentum"]))
+        tensors = (tensor.view(shape) for tensor in (param, param.grad, self._momentum(param)))
         count = _matrices_per_bundle(shape[1:])
         yield from (_Piece(*piece) for piece in zip(*(tensor.split(count) for tensor in tensors), strict=True))
 

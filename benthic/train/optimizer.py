@@ -18,10 +18,11 @@ from benthic.model.layers import SwiGLU
 from benthic.model.moe import Experts, Router
 from benthic.ops.total_norm import total_norm
 from benthic.parallel.local import is_divided, local
+from benthic.parallel.owners import dividing_group
 from benthic.precision.compute import Cast, compute_dtype, fast_matmul_dtype
 from benthic.train.adamw import LowPrecisionAdamW
 from benthic.train.checkpoint import copy_into
-from benthic.train.muon import Muon
+from benthic.train.muon import Division, Muon
 
 _ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 _MUON_STATE = ("momentum",)
@@ -43,7 +44,8 @@ class ModelOptimizer:
         self._names: dict[Tensor, str] = {part: name for name, part in held.items()}
         self._divided = [(held[name], p) for name, p in parameters.items() if held[name] is not p]
         self._late = {parameter for parameter, name in self._names.items() if _MTP.match(name)}
-        matrices = _hidden_matrices(model) if config.name == "muon" and isinstance(model, Trainable) else {}
+        of_muon = hidden_matrices(model) if config.name == "muon" and isinstance(model, Trainable) else {}
+        matrices = {held[name]: of_muon[parameter] for name, parameter in parameters.items() if parameter in of_muon}
         others = [parameter for parameter in self._names if parameter not in matrices]
         self._parts: list[tuple[torch.optim.Optimizer, float, tuple[str, ...]]] = [
             (adamw(others, config, moments), config.learning_rate, _ADAMW_STATE)
@@ -55,6 +57,7 @@ class ModelOptimizer:
                 config.matrix_learning_rate,
                 weight_decay=config.weight_decay,
                 dtype=compute_dtype(products),
+                divided=_divisions(self._divided),
             )
             self._parts.append((muon, config.matrix_learning_rate, _MUON_STATE))
 
@@ -146,7 +149,7 @@ def adamw(
     return LowPrecisionAdamW(groups, **settings, moments=moments)
 
 
-def _hidden_matrices(model: Trainable) -> dict[Tensor, int]:
+def hidden_matrices(model: Trainable) -> dict[Tensor, int]:
     """Muon's parameters, and how many matrices each holds one above the other: gate and up are two."""
     apart = [*model.transformer.embed.parameters(), *model.transformer.head.parameters()]
     apart += [module.weight for module in model.modules() if isinstance(module, Router)]
@@ -161,6 +164,12 @@ def _groups_by_parts(matrices: dict[Tensor, int]) -> list[dict[str, Any]]:
         {"params": [p for p, count in matrices.items() if count == parts], "parts": parts}
         for parts in sorted(set(matrices.values()))
     ]
+
+
+def _divisions(divided: list[tuple[Tensor, Tensor]]) -> dict[Tensor, Division]:
+    """The parts, of pairs with what they are parts of, that are rows of a matrix; parts of a stack are whole ones."""
+    groups = {part: dividing_group(parameter) for part, parameter in divided if part.ndim == 2}
+    return {part: Division(len(whole), group) for part, whole in divided if (group := groups.get(part)) is not None}
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:

@@ -65,6 +65,11 @@ class _Output:
         """Whether ``saved``, which shares its memory, is a view of it as it was computed."""
         return self.tensor._version == self._version and saved.dtype == self.tensor.dtype
 
+    def is_also(self, tensor: Tensor) -> bool:
+        """Whether ``tensor``, which shares its memory, is all of it: FSDP2 hands on its modules' inputs as aliases."""
+        places = [(one.size(), one.stride(), one.storage_offset()) for one in (self.tensor, tensor)]
+        return self.stands_for(tensor) and places[0] == places[1]
+
 
 class _Note:
     """What autograd saves in place of a view of a tensor that has a recipe."""
@@ -105,7 +110,7 @@ class _BlockTape:
         """``output`` is ``compute(source)``, whose kernels are the same without gradients."""
         if self.running:
             known = self._outputs.get(_address(source))
-            recipe = _Recipe(known.recipe if known and known.tensor is source else source.detach(), compute)
+            recipe = _Recipe(known.recipe if known and known.is_also(source) else source.detach(), compute)
             self._outputs[_address(output)] = _Output(output, recipe)
 
 

@@ -6,11 +6,12 @@ from typing import Any, Self
 
 from benthic.config.schema import RunConfig
 from benthic.parallel.world import World
-from benthic.train.background import BackgroundWriter
-from benthic.train.checkpoint import Checkpoint
+from benthic.train.background import BackgroundWriter, Together
+from benthic.train.joint import JointSaves
 from benthic.train.ledger import Ledger
 from benthic.train.metrics import MetricsLog
 from benthic.train.progress import Opener, Progress
+from benthic.train.shares import Shares
 from benthic.train.track import open_trackers
 
 
@@ -19,9 +20,12 @@ def open_shown(show: Opener, title: str, steps: int, world: World) -> Progress:
     return show(title, steps) if world.main else Silent()
 
 
-def open_writer(root: Path, world: World) -> "BackgroundWriter | Silent":
-    """What writes checkpoints."""
-    return BackgroundWriter(root) if world.main else Silent()
+def open_writer(root: Path, world: World, shares: Shares | None) -> BackgroundWriter:
+    """What writes checkpoints: all processes do."""
+    board = world.board()
+    if board is None or shares is None:
+        return BackgroundWriter(root)
+    return BackgroundWriter(root, Together(shares, JointSaves(board), world.any))
 
 
 def open_ledger(out: Path, stage: str, price_per_hour: float | None, world: World) -> "Ledger | Silent":
@@ -46,8 +50,6 @@ def open_metrics(
 class Silent:
     """Stands in the place of all of these, and does nothing."""
 
-    processor_seconds = 0.0
-
     def update(self, *_: Any) -> None:
         """Progress, or tokens and operations."""
 
@@ -62,15 +64,6 @@ class Silent:
 
     def sync(self) -> None:
         """Rows to be pushed to the disk."""
-
-    def save(self, step: int, checkpoint: Checkpoint, keep: int | None) -> None:
-        """A checkpoint."""
-
-    def check(self) -> None:
-        """Whether a checkpoint could be written."""
-
-    def wait(self) -> None:
-        """Until it is."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,5 +1,7 @@
 """Everything a step changes, and how it goes into a checkpoint and comes back bit for bit."""
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -8,18 +10,19 @@ from torch import Tensor
 from benthic.config.schema import AdapterConfig, RunConfig
 from benthic.errors import InputError
 from benthic.model import Trainable
-from benthic.parallel.local import local
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.adapter import AdapterOptimizer, Adapters
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
-from benthic.train.checkpoint import Checkpoint, copy_into
+from benthic.train.checkpoint import Checkpoint, copy_into, load
 from benthic.train.compute import moments_dtype
 from benthic.train.ema import WeightAverage
 from benthic.train.health import Health
 from benthic.train.objective import Objective
 from benthic.train.optimizer import ModelOptimizer
+from benthic.train.parts import everything
 from benthic.train.recompute import recompute_activations
+from benthic.train.shares import Shares
 
 
 class Carried(NamedTuple):
@@ -56,6 +59,9 @@ class TrainState:
         self.objective = Objective(self.model)
         compute: Compute = "fp32" if config.precision.compute == "auto" else config.precision.compute
         world.spread(self.objective, compute, config.train.sequence_length)
+        holdings = world.holdings(self.model)
+        self.shares = None if holdings is None else Shares(world.rank, holdings)
+        """What each process holds, where there are several."""
         moments = moments_dtype(compute)
         self.adapters = Adapters(self.model, adapter, config.train.seed) if adapter else None
         self.optimizer = (
@@ -67,7 +73,10 @@ class TrainState:
         self.average = WeightAverage(self.model, decay) if decay else None
 
     def to_checkpoint(self, run: dict[str, object], carried: Carried = NOTHING, *, on_schedule: bool) -> Checkpoint:
-        """Tensors and numbers, with what identifies the run, and whether it would be saved had no signal come."""
+        """Tensors and numbers, with what identifies the run, and whether it would be saved had no signal come.
+
+        Of tensors that are divided among processes it has what this one holds.
+        """
         tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_tensors()}
         if self.average is not None:
             tensors["average"] = self.average.tensors
@@ -83,7 +92,20 @@ class TrainState:
             "carried": carried.numbers,
             "on_schedule": on_schedule,
         }
-        return Checkpoint(self._world.whole(self.model, tensors), {**numbers, "run": run})
+        return Checkpoint(tensors, {**numbers, "run": run})
+
+    def load(self, path: Path, groups: Collection[str] | None = None) -> Checkpoint:
+        """What this process holds of a checkpoint that any number of processes have saved.
+
+        Raises InputError on all processes if it is damaged or of another model.
+        """
+        wanted = everything if self.shares is None else self.shares.wanted
+        return self._world.together(lambda: load(path, groups, wanted))
+
+    def compare_copies(self) -> None:
+        """Raise CopiesDiffer if processes that should hold the same numbers do not."""
+        if self.shares is not None:
+            self._world.compare(self.to_checkpoint({}, on_schedule=True).tensors, self.shares.holdings)
 
     def whole_model(self) -> Trainable:
         """The model; on the main process of several a whole one, which the others have sent their parts of."""
@@ -96,7 +118,6 @@ class TrainState:
 
     def restore(self, checkpoint: Checkpoint, source: str) -> None:
         """Become what was saved. Raises InputError, naming ``source``, if it does not fit."""
-        checkpoint = self._own(checkpoint)
         self._take_weights(checkpoint, source, {"model", "optimizer"} | ({"adapters"} if self.adapters else set()))
         if self.adapters is not None:
             self.adapters.restore(checkpoint.tensors["adapters"], f"{source}/adapters.safetensors")
@@ -111,14 +132,9 @@ class TrainState:
         """
         if self.average is None:
             checkpoint = Checkpoint({"model": weights_of(checkpoint)}, checkpoint.state)
-        checkpoint = self._own(checkpoint)
         self._take_weights(checkpoint, source, {"model"})
         if self.adapters is not None:
             self.adapters.begin()
-
-    def _own(self, checkpoint: Checkpoint) -> Checkpoint:
-        """What this process holds of it."""
-        return checkpoint._replace(tensors=self._world.own(self.model, checkpoint.tensors))
 
     @torch.no_grad()
     def _take_weights(self, checkpoint: Checkpoint, source: str, groups: set[str]) -> None:
@@ -126,8 +142,7 @@ class TrainState:
         found = checkpoint.tensors.keys() - {"carried"}
         if found != groups:
             raise InputError(f"{source}: holds {', '.join(sorted(found))}; this run needs {', '.join(sorted(groups))}")
-        weights = {name: local(tensor) for name, tensor in self.model.state_dict().items()}
-        copy_into(weights, checkpoint.tensors["model"], f"{source}/model.safetensors")
+        copy_into(self.model.state_dict(), checkpoint.tensors["model"], f"{source}/model.safetensors")
         if self.average is not None:
             copy_into(self.average.tensors, checkpoint.tensors["average"], f"{source}/average.safetensors")
 

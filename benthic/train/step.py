@@ -110,11 +110,13 @@ def accumulate_gradients(
     own = torch.tensor([*_counted(targets_KBT).tolist(), len(batch.tokens_BS)], device=batch.tokens_BS.device)
     *counted, sequences = world.total(own)
     counts_K = torch.stack(counted)
+    precise = torch.promote_types(next(objective.parameters()).dtype, torch.float32)
     passes = []
     for number in range(world.passes(int(sequences), micro_batch_size)):
         rows = slice(number * micro_batch_size, (number + 1) * micro_batch_size)
         part, part_KBT = batch.rows(rows), targets_KBT[:, rows]
-        share_K, share = _counted(part_KBT) / counts_K.clamp_min(1), len(part.tokens_BS) / int(sequences)
+        share_K = (_counted(part_KBT).double() / counts_K.clamp_min(1)).to(precise)
+        share = len(part.tokens_BS) / int(sequences)
         if not len(part.tokens_BS):
             # The others need this process beside them, though it has nothing left to do.
             part, part_KBT = _nothing(batch), _nothing_to_predict(targets_KBT)

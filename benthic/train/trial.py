@@ -5,17 +5,19 @@ rate is so low that the model stays near its start, where nothing diverges.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Protocol, Self
 
 import torch
 
 from benthic.config.schema import RunConfig
 from benthic.data.batches import Batch
+from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.schedule import StepSettings
 from benthic.train.state import TrainState
-from benthic.train.step import train_step
+from benthic.train.step import accumulate_gradients, train_step
 
 _WARM_UP_STEPS = 2
 _RATE_FACTOR = 1e-4
@@ -47,14 +49,21 @@ class Trial:
     """A model with all that a step changes, and the batches it takes one after another."""
 
     def __init__(
-        self, config: RunConfig, batches: Sequences, compute: Compute, architecture: Architecture = DEEPSEEK_V3
+        self,
+        config: RunConfig,
+        batches: Sequences,
+        compute: Compute,
+        architecture: Architecture = DEEPSEEK_V3,
+        world: World = ALONE,
     ) -> None:
         train = config.train
         if train.ema_span is not None:
             train = train.model_copy(update={"ema_decay": _ANY_DECAY, "ema_span": None})
         precision = config.precision.model_copy(update={"compute": compute})
-        self._train, self._batches, self._compute = train, batches, compute
-        self.state = TrainState(config.model_copy(update={"train": train, "precision": precision}), architecture)
+        self._batches, self._compute = batches, compute
+        self._world, self._micro_batch_size = world, train.micro_batch_size or train.batch_size
+        config = config.model_copy(update={"train": train, "precision": precision})
+        self.state = TrainState(config, architecture, world=world)
         self._settings = StepSettings(
             first_sequence=0,
             batch_size=train.batch_size,
@@ -75,13 +84,16 @@ class Trial:
         state, settings = self.state, self._settings
         if mtp_weight is not None:
             settings = replace(settings, mtp_weight=mtp_weight)
+        rows = self._world.rows(settings.batch_size, self._micro_batch_size)
         train_step(
             state.objective,
             state.optimizer,
-            self._batches.at(state.step * settings.batch_size, settings.batch_size),
+            self._batches.at(state.step * settings.batch_size, settings.batch_size).rows(slice(rows.start, rows.stop)),
             settings,
-            micro_batch_size=self._train.micro_batch_size or self._train.batch_size,
+            micro_batch_size=self._micro_batch_size,
             compute=self._compute,
+            gradients=partial(accumulate_gradients, world=self._world),
+            world=self._world,
         )
         if state.average is not None:
             state.average.update()

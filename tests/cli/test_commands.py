@@ -53,7 +53,8 @@ def test_data_then_train_is_a_run(benthic, corpus, tmp_path):
 
 def test_data_from_files_then_train_by_the_command_it_ends_with(benthic, corpus, tmp_path):
     settings = ("--set", "model.preset=tiny", "--set", "data.validation_fraction=0.2", "--set", "train.steps=1",
-                "--set", "train.batch_size=2", "--set", "train.sequence_length=32")  # fmt: skip
+                "--set", "train.batch_size=2", "--set", "train.sequence_length=32",
+                "--set", "train.extend=[]")  # fmt: skip
     out = tmp_path / "out"
     last = output(benthic("data", corpus, "--out", out, *settings)).splitlines()[-1]
     told, _, command = last.partition(": ")
@@ -183,6 +184,33 @@ def test_plan(benthic):
     assert plan.keys() >= {"total_parameters", "active_parameters", "kv_bytes_per_token", "parameters"}
     assert plan["total_parameters"] == pytest.approx(671.03e9, rel=1e-4)
     assert f"{plan['total_parameters']:,}" in output(benthic("plan", "v3-671b"))
+
+
+def test_plan_of_a_cluster(benthic):
+    settings = ("--set", "train.batch_size=64", "--set", "train.sequence_length=32")
+    plan = json.loads(output(benthic("plan", "tiny", *settings, "--gpus", "4", "--gpu", "h200", "--json")))
+    assert plan.keys() >= {
+        "total_parameters", "active_parameters", "kv_bytes_per_token", "memory_per_gpu_gib", "bubble_share",
+        "step_seconds", "gpu_hours", "cost_usd", "energy_kwh",
+    }  # fmt: skip
+    assert (plan["gpus"], plan["gpu"], plan["fits"]) == (4, "H200", True)
+    assert "pretrain: 8 steps of" in output(benthic("plan", "tiny", *settings, "--gpus", "4"))
+
+
+def test_dry_run_of_training(benthic, tmp_path):
+    command = ("train", "v3-671b", "--dry-run")
+    assert "GB too much" in output(benthic(*command))
+    found = json.loads(output(benthic(*command, "--gpu", "H200", "--json")))
+    assert (found["processes"], found["gpu"], found["fits"]) == (2048, "H200", False)
+    assert not list(tmp_path.iterdir())
+    for words, complaint in (
+        (("train", "tiny"), "--out DIR: is missing"),
+        (("train", "tiny", "--out", tmp_path, "--gpu", "H100"), "--gpu H100: is for --dry-run"),
+        ((*command, "--gpu", "V100"), "--gpu V100: no such GPU is known"),
+        ((*command, "--set", "parallel.expert=48"), "parallel.expert=48 must divide"),
+    ):
+        done = benthic(*words)
+        assert (done.returncode, done.stdout, complaint in done.stderr) == (2, "", True), done.stderr
 
 
 def test_plan_of_a_recipe_with_a_setting(benthic):

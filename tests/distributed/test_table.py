@@ -33,15 +33,22 @@ def architecture(dtype):
     return InFloat64() if dtype == "float64" else InFloat32()
 
 
-def config_of(layers, rows, mtp, compute):
+def config_of(layers, rows, mtp, compute, dtype):
+    """In fp32 weights and rates are as published: where a step changes much, the last digit, which depends on the order
+    of additions, decides what FP8 rounds to and which expert is chosen.
+    """
+    model, optimizer = {"num_hidden_layers": layers, "num_nextn_predict_layers": mtp}, {"clip_norm": 0.5}
+    if dtype == "float32":
+        model |= {"initializer_range": 0.006}
+    rate = 1e-3 if dtype == "float64" else 1e-4
     return settings(
-        steps=20, batch_size=rows, model={"num_hidden_layers": layers, "num_nextn_predict_layers": mtp}, compute=compute
+        steps=20, batch_size=rows, model=model, compute=compute, optimizer=optimizer | {"learning_rate": rate}
     )
 
 
 @cache
-def alone(layers, rows, mtp, compute, dtype):
-    return take_steps(config_of(layers, rows, mtp, compute), ALONE, architecture(dtype))
+def alone(*size_and_dtype):
+    return take_steps(config_of(*size_and_dtype), ALONE, architecture(size_and_dtype[-1]))
 
 
 @pytest.mark.slow
@@ -53,10 +60,10 @@ def alone(layers, rows, mtp, compute, dtype):
 def test_a_layout_trains_what_one_process_does(layout, mtp, compute, dtype):
     processes = ParallelConfig(**layout).processes
     # As many rows as let DualPipeV have a micro-batch for each of its stages.
-    size = LAYERS[layout["pipeline"]], 2 * max(processes, 4), mtp, compute
+    size = LAYERS[layout["pipeline"]], 2 * max(processes, 4), mtp, compute, dtype
     spread = spread_over(config_of(*size), **layout)
     if processes == 1:
         outcome = take_steps(spread, ALONE, architecture(dtype))
     else:
         outcome, *_ = run_processes(spread_steps, processes, spread, architecture(dtype), timeout=1700)
-    assert largest_difference(alone(*size, dtype), outcome) < TOLERANCE[dtype]
+    assert largest_difference(alone(*size), outcome) < TOLERANCE[dtype]

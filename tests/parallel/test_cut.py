@@ -7,7 +7,7 @@ import pytest
 
 from benthic.config.presets import PRESETS
 from benthic.errors import InputError
-from benthic.parallel.cut import Costs, computed_costs, cut
+from benthic.parallel.cut import Costs, computed_costs, cut, cut_in_v
 from benthic.plan.flops import forward_flops
 
 
@@ -56,3 +56,23 @@ def test_costs_add_up_to_the_model(preset, mtp):
 def test_too_many_stages_are_refused():
     with pytest.raises(InputError, match="9 pipeline stages: a model of 3 layers can be cut into 5 at most"):
         cut(computed_costs(PRESETS["tiny"], 16, mtp=True), 9)
+
+
+def test_a_v_is_cut_so_that_its_first_rank_has_no_more_than_others():
+    costs = computed_costs(PRESETS["v3-671b"], 4096, mtp=True)
+
+    def ranks(layers):
+        stages = [sum(costs.layers[layer] for layer in part) for part in layers]
+        stages[-1] += costs.last
+        return [stages[place] + stages[-1 - place] for place in range(len(stages) // 2)]
+
+    straight, bent = ranks(cut(costs, 32)), ranks(cut_in_v(costs, 32))
+    assert sum(straight) == pytest.approx(sum(bent))
+    assert max(bent) < 0.9 * max(straight)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_cut_in_v_is_whole_and_in_order(seed):
+    rng = random.Random(seed)
+    costs = Costs([rng.random() for _ in range(rng.randint(4, 12))], rng.random(), 3 * rng.random())
+    assert list(itertools.chain(*cut_in_v(costs, 4))) == list(range(len(costs.layers)))

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from serving import PROGRAM, make_model
+from serving import PROGRAM, Server, make_model
 from teachers import FakeTeacher, answer, cut_off, drip, endless, gone, hang, redirect
 
 from benthic import api
@@ -342,6 +342,25 @@ def test_small_families_say_so_before_anything_is_asked(fake, tmp_path):
         api.distil(config, tmp_path / "out")
     assert (there.asked, (tmp_path / "out").exists()) == ([], False)
     assert api.distil(config.model_copy(update={"held_out": 0}), tmp_path / "out")["kept"] == 3
+
+
+@pytest.mark.slow
+def test_a_served_model_answers_as_it_does_in_this_process(problems, tmp_path):
+    model = make_model(tmp_path / "run")
+    changes = {"max_new_tokens": 24, "temperature": 1.0, "samples": 3, "keep": 3, "timeout_seconds": 60.0}
+    server = Server(f"teacher={model}")
+    try:
+        api.distil(settings(f"{server.url}/v1", problems, [], **changes), tmp_path / "served")
+    finally:
+        server.terminate()
+    api.distil(settings(str(model), problems, [], **changes), tmp_path / "own")
+    served, own = (
+        [json.loads(line) for line in (tmp_path / name / ANSWERS).read_text().splitlines()]
+        for name in ("served", "own")
+    )
+    assert [line["messages"] for line in served] == [line["messages"] for line in own]
+    assert len(served) > 5
+    assert served[0]["provenance"]["teacher"].endswith("/v1 teacher")
 
 
 def test_a_model_of_ones_own_is_a_teacher(problems, tmp_path):

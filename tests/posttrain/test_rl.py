@@ -12,7 +12,6 @@ import torch
 from benthic import api
 from benthic.config.schema import RunConfig
 from benthic.posttrain import rl as stage
-from benthic.posttrain import rollout_gradients
 from benthic.posttrain.asking import Asking
 from benthic.train import loop
 from benthic.train.checkpoint import load
@@ -137,7 +136,7 @@ def test_answers_without_advantage_may_be_left_out(config, tmp_path):
     """Without a reference they change nothing, and are not computed with."""
     settings = config(kl_weight=0.0, mtp_loss_weight=0.0, steps=4)
     api.train(settings, tmp_path / "left_out")
-    with mock.patch.object(rollout_gradients, "with_advantage", lambda rollouts: rollouts):
+    with mock.patch.object(stage, "with_advantage", lambda rollouts: rollouts):
         api.train(settings, tmp_path / "all")
     rows = [[row for row in _rows(tmp_path / name) if "loss" in row] for name in ("left_out", "all")]
     assert any(0 < row["groups_without_variance"] < 4 for row in rows[0])

@@ -51,7 +51,7 @@ def whole_config(sources: Path) -> Callable[..., RunConfig]:
             "data": {"sources": (str(sources / "chats.jsonl"),), "validation_fraction": 0.3, "mask_documents": True},
             "train": {"steps": 5, "batch_size": 2, "sequence_length": 32, "validate_every": 3, "checkpoint_every": 2,
                       "validation_tokens": 256, "optimizer": {"learning_rate": 3e-3},
-                      "extend": ({"sequence_length": 128, "steps": 3},)},
+                      "extend": ({"sequence_length": 128, "steps": 3, "batch_size": 2},)},
             "precision": {"compute": "fp32"}, "posttrain": {"sft": sft, "rl": rl},
             "evaluation": {"tasks": (str(sources / "choice.jsonl"),), "prompts": ("hello", "sea"), "sequences": 3,
                            "max_new_tokens": 5, "retrieval": 3},

@@ -1,7 +1,10 @@
 """A whole run: its stages in order, resumed, left out, and failing one at a time."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from benthic.evaluate.records import EvaluationRecord
 from benthic.run import measures, whole
 from benthic.run.evaluation import evaluate_run, remaining
 from benthic.train.checkpoint import load
+from benthic.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -135,7 +139,7 @@ def test_a_measure_that_fails_is_one_line_and_is_tried_again(run, whole_config, 
     ]
     assert outcome.failed == ["evaluation: 1 of its measures failed"]
     record = EvaluationRecord.load(run / "evaluation" / "sft.json")
-    assert record.not_measured["acceptance"] == "failed: [Errno 28] No space left on device"
+    assert record.not_measured["acceptance"] == "[Errno 28] No space left on device"
     assert {"validation", "letters", "choice"} <= record.scores.keys()
     assert record.samples
     others = content(run, "evaluation")
@@ -222,3 +226,50 @@ def test_minutes_are_as_given_and_epochs_not_known(whole_config, tmp_path):
     assert found["pretrain"].how == "as given"
     assert found["pretrain"].seconds == pytest.approx(180, rel=0.2)
     assert (found["sft"].seconds, found["sft"].how) == (None, "not known before the data is there")
+
+
+def test_devices_share_pretraining_and_are_all_paid_for(whole_config, tmp_path):
+    config = whole_config()
+    parallel = config.parallel.model_copy(update={"replicate": 4})
+    alone, four = (whole.forecasts(one, tmp_path) for one in (config, config.model_copy(update={"parallel": parallel})))
+    assert four["pretrain"].seconds == pytest.approx(alone["pretrain"].seconds / 4)
+    assert four["pretrain"].cost(2.0) == pytest.approx(alone["pretrain"].cost(2.0))
+    assert four["sft"].seconds == alone["sft"].seconds
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+def torchrun(recipe, out, *further):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "benthic", "run"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(recipe), "--out", str(out), *further], check=False, capture_output=True, text=True, timeout=500,
+        env=environment,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_same_recipe_under_torchrun(recipe, whole_run, tmp_path):
+    """Two processes pretrain, one does the rest; the losses are those of one process."""
+    out = tmp_path / "out"
+    refused = torchrun(recipe, out)
+    assert refused.returncode != 0
+    assert "2 processes were started" in refused.stderr
+    assert not out.exists()
+    done = torchrun(recipe, out, "--set", "parallel.replicate=2")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        [(row["stage"], row["loss"]) for row in read_metrics(one / "metrics.jsonl") if "loss" in row and row["stage"]
+         in ("pretrain", "extend-1", "sft")]
+        for one in (out, whole_run)
+    )  # fmt: skip
+    assert [stage for stage, _ in ours] == [stage for stage, _ in theirs]
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], rel=1e-4)
+    assert len(list((out / "evaluation").iterdir())) == 4
+    assert (out / "report.html").is_file()
+    before = (out / "metrics.jsonl").read_text()
+    again = torchrun(recipe, out, "--set", "parallel.replicate=2")
+    assert again.returncode == 0, again.stderr
+    assert (out / "metrics.jsonl").read_text() == before

@@ -112,7 +112,7 @@ def take_steps(config: RunConfig, world: World, architecture: Any) -> Outcome:
         loads.append(report.load_ME.tolist())
         sent.append(world.figures().get("bytes_sent", {}))
         state.step += 1
-    groups = state.to_checkpoint({}, on_schedule=True).tensors
+    groups = world.whole(state.model, state.to_checkpoint({}, on_schedule=True).tensors)
     tensors = {f"{group}: {name}": t.detach().clone() for group, named in groups.items() for name, t in named.items()}
     return Outcome(losses, loads, tensors, sent)
 

@@ -56,6 +56,18 @@ def test_a_row_is_the_same_bits_in_any_batch_on_any_number_of_threads(seed, odd_
             assert torch.equal(found, expected[rows])
 
 
+@pytest.mark.parametrize("wanted", [[], [5], [12, 0, 3], list(range(13))])
+def test_logits_of_some_rows_are_the_same_bits(wanted, odd_model, batch_of):
+    model, rows_W = odd_model(3), torch.tensor(wanted, dtype=torch.int64)
+    decoder, batch = NativeDecoder(model, threads=2), batch_of(model, LENGTHS, 3)
+    logits_BV, hidden_BD = decoder(*batch.arguments())
+    some_WV, same_BD = decoder(*batch.arguments(), wanted_W=rows_W)
+    assert torch.equal(some_WV, logits_BV[rows_W])
+    assert torch.equal(same_BD, hidden_BD)
+    with pytest.raises(IndexError, match="rows of 0 to 12"):
+        decoder(*batch.arguments(), wanted_W=torch.tensor([2, 13]))
+
+
 def test_a_sequence_in_several_rows_reads_as_one_token_after_another(odd_model, batch_of):
     model = odd_model(2)
     decoder, tokens_B = NativeDecoder(model, threads=2), torch.tensor([3, 9, 4, 1])

@@ -10,6 +10,7 @@ from benthic.inference.decoded import Ahead
 from benthic.inference.native_decode import NativeDecoder
 from benthic.inference.paged_cache import PagedCache
 from benthic.inference.weights import round_weights
+from benthic.precision.quantise import rounded
 
 
 class Texts:
@@ -102,7 +103,7 @@ def test_drafts_in_int8_leave_steps_as_they_are_and_are_nearly_the_likeliest(see
     drafts = {s: [found.tokens_B[2 * s + 1]] for s in range(6)}
     plain = exact.step(*texts.arguments(range(6), drafts))
     assert torch.equal(found.hidden_BD, plain.hidden_BD)
-    rounded = round_weights(model, "int8")
+    model_rounded = round_weights(model, "int8")
     for s in range(6):
         start = len(texts.ids[s]) - 1 - texts.waiting[s]
         positions_B, table_BP = (
@@ -111,11 +112,33 @@ def test_drafts_in_int8_leave_steps_as_they_are_and_are_nearly_the_likeliest(see
         )
         tokens_B = torch.tensor(texts.ids[s][start + 1 :])
         with torch.inference_mode():
-            expected_BD = draft(rounded, 0, texts.states[s], tokens_B, positions_B, table_BP, texts.cache)
+            expected_BD = draft(model_rounded, 0, texts.states[s], tokens_B, positions_B, table_BP, texts.cache)
             hidden_BD = rough.draft(0, texts.states[s], tokens_B, positions_B, table_BP, texts.cache)
-            logits_V = rounded.transformer.head(hidden_BD[-1])
+            logits_V = model_rounded.transformer.head(hidden_BD[-1])
         close(hidden_BD, expected_BD, 0.05)
         assert logits_V[drafts[s][0]] > logits_V.max() - 0.03 * (logits_V.max() - logits_V.min())
+
+
+@pytest.mark.parametrize("words", [1, 16, 23, 1000])
+def test_drafts_of_few_words_are_the_likeliest_of_these(words, odd_model):
+    model = odd_model(1, num_nextn_predict_layers=1)
+    texts = texts_of(model, 1, depths=[1] * 6)
+    exact, few = NativeDecoder(model), NativeDecoder(model, draft_words=words)
+    found = few.step(*texts.nothing(range(6)), texts.ahead(range(6)))
+    drafts = {s: [found.tokens_B[2 * s + 1]] for s in range(6)}
+    plain = exact.step(*texts.arguments(range(6), drafts))
+    assert torch.equal(found.hidden_BD, plain.hidden_BD)
+    assert all((a.values_V == b.values_V).all() for a, b in zip(found.logits_B, plain.logits_B, strict=True))
+    head_VD = rounded(model.transformer.head.weight.detach(), "int4")[:words]
+    for s in range(6):
+        start, tokens_B = len(texts.ids[s]) - 1 - texts.waiting[s], torch.tensor(texts.ids[s])
+        positions_B = torch.arange(start, len(tokens_B) - 1)
+        table_BP = texts.table_SP[s].expand(texts.waiting[s], -1)
+        hidden_BD = few.draft(0, texts.states[s], tokens_B[start + 1 :], positions_B, table_BP, texts.cache)
+        logits_V = head_VD @ hidden_BD[-1]
+        assert drafts[s][0] < words
+        # Hidden states are rounded to 8 bits besides.
+        assert logits_V[drafts[s][0]] >= logits_V.max() - 0.03 * (logits_V.max() - logits_V.min())
 
 
 @pytest.mark.parametrize("seed", range(6))
