@@ -10,8 +10,9 @@ from torch import Tensor
 from benthic.config.schema import ModelConfig, RunConfig
 from benthic.errors import InputError
 from benthic.model import Routing, build_model
-from benthic.parallel.cut import Costs, computed_costs, cut, dearest_over_mean
-from benthic.parallel.stage_ranks import KINDS
+from benthic.parallel.cut import Costs, computed_costs, dearest_over_mean
+from benthic.parallel.pipeline import layers_of_stages
+from benthic.parallel.stage_ranks import ranks_of_stages
 from benthic.parallel.stages import Stage
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
@@ -34,7 +35,7 @@ class StageCosts:
     layers: list[int]
     """Of each stage, as measured: what ``parallel.layers`` may be set to."""
     dearest_over_mean: float
-    """Time of the slowest of these stages over an average one's."""
+    """Time of the process with the most to do over an average one's."""
     layers_by_operations: list[int]
     """What is taken where nothing is set."""
     dearest_over_mean_by_operations: float
@@ -49,17 +50,18 @@ def bench_stages(config: RunConfig) -> StageCosts:
     if config.parallel.pipeline == 1:
         raise InputError("parallel.pipeline=1 has no stages; give --set parallel.pipeline=N")
     model, length = config.model, config.train.sequence_length
-    stages = config.parallel.pipeline * KINDS[config.parallel.schedule].stages_per_rank
+    where = config.parallel.schedule, config.parallel.pipeline
+    ranks = ranks_of_stages(*where)
     mtp = heaviest_mtp(config) > 0
-    by_operations = cut(computed_costs(model, length, mtp=model.num_nextn_predict_layers > 0), stages)
+    by_operations = layers_of_stages(computed_costs(model, length, mtp=model.num_nextn_predict_layers > 0), *where)
     seconds = _measure(config, mtp=mtp)
     layers = [seconds["dense" if n < model.first_k_dense_replace else "moe"] for n in range(model.num_hidden_layers)]
     costs = Costs(layers, seconds["embedding"], seconds["head"])
-    measured = cut(costs, stages)
+    measured = layers_of_stages(costs, *where)
     return StageCosts(
         seconds["embedding"], seconds.get("dense"), seconds.get("moe"), seconds["head"],
-        [len(part) for part in measured], dearest_over_mean(costs, measured),
-        [len(part) for part in by_operations], dearest_over_mean(costs, by_operations),
+        [len(part) for part in measured], dearest_over_mean(costs, measured, ranks),
+        [len(part) for part in by_operations], dearest_over_mean(costs, by_operations, ranks),
     )  # fmt: skip
 
 
