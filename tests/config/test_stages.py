@@ -5,7 +5,7 @@ import random
 import pytest
 from recipes import refusal
 
-from benthic.config.load import dump_toml, load_run_config, recipe_names
+from benthic.config.load import dump_toml, load_run_config
 from benthic.config.presets import PRESETS
 from benthic.config.schema import RunConfig, ScheduleConfig, TrainConfig
 from benthic.config.stages import held, stages
@@ -20,11 +20,15 @@ def settings(schedule: ScheduleConfig, steps: int, step: int):
     return found.learning_rate_factor, found.bias_speed, found.mtp_weight, found.balance_weight
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name not in ("extend", "v3-671b")])
+@pytest.mark.parametrize("name", ["bench", "tiny"])
 def test_a_run_without_phases_is_one_stage_with_the_runs_own_settings(name):
     config = load_run_config(name)
     (stage,) = stages(config)
     assert (stage.name, stage.config) == ("pretrain", config)
+
+
+def test_the_quickstart_has_every_stage():
+    assert [stage.name for stage in stages(load_run_config("quickstart"))] == ["pretrain", "extend-1", "sft", "rl"]
 
 
 def test_the_published_phases(recipe):
