@@ -28,7 +28,7 @@ def gather(message: Any) -> list[Any]:
     data = torch.zeros(longest, dtype=torch.uint8)
     data[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     found = gather_numbers(data)
-    return [json.loads(bytes(part[:size].tolist())) for part, size in zip(found, sizes, strict=True)]
+    return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(found, sizes, strict=True)]
 
 
 def gather_numbers(numbers: Tensor) -> list[Tensor]:

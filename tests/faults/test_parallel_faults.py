@@ -141,6 +141,14 @@ def test_a_flipped_bit_in_one_copy_is_found_within_as_many_steps(config, make_ru
     assert load(left).state["step"] == 4
 
 
+@pytest.mark.parametrize("parallel", [{"pipeline": 2}, {"replicate": 2}], ids=["embedding", "everything"])
+def test_copies_stay_equal_bit_for_bit(config, make_run, parallel):
+    """The embedding that first and last stage share has its own optimizer's states on either."""
+    out = make_run()
+    assert run_processes(_train, 2, config(**parallel, hash_every=1), str(out)) == ["done"] * 2
+    assert not [row for row in read_metrics(out / "metrics.jsonl") if "event" in row]
+
+
 def test_a_gradient_of_one_rank_that_is_no_number(config, make_run):
     out = make_run()
     said = run_processes(lose_a_gradient, WORLD, config(replicate=WORLD, hash_every=1), str(out))
