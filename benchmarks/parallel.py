@@ -3,7 +3,7 @@
     python benchmarks/parallel.py data|expert [RECIPE] [KEY=VALUE ...]
 
 By default the recipe ``bench``. ``data`` is `parallel.shard=2` unless a setting says otherwise, ``expert``
-`parallel.expert=2`. Both kinds take their steps in turns, a few rounds of them, so that a busy moment falls on both.
+`parallel.expert=2`. Both take steps in turns, `train.steps` rounds of them, so that a busy moment falls on both.
 """
 
 import json
@@ -20,7 +20,6 @@ from steps import compute_of, config_of, recipe_parser
 from benthic.config.schema import RunConfig
 from benthic.console import mistakes_in_one_line
 
-ROUNDS = int(os.environ.get("ROUNDS", "5"))
 WARM_UP_ROUNDS = 1
 PROCESSES = 2
 _AXIS = {"data": "shard", "expert": "expert"}
@@ -92,7 +91,8 @@ def compare(config: RunConfig, axis: str) -> tuple[list[float], list[float]]:
     several = Workers(config.model_copy(update={"parallel": parallel}), parallel.processes, 1)
     alone = Workers(config.model_copy(update={"parallel": type(parallel)()}), 1, parallel.processes)
     try:
-        pairs = [(alone.seconds(), several.seconds()) for _ in range(WARM_UP_ROUNDS + ROUNDS)][WARM_UP_ROUNDS:]
+        rounds = WARM_UP_ROUNDS + (config.train.steps or 5)
+        pairs = [(alone.seconds(), several.seconds()) for _ in range(rounds)][WARM_UP_ROUNDS:]
     finally:
         alone.end()
         several.end()

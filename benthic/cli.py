@@ -483,7 +483,9 @@ def plan(
     from benthic.train.planned import plan
 
     there = gpu_named(gpu)
-    result = plan(load_preset_or_recipe(name, set_ or ()), gpus=gpus, gpu=there)
+    # Who asks for so many GPUs asks for a training, of which a preset says nothing.
+    config = load_preset_or_recipe(name, set_ or (), prefer_recipe=gpus is not None)
+    result = plan(config, gpus=gpus, gpu=there)
     if json_:
         console.print_json(asdict(result))
     else:

@@ -90,12 +90,12 @@ def load_posttrain_config(
     return config.model_copy(update={"posttrain": posttrain, "precision": precision})
 
 
-def load_preset_or_recipe(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_preset_or_recipe(name: str, overrides: Sequence[str] = (), *, prefer_recipe: bool = False) -> RunConfig:
     """A recipe, or the model of a preset with sequences of its pretraining length. Raises as ``load_run_config``.
 
-    A name of both is the recipe's, which says more of the same model.
+    A name of both is the preset's, unless ``prefer_recipe``.
     """
-    if name in PRESETS and name not in recipe_names():
+    if name in PRESETS and not (prefer_recipe and name in recipe_names()):
         return _preset_config(name, overrides)
     if not Path(name).exists() and name not in recipe_names():
         raise InputError(_unknown("preset or recipe", name, list(dict.fromkeys([*PRESETS, *recipe_names()]))))

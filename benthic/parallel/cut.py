@@ -51,20 +51,6 @@ def cut(costs: Costs, stages: int) -> list[range]:
     return _divide(costs, stages, limit)
 
 
-def stages_of(counts: Sequence[int]) -> list[range]:
-    """The layers of stages that have so many."""
-    ends = [0, *accumulate(counts)]
-    return [range(start, end) for start, end in pairwise(ends)]
-
-
-def dearest_over_mean(costs: Costs, stages: list[range], ranks: Sequence[int]) -> float:
-    """Cost of the dearest rank over that of an average one, 1 being even; ``ranks`` are those of the stages."""
-    of_ranks = dict.fromkeys(ranks, 0.0)
-    for stage, layers in enumerate(stages):
-        of_ranks[ranks[stage]] += _cost(costs, layers, stage, len(stages))
-    return max(of_ranks.values()) * len(of_ranks) / sum(of_ranks.values())
-
-
 def cut_in_v(costs: Costs, stages: int) -> list[range]:
     """The same for V-shaped schedules, where the first rank also has the last stage, the second the last but one.
 
@@ -80,6 +66,20 @@ def _of_ranks(costs: Costs, layers: list[range]) -> tuple[float, float]:
     stages = [_cost(costs, held, stage, len(layers)) for stage, held in enumerate(layers)]
     ranks = [stages[place] + stages[-1 - place] for place in range(len(stages) // 2)]
     return max(ranks), sum(cost**2 for cost in ranks)
+
+
+def stages_of(counts: Sequence[int]) -> list[range]:
+    """The layers of stages that have so many."""
+    ends = [0, *accumulate(counts)]
+    return [range(start, end) for start, end in pairwise(ends)]
+
+
+def dearest_over_mean(costs: Costs, stages: list[range], ranks: Sequence[int]) -> float:
+    """Cost of the dearest rank over that of an average one, 1 being even; ``ranks`` are those of the stages."""
+    of_ranks = dict.fromkeys(ranks, 0.0)
+    for stage, layers in enumerate(stages):
+        of_ranks[ranks[stage]] += _cost(costs, layers, stage, len(stages))
+    return max(of_ranks.values()) * len(of_ranks) / sum(of_ranks.values())
 
 
 def _cost(costs: Costs, layers: range, stage: int, stages: int) -> float:

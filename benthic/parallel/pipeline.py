@@ -124,7 +124,7 @@ def divide_layers(
 
 
 def layers_of_stages(costs: Costs, schedule: Schedule, ranks: int, counts: Sequence[int] | None = None) -> list[range]:
-    """The layers of each stage of a pipeline of so many ranks, by their cost or as many as ``counts`` says.
+    """The layers of each stage of a pipeline of so many ranks: so many as ``counts`` says, or by what they cost.
 
     Raises InputError if there are too few.
     """

@@ -189,8 +189,8 @@ class _Job:
         schedule, pipeline = self.parallel.schedule, self.layout.pipeline
         self.ranks_of = ranks_of_stages(schedule, pipeline) if pipeline > 1 else [0]
         self.costs = computed_costs(self.model, train.sequence_length, mtp=self.model.num_nextn_predict_layers > 0)
-        given = self.parallel.layers
-        self.layers = layers_of_stages(self.costs, schedule, pipeline, given) if pipeline > 1 else cut(self.costs, 1)
+        counts = self.parallel.layers
+        self.layers = layers_of_stages(self.costs, schedule, pipeline, counts) if pipeline > 1 else cut(self.costs, 1)
 
     @property
     def tokens(self) -> int:

@@ -6,7 +6,7 @@ states, stay with AdamW.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -166,7 +166,7 @@ def _groups_by_parts(matrices: dict[Tensor, int]) -> list[dict[str, Any]]:
     ]
 
 
-def _divisions(divided: list[tuple[Tensor, Tensor]]) -> dict[Tensor, Division]:
+def _divisions(divided: Sequence[tuple[Tensor, Tensor]]) -> dict[Tensor, Division]:
     """The parts, of pairs with what they are parts of, that are rows of a matrix; parts of a stack are whole ones."""
     groups = {part: dividing_group(parameter) for part, parameter in divided if part.ndim == 2}
     return {part: Division(len(whole), group) for part, whole in divided if (group := groups.get(part)) is not None}

@@ -173,8 +173,8 @@ def test_report(benthic, small_run, tmp_path):
     found = json.loads(output(benthic("report", run, "--json")))
     assert found["report"] == str(run / "report.html")
     assert found["stages"] == [{"name": "pretrain", "kind": "corpus", "done": 4, "planned": 4, "state": "done"}]
-    assert found["ledger"].keys() == {"pretrain"}
-    assert found["evaluation"] == {}
+    assert found["ledger"].keys() >= {"pretrain", "evaluation"}
+    assert "bits_per_byte" in {score["metric"] for score in found["evaluation"]["pretrain"].values()}
     assert found["damaged"] == []
     assert benthic("report", tmp_path).returncode == 2
 

@@ -41,7 +41,7 @@ def test_the_published_phases(recipe):
         assert (yarn.factor, yarn.beta_fast, yarn.beta_slow, yarn.mscale_all_dim) == (40, 32, 1, 1)
         assert yarn.original_max_position_embeddings == 4096
         assert (train.sequence_length, train.batch_size, train.steps) == (length, batch, 1000)
-        assert (train.optimizer.learning_rate, train.micro_batch_size) == (7.3e-6, batch)
+        assert (train.optimizer.learning_rate, train.micro_batch_size) == (7.3e-6, 1)
         assert train.batch_size * train.sequence_length == pretrain.config.train.batch_size * 4096
         course = Course(train.schedule, train.steps, train.batch_size)
         assert course.sequences == 1000 * batch

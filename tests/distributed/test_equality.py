@@ -5,11 +5,28 @@ that some ranks have nothing to do in some passes, gradients are clipped, and an
 """
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from processes import run_processes
-from spread import ALONE, InFloat32, InFloat64, largest_difference, settings, spread_over, spread_steps, take_steps
+from spread import (
+    ALONE,
+    InFloat32,
+    InFloat64,
+    Rows,
+    largest_difference,
+    settings,
+    spread_over,
+    spread_steps,
+    take_steps,
+)
+
+from benthic.parallel.group import Group
+from benthic.train.schedule import Course
+from benthic.train.state import TrainState
+from benthic.train.step import accumulate_gradients, train_step
+from benthic.train.validate import bits_per_byte_of
 
 LAYOUTS = [
     {"expert": expert, "shard": shard, "replicate": replicate}
@@ -66,3 +83,39 @@ def test_weights_and_gradients_travel_as_often_as_zero_says():
     assert sent[2]["gradients"] == sent[0]["gradients"]
     assert sent[0]["weights"] == sent[0]["gradients"]
     assert 1.5 < sent[2]["weights"] / sent[0]["weights"] < 2
+
+
+def judged(world, config):
+    """Steps in bf16, with held-out text read in bf16 and in fp32 after each: mean nats, and gradient norms."""
+    found = []
+    state, rows = TrainState(config, InFloat32(), world=world), Rows(config)
+    for step in range(3):
+        now = Course(config.train.schedule, 3, 8).at(step)
+        own = world.rows(now.batch_size, 1)
+        report = train_step(
+            state.objective, state.optimizer, rows.at(now.first_sequence + own.start, len(own)), now,
+            micro_batch_size=1, compute="bf16", gradients=partial(accumulate_gradients, world=world), world=world,
+        )  # fmt: skip
+        for compute in ("bf16", "fp32"):
+            with world.evaluating(state.objective, compute):
+                batches = [rows.at(1000 + number, 2) for number in range(3)]
+                found.append(bits_per_byte_of(state.model, batches, 1, 1, compute, world))
+        found.append(report.grad_norm)
+    return found
+
+
+def judged_by_several(rank, config):
+    return judged(Group(config.parallel), config)
+
+
+@pytest.mark.parametrize("parallel", [{"shard": 2, "zero": 3}, {"expert": 2}], ids=str)
+def test_what_learns_in_bf16_is_judged_in_fp32(parallel):
+    config = settings(compute="bf16", model={"n_group": 1, "topk_group": 1, "num_experts_per_tok": 8})
+    torch.set_num_threads(1)
+    alone = judged(ALONE, config)
+    one, other = run_processes(judged_by_several, 2, spread_over(config, **parallel))
+    assert one == other
+    assert one == pytest.approx(alone, rel=2e-3)
+    exact = alone[1::3]
+    assert one[1::3] == pytest.approx(exact, rel=1e-3)
+    assert all(abs(rounded - precise) > 1e-5 for rounded, precise in zip(one[::3], one[1::3], strict=True))

@@ -25,7 +25,7 @@ def config_of(**parallel) -> RunConfig:
     """Of a run with an average, whose second step has MTP no more in it."""
     train = {
         "steps": 4, "batch_size": 8, "micro_batch_size": 1, "sequence_length": 12, "ema_decay": 0.9,
-        "optimizer": {"learning_rate": 1e-3}, "schedule": {"bias_update_speed": 0.01},
+        "optimizer": {"name": "muon", "learning_rate": 1e-3}, "schedule": {"bias_update_speed": 0.01},
     }  # fmt: skip
     settings = {"model": MODEL, "train": train, "precision": {"compute": "fp32"}, "parallel": parallel}
     return RunConfig.model_validate(settings)

@@ -68,7 +68,8 @@ def assert_close(found, expected):
     for row, other in zip(course(found), course(expected), strict=True):
         assert row.keys() == other.keys()
         for key, value in row.items():
-            assert value == pytest.approx(other[key], rel=1e-3, abs=1e-4), (row["step"], key)
+            expected_value = other[key] if isinstance(value, str) else pytest.approx(other[key], rel=1e-3, abs=1e-4)
+            assert value == expected_value, (row["step"], key)
     mine, theirs = (load(out / "checkpoints" / "pretrain" / "step-6") for out in (found, expected))
     for group, tensors in theirs.tensors.items():
         for name, tensor in tensors.items():
@@ -91,7 +92,7 @@ def test_a_run_of_several_processes_is_that_of_one_whoever_goes_on_with_it(confi
     found = run(spread(config, shard=2), several, 2)
     assert found[0] == found[1]
     assert_close(several, alone)
-    assert (several / "model" / "model.safetensors").exists()
+    assert list((several / "model").glob("*.safetensors"))
     sent = [row["bytes_sent"] for row in read_metrics(several / "metrics.jsonl") if "bytes_sent" in row]
     assert "dispatch" in sent[0]
     assert "dispatch" not in sent[-1]
@@ -112,7 +113,7 @@ def test_what_is_not_a_number_on_one_process_stops_the_step_on_all(config, make_
 def test_all_processes_go_back_together(tiny_run_config, make_run):
     out = make_run()
     # As many steps as make a spike one, and a checkpoint before it.
-    config = tiny_run_config(steps=20, checkpoint_every=10, on_spike="roll_back", spike_deviations=1000.0)
+    config = tiny_run_config(steps=20, checkpoint_every=10, on_spike="roll_back", spike_deviations=20.0)
     found = run(spread(config, expert=2), out, 2, "spike", (19, 20))
     assert found[0] == found[1]
     rows = read_metrics(out / "metrics.jsonl")

@@ -141,6 +141,6 @@ def largest_difference(one: Outcome, other: Outcome) -> float:
 
 
 __all__ = [
-    "ALONE", "InFloat32", "InFloat64", "Outcome", "largest_difference", "settings", "spread_over", "spread_steps",
-    "take_steps",
+    "ALONE", "InFloat32", "InFloat64", "Outcome", "Rows", "largest_difference", "settings", "spread_over",
+    "spread_steps", "take_steps",
 ]  # fmt: skip

@@ -43,8 +43,8 @@ def test_v3_on_2048_ranks_in_seconds():
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
 def test_all_ranks_together_hold_the_model(schedule):
     config = load_run_config(
-        "tiny", ["parallel.pipeline=2", "parallel.expert=4", "parallel.shard=3", "train.batch_size=24",
-                 "model.num_hidden_layers=5", f"parallel.schedule={schedule}"]
+        "tiny", ["parallel.pipeline=2", "parallel.expert=4", "parallel.shard=3", "model.num_hidden_layers=5",
+                 "train.batch_size=24", "train.micro_batch_size=1", f"parallel.schedule={schedule}"]
     )  # fmt: skip
     run = dry_run(config)
     held = sum(held_by(config, rank).parameters for rank in range(24))

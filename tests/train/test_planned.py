@@ -85,7 +85,8 @@ def test_a_faster_gpu_computes_faster():
     assert times["B200"] < times["MI300X"] < times["H100"] < times["A100"] < times["RTX 4090"]
 
 
-def test_the_recipe_goes_before_the_preset_of_its_name():
-    config = load_preset_or_recipe("v3-671b")
+def test_the_recipe_goes_before_the_preset_of_its_name_if_asked_for():
+    assert load_preset_or_recipe("v3-671b").parallel.processes == 1
+    config = load_preset_or_recipe("v3-671b", prefer_recipe=True)
     assert config.train.batch_size == 15360
     assert config.parallel.processes == 2048
