@@ -75,6 +75,11 @@ def ask(url, **changes):
 # ---------------------------------------------------------------------- the endpoint
 
 
+def named(reply):
+    """The same in every process that collects tests."""
+    return getattr(reply, "__name__", None) or str(reply)[:60]
+
+
 @pytest.mark.parametrize(
     "trouble",
     [
@@ -83,7 +88,7 @@ def ask(url, **changes):
         b'{"choices": [{"message": {"content": "\\ud800"}}]}', (500, b"oh"), (503, b'{"error": 7}'),
         (429, b'{"error": {"message": "slow down"}}'), (408, b""),
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_what_fails_for_the_moment_is_tried_again(fake, trouble):
     there = fake(lambda body, number: trouble if number < 1 else answer("well"))
@@ -115,7 +120,7 @@ def test_a_prompt_that_is_refused_is_not_asked_again(fake):
     assert len(there.asked) == 1
 
 
-@pytest.mark.parametrize("reply", [(401, b"key?"), (403, b""), (404, b""), redirect], ids=str)
+@pytest.mark.parametrize("reply", [(401, b"key?"), (403, b""), (404, b""), redirect], ids=named)
 def test_where_asking_is_of_no_use_it_ends(fake, reply):
     there = fake(lambda body, number: reply)
     with pytest.raises(InputError, match="/chat/completions: status"):
