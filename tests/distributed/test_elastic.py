@@ -25,7 +25,9 @@ def recipe(tiny_run_config, tmp_path):
     """Settings on disk; keywords of ``parallel`` and ``train``."""
 
     def write(parallel, **train) -> Path:
-        config = tiny_run_config(**{"checkpoint_every": 3, "ema_decay": 0.9, "validate_every": 50, **train})
+        config = tiny_run_config(
+            **{"checkpoint_every": 3, "ema_decay": 0.9, "validate_every": 50, "micro_batch_size": 1, **train}
+        )
         config = RunConfig.model_validate(config.model_dump(mode="json") | {"parallel": parallel})
         path = tmp_path / "recipe.toml"
         path.write_text(dump_toml(config))
