@@ -57,7 +57,7 @@ def open_rehearsal(config: RunConfig, out: Path, tokenizer: Tokenizer, sequences
 def rehearse(model: LanguageModel, batch: Batch, weight: float, compute: Compute) -> Tensor:
     """Accumulate the gradients of MTP modules alone, of their cross-entropy times ``weight``; returns it (J,)."""
     nats_J: Tensor = compute_in(compute, _Modules(model), *batch)
-    (weight * nats_J.mean()).backward()  # type: ignore[no-untyped-call]
+    (weight * nats_J.mean()).backward()
     return nats_J.detach()
 
 
