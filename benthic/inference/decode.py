@@ -85,7 +85,7 @@ def decode(
             experts_BLK[row] = torch.stack([routing.index[0, 0] for routing in routings])
     wanted = range(len(hidden)) if wanted_W is None else wanted_W.tolist()
     logits = [transformer.head(hidden[row]) for row in wanted]
-    width = transformer.head.weight.shape[0]
+    width = model.config.vocab_size
     return torch.stack(logits) if logits else hidden[0].new_empty(0, width), torch.stack(hidden)
 
 

@@ -84,7 +84,11 @@ class JointSaves:
         except (OSError, SafetensorError) as error:
             said = {"error": str(error)}
         self._board.post(self._key(f"part-{self._board.rank}"), said)
-        return self._told("end") if self._board.rank else self._commit(root, target, state)
+        if self._board.rank == 0:
+            return self._commit(root, target, state)
+        told = self._told("end")
+        self._board.post(self._key(f"heard-{self._board.rank}"), None)
+        return told
 
     def _commit(self, root: Path, target: Path, state: dict[str, Any]) -> str | None:
         """Once all parts are there, make them a checkpoint; say whether it is one."""
@@ -95,12 +99,20 @@ class JointSaves:
         if trouble:
             shutil.rmtree(_temporary(target), ignore_errors=True)
         self._board.post(self._key("end"), trouble)
+        self._wait_for_the_others()
         return trouble
+
+    def _wait_for_the_others(self) -> None:
+        """Until all have heard how the save ended: they read it from this process, which may be about to end."""
+        with suppress(NoAnswer):
+            for rank in range(1, self._board.world):
+                self._board.read(self._key(f"heard-{rank}"))
 
     def _clear(self) -> None:
         """Take down what is read: who has said what became of its part knows how the save before this one ended."""
         self._board.remove(self._key(f"part-{rank}") for rank in range(self._board.world))
-        self._board.remove(f"{self._number - 1}/{what}" for what in ("begun", "end"))
+        heard = (f"heard-{rank}" for rank in range(1, self._board.world))
+        self._board.remove(f"{self._number - 1}/{what}" for what in ("begun", "end", *heard))
 
     def _heard(self, rank: int) -> dict[str, Any]:
         key = self._key(f"part-{rank}")

@@ -218,14 +218,18 @@ def test_an_export_is_no_place_for_data_or_training(benthic, small_run, corpus, 
 
 def test_a_damaged_shard_is_repaired_by_what_the_message_says(benthic, small_run, corpus, tmp_path):
     run = shutil.copytree(small_run, tmp_path / "run")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def files():  # the ledger tells the time that every attempt has taken
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "ledger.json"}
+
+    before = files()
     shard = run / "data" / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"xx")
     refused(benthic("run", run / "config.toml", "--out", run), shard, "give `benthic data` the same recipe")
     done = benthic("data", run / "config.toml", "--out", run)
     assert done.returncode == 0
     assert f"note: repaired: {shard}" in done.stderr
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert files() == before
     assert benthic("run", run / "config.toml", "--out", run).returncode == 0
 
 
@@ -309,10 +313,10 @@ def test_a_damaged_config_of_a_model(benthic, small_run, tmp_path):
 
 def test_resuming_with_other_settings(benthic, small_run, tmp_path):
     run = shutil.copytree(small_run, tmp_path / "run")
-    before = json.loads((run / "ledger.json").read_text())
+    before = json.loads((run / "ledger.json").read_text())["stages"]["pretrain"]
     done = benthic("run", run / "config.toml", "--out", run, "--set", "train.seed=5")
     refused(done, "train.seed")
-    assert json.loads((run / "ledger.json").read_text()) == before
+    assert json.loads((run / "ledger.json").read_text())["stages"]["pretrain"] == before
 
 
 def test_wrong_sampling(benthic, small_run):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from doubles import keep_doubles
 
 from benthic import api
 from benthic.config.load import load_run_config
@@ -31,10 +32,11 @@ def extended(tiny_run_config, make_run):
 
 
 @pytest.fixture
-def transformers():
+def transformers(monkeypatch):
     found = pytest.importorskip("transformers")
     found.logging.set_verbosity_error()
     found.logging.disable_progress_bar()
+    keep_doubles(monkeypatch)
     return found
 
 

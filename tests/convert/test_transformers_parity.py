@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from doubles import keep_doubles
 from torch import Tensor
 
 from benthic.api import Engine
@@ -46,6 +47,11 @@ each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 SmallConfig = Callable[..., ModelConfig]
 RandomModel = Callable[..., LanguageModel]
+
+
+@pytest.fixture(autouse=True)
+def _theirs_in_float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_doubles(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from doubles import keep_doubles
 from torch.utils.flop_counter import FlopCounterMode
 
 from benthic.config.presets import PRESETS
@@ -93,7 +94,8 @@ def llama_with_its_weights(model, sizes, changes, dtype):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.float64, 1e-9)], ids=str)
-def test_it_is_llama(seed, dtype, tolerance):
+def test_it_is_llama(seed, dtype, tolerance, monkeypatch):
+    keep_doubles(monkeypatch)
     sizes, changes = odd_sizes(seed)
     model = build(sizes, dtype, seed, **changes)
     llama = llama_with_its_weights(model, sizes, changes, dtype)
