@@ -29,7 +29,7 @@ def run_processes(
     function: Callable[..., Any],
     world: int,
     *arguments: Any,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
     environment: Mapping[str, str] | None = None,
     group: bool = True,
 ) -> list[Any]:
