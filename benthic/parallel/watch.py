@@ -74,7 +74,9 @@ class Watch:
             if self._found is not None:
                 threading.Event().wait()  # for the thread that is about to end the process
         self._over.set()
-        self._threads[0].join(2 * self._interval)  # it says that this rank leaves
+        # The first says that this rank leaves. A thread that is in the store when Python ends would abort the process.
+        for thread in self._threads:
+            thread.join(self._limit)
 
     def _beat(self) -> None:
         """Speak, listen and judge, over and over. The board may keep this thread waiting: the other one counts that."""
