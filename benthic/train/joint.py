@@ -104,15 +104,16 @@ class JointSaves:
 
     def _wait_for_the_others(self) -> None:
         """Until all have heard how the save ended: they read it from this process, which may be about to end."""
+        keys = [self._key(f"heard-{rank}") for rank in range(1, self._board.world)]
         with suppress(NoAnswer):
-            for rank in range(1, self._board.world):
-                self._board.read(self._key(f"heard-{rank}"))
+            for key in keys:
+                self._board.read(key)
+            self._board.remove(keys)
 
     def _clear(self) -> None:
         """Take down what is read: who has said what became of its part knows how the save before this one ended."""
         self._board.remove(self._key(f"part-{rank}") for rank in range(self._board.world))
-        heard = (f"heard-{rank}" for rank in range(1, self._board.world))
-        self._board.remove(f"{self._number - 1}/{what}" for what in ("begun", "end", *heard))
+        self._board.remove(f"{self._number - 1}/{what}" for what in ("begun", "end"))
 
     def _heard(self, rank: int) -> dict[str, Any]:
         key = self._key(f"part-{rank}")
