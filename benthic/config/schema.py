@@ -390,7 +390,7 @@ class RlConfig(Settings):
     mtp_loss_weight: Annotated[float, Field(ge=0)] | None = None
     """By default what pretraining ends with. MTP modules learn from the answers, the model below them does not."""
     mtp_rehearsal: Natural = 4
-    """Sequences of fine-tuning's conversations that MTP modules read again in each step, so that drafts stay good."""
+    """Sequences of fine-tuning's conversations that MTP modules read again in each step, to keep their own accuracy."""
     reward_seconds: Annotated[float, Field(gt=0)] = 30.0
     """For one reward of one answer."""
     compute: Literal["fp32", "bf16", "fp8"] = "fp32"
