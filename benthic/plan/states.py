@@ -9,6 +9,7 @@ Messages are counted as what a rank sends in a ring. Gradients, and their sums, 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from benthic.plan.traffic import gathered, summed
@@ -37,7 +38,8 @@ class Unit(NamedTuple):
     """Gathered once a pass even under ZeRO-3."""
 
 
-class StateMemory(NamedTuple):
+@dataclass(frozen=True)
+class StateMemory:
     """Bytes of one rank."""
 
     weights: int

@@ -8,7 +8,7 @@ the most of each.
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
@@ -29,7 +29,7 @@ from benthic.parallel.stage_ranks import ranks_of_stages
 from benthic.parallel.stages import drop_other_stages, make_stages
 from benthic.parallel.timeline import Times, idle_share, simulate
 from benthic.plan.activations import Arithmetic, block_bytes, fp8_bytes, head_bytes, mtp_bytes
-from benthic.plan.states import Unit, state_memory, state_messages
+from benthic.plan.states import StateMemory, Unit, state_memory, state_messages
 from benthic.plan.traffic import Visits, token_messages, visits
 from benthic.precision.blocks import BLOCK
 from benthic.train.compute import moments_dtype
@@ -46,18 +46,9 @@ _COUNTS = 16
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(StateMemory):
     """Bytes of one rank at its fullest."""
 
-    weights: int
-    """In fp32, as the optimizer has them."""
-    optimizer: int
-    average: int
-    gathered: int
-    """Weights as passes use them."""
-    gradients: int
-    messages: int
-    """On their way to be reduced."""
     activations: int
     """Of all micro-batches in flight."""
     copies: int
@@ -343,7 +334,7 @@ class _Place:
         order = job.orders[self.place]
         activations = most_in_flight(order, {stage: self._kept(stage) for stage in self.held})
         copies = most_in_flight(order, {stage: self._copied(stage) for stage in self.held})
-        memory = Memory(**states._asdict(), activations=round(activations.bytes), copies=round(copies.bytes))
+        memory = Memory(**asdict(states), activations=round(activations.bytes), copies=round(copies.bytes))
         return activations, memory
 
     def _kept(self, stage: int) -> float:

@@ -1,17 +1,10 @@
-"""The page in headless Chromium, against the real process: as a person uses it, by keyboard, on a phone, in the dark.
+"""The page in headless Chromium, against the real process: by mouse and keyboard, on a phone, in the dark."""
 
-Needs Playwright and a Chromium: one on the path, or named by BENTHIC_CHROMIUM.
-"""
-
-import os
 import re
-import shutil
 
 import pytest
 
 sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("BENTHIC_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 WAIT_MS = 60_000
 """Long, for a machine that does other things too."""
 
@@ -19,14 +12,6 @@ WAIT_MS = 60_000
 def expect(locator):
     sync_api.expect.set_options(timeout=WAIT_MS)
     return sync_api.expect(locator)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

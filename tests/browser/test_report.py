@@ -1,16 +1,9 @@
 """The report in headless Chromium, from a file as its reader has it: on a phone and a desk, by day and in the dark."""
 
-import os
-import shutil
-
 import pytest
 from whole_run import write_run
 
 from benthic.report.page import write_report
-
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("BENTHIC_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 _CONTRAST = """() => {
   const rgb = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
@@ -28,14 +21,6 @@ _CONTRAST = """() => {
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("runs") / "a <b> run")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

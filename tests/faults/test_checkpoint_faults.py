@@ -4,12 +4,12 @@ import contextlib
 import json
 import os
 import pathlib
-import random
 import shutil
 import struct
 
 import pytest
 import torch
+from damage import CHANGES, refused_once_changed, refused_with_any_byte_flipped
 
 from benthic.errors import InputError
 from benthic.train import checkpoint as module
@@ -117,32 +117,13 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.j
 
 @pytest.mark.parametrize("name", FILES)
 def test_any_flipped_byte_is_refused_and_the_file_named(tmp_path, name):
-    path = save(tmp_path, 1, numbered(1), keep=1)
-    content = (path / name).read_bytes()
-    rng = random.Random(name)
-    for offset in range(len(content)):
-        flipped = bytearray(content)
-        flipped[offset] ^= 1 << rng.randrange(8)
-        (path / name).write_bytes(flipped)
-        # A byte of the manifest may be another file's hash, and then that file is the one that does not match.
-        blamed = "step-1/" if name == "manifest.json" else name
-        with pytest.raises(InputError, match=blamed):
-            load(path)
-    (path / name).write_bytes(content)
-    load(path)
+    refused_with_any_byte_flipped(save(tmp_path, 1, numbered(1), keep=1), name)
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("change", ["shorter", "longer", "gone", "empty"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_truncated_or_missing_file_is_named(tmp_path, name, change):
-    path = save(tmp_path, 1, numbered(1), keep=1)
-    content = (path / name).read_bytes()
-    if change == "gone":
-        (path / name).unlink()
-    else:
-        (path / name).write_bytes({"shorter": content[:-1], "longer": content + b"\0", "empty": b""}[change])
-    with pytest.raises(InputError, match=name):
-        load(path)
+    refused_once_changed(save(tmp_path, 1, numbered(1), keep=1), name, change)
 
 
 def test_a_damaged_checkpoint_names_the_older_one(tmp_path):
