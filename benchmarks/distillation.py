@@ -35,7 +35,7 @@ from steps import script_parser
 
 from benthic import api
 from benthic.config.load import load_posttrain_config
-from benthic.config.schema import DistilConfig
+from benthic.config.posttrain import DistilConfig
 from benthic.console import counting, mistakes_in_one_line
 from benthic.convert.resolve import find_tokenizer, load_model, model_config
 from benthic.data.batches import Batch

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benthic.config.complain import complaint
 from benthic.config.load import inference_defaults
-from benthic.config.schema import PROBLEMS, DistilConfig, InferenceConfig, RunConfig
+from benthic.config.posttrain import PROBLEMS, DistilConfig
+from benthic.config.schema import InferenceConfig, RunConfig
 from benthic.config.stages import BASE, PRETRAIN
 from benthic.convert.huggingface import copy_tokenizer, is_written_for, save_hf, tokenizer_ids
 from benthic.convert.resolve import (

@@ -169,7 +169,7 @@ def train(
 ) -> None:
     """Pretrain, and extend the context, on data that `benthic data` has prepared in --out; run it again to resume."""
     from benthic.config.load import load_run_config
-    from benthic.config.schema import PosttrainConfig
+    from benthic.config.posttrain import PosttrainConfig
 
     config = load_run_config(recipe, set_ or ()).model_copy(update={"posttrain": PosttrainConfig()})
     if dry_run:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from benthic.config.schema import Settings
+from benthic.config.base import Settings
 
 LONGEST_VALUE = 60
 

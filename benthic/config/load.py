@@ -13,17 +13,11 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from benthic.config.base import Settings
 from benthic.config.complain import complaint, nearest, shown, source_of
+from benthic.config.posttrain import PosttrainConfig
 from benthic.config.presets import PRESETS
-from benthic.config.schema import (
-    InferenceConfig,
-    ModelConfig,
-    PosttrainConfig,
-    PrecisionConfig,
-    RunConfig,
-    ServeConfig,
-    Settings,
-)
+from benthic.config.schema import InferenceConfig, ModelConfig, PrecisionConfig, RunConfig, ServeConfig
 from benthic.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -8,17 +8,13 @@ has these as its first stage, of no steps, in the place of pretraining.
 from dataclasses import dataclass
 from typing import Literal
 
+from benthic.config.posttrain import AdapterConfig, PosttrainConfig, RewardModelConfig, RlConfig, SftConfig
 from benthic.config.schema import (
-    AdapterConfig,
     ModelConfig,
     OptimizerConfig,
-    PosttrainConfig,
     PrecisionConfig,
-    RewardModelConfig,
-    RlConfig,
     RunConfig,
     ScheduleConfig,
-    SftConfig,
     TrainConfig,
     YarnConfig,
 )

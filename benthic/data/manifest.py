@@ -7,7 +7,8 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import ValidationError, model_validator
 
-from benthic.config.schema import DataConfig, Settings
+from benthic.config.base import Settings
+from benthic.config.schema import DataConfig
 from benthic.data.document import Rejection
 from benthic.errors import InputError
 from benthic.files import read_json_object, write_atomically

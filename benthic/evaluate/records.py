@@ -12,8 +12,8 @@ from typing import Annotated, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from benthic.config.base import Natural, Positive, Settings
 from benthic.config.complain import complaint
-from benthic.config.schema import Natural, Positive, Settings
 from benthic.errors import InputError
 from benthic.evaluate.score import Score
 from benthic.files import read_json_object, write_atomically

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from benthic.config.base import Natural, Positive, Settings
 from benthic.config.complain import complaint, shown
-from benthic.config.schema import Natural, Positive, Settings
 from benthic.data.text_files import MAX_LINE_BYTES
 from benthic.errors import InputError
 from benthic.evaluate import match

@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from benthic.config.schema import ModelConfig, Positive, Settings
+from benthic.config.base import Positive, Settings
+from benthic.config.schema import ModelConfig
 from benthic.errors import InputError
 from benthic.model import Trainable, Trunk
 from benthic.model.language_model import initialise

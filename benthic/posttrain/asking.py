@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benthic.config.schema import RlConfig
+from benthic.config.posttrain import RlConfig
 from benthic.data.chat import ChatFormat
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from benthic.config.schema import DistilConfig, ProblemsConfig
+from benthic.config.posttrain import DistilConfig, ProblemsConfig
 from benthic.data.chat import in_words
 from benthic.errors import InputError, WorkFailed
 from benthic.files import read_json_object, sha256, sync, write_atomically

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benthic.config.schema import RewardModelConfig, RunConfig
+from benthic.config.posttrain import RewardModelConfig
+from benthic.config.schema import RunConfig
 from benthic.data.chat import ChatFormat
 from benthic.data.chat_template import Message
 from benthic.data.text_files import RecordError, read_records

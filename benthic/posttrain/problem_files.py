@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benthic.config.schema import RlConfig
+from benthic.config.posttrain import RlConfig
 from benthic.errors import InputError
 from benthic.files import write_atomically
 from benthic.posttrain.problems import Problem, Source, open_sources

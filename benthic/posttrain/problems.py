@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benthic.config.schema import ProblemsConfig
+from benthic.config.posttrain import ProblemsConfig
 from benthic.data.chat_template import Message
 from benthic.data.text_files import RecordError, read_records
 from benthic.errors import InputError, MissingExtra

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benthic.config.schema import RlConfig, RunConfig
+from benthic.config.posttrain import RlConfig
+from benthic.config.schema import RunConfig
 from benthic.data.chat import ChatFormat
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from benthic.config.schema import RunConfig, SftConfig
+from benthic.config.posttrain import SftConfig
+from benthic.config.schema import RunConfig
 from benthic.config.stages import stages
 from benthic.data.batches import Batch
 from benthic.data.manifest import FILE_NAME

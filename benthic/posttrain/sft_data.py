@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benthic.config.schema import PROBLEMS, ConversationsConfig, DataConfig, RunConfig, SftConfig
+from benthic.config.posttrain import PROBLEMS, ConversationsConfig, SftConfig
+from benthic.config.schema import DataConfig, RunConfig
 from benthic.config.stages import BASE
 from benthic.data.chat import Answers, ChatFormat, Sample
 from benthic.data.conversations import Conversation, pieces, read_conversations

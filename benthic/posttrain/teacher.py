@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from benthic.config.schema import DistilConfig
+from benthic.config.posttrain import DistilConfig
 from benthic.data.chat import ChatFormat
 from benthic.data.chat_template import Message
 from benthic.data.tokenizer import Tokenizer

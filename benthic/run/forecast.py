@@ -13,7 +13,8 @@ from typing import Literal
 
 import torch
 
-from benthic.config.schema import RlConfig, RunConfig
+from benthic.config.posttrain import RlConfig
+from benthic.config.schema import RunConfig
 from benthic.config.stages import Stage, stages
 from benthic.data.corpus import text_bytes
 from benthic.data.manifest import FILE_NAME, Manifest

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benthic.config.schema import AdapterConfig, OptimizerConfig
+from benthic.config.posttrain import AdapterConfig
+from benthic.config.schema import OptimizerConfig
 from benthic.errors import InputError
 from benthic.model import Trainable
 from benthic.train.checkpoint import copy_into

@@ -5,7 +5,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from benthic.config.schema import PosttrainConfig, RunConfig
+from benthic.config.posttrain import PosttrainConfig
+from benthic.config.schema import RunConfig
 from benthic.errors import InputError
 
 MAY_CHANGE = {

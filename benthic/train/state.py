@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benthic.config.schema import AdapterConfig, RunConfig
+from benthic.config.posttrain import AdapterConfig
+from benthic.config.schema import RunConfig
 from benthic.errors import InputError
 from benthic.model import Trainable
 from benthic.parallel.world import ALONE, World

@@ -12,7 +12,7 @@ from serving import PROGRAM, Server, make_model
 from teachers import FakeTeacher, answer, cut_off, drip, endless, gone, hang, redirect
 
 from benthic import api
-from benthic.config.schema import DistilConfig
+from benthic.config.posttrain import DistilConfig
 from benthic.data.conversations import Conversation, read_conversations
 from benthic.errors import InputError, WorkFailed
 from benthic.posttrain import distil, teacher

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benthic.config.schema import ProblemsConfig, RlConfig
+from benthic.config.posttrain import ProblemsConfig, RlConfig
 from benthic.errors import InputError
 from benthic.posttrain.problem_files import write_problems
 from benthic.posttrain.problems import HELD_OUT_SEED, Family, File, open_sources, order

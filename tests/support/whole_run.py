@@ -6,17 +6,9 @@ import random
 from pathlib import Path
 
 from benthic.config.load import dump_toml
+from benthic.config.posttrain import PosttrainConfig, ProblemsConfig, RlConfig, SftConfig
 from benthic.config.presets import PRESETS
-from benthic.config.schema import (
-    DataConfig,
-    ExtendConfig,
-    PosttrainConfig,
-    ProblemsConfig,
-    RlConfig,
-    RunConfig,
-    SftConfig,
-    TrainConfig,
-)
+from benthic.config.schema import DataConfig, ExtendConfig, RunConfig, TrainConfig
 from benthic.data.document import Rejection
 from benthic.data.manifest import DataFile, Manifest, SplitManifest
 from benthic.evaluate.records import Curve, EvaluationRecord, Sampled

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from benthic.config.posttrain import AdapterConfig
 from benthic.config.presets import PRESETS
-from benthic.config.schema import AdapterConfig, OptimizerConfig
+from benthic.config.schema import OptimizerConfig
 from benthic.data.batches import Batch
 from benthic.errors import InputError
 from benthic.model import build_model
