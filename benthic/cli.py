@@ -249,6 +249,7 @@ def distil(recipe: Recipe, out: Out, set_: Set = None, json_: Json = False) -> N
 @app.command(epilog="Example: benthic reward preferences.toml --out runs/judge --from runs/assistant")
 def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
     """Train a reward model on pairs of answers, [posttrain.reward] of a recipe; run it again to resume."""
+    _refuse_several_processes()
     from benthic.api import train_reward_model
 
     trained = train_reward_model(_posttrain_config("reward", recipe, out, from_, set_), out)

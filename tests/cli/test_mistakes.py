@@ -322,3 +322,12 @@ def test_resuming_with_other_settings(benthic, small_run, tmp_path):
 def test_wrong_sampling(benthic, small_run):
     refused(benthic("generate", small_run, "--prompt", "x", "--set", "inference.temperature=9"), "temperature = 9")
     refused(benthic("generate", small_run, "--prompt", ""), "prompt")
+
+
+@pytest.mark.parametrize("command", ["sft", "rl", "reward"])
+def test_what_one_process_does_is_refused_to_several(benthic, small_run, tmp_path, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    done = benthic(command, small_run / "config.toml", "--from", small_run, "--out", tmp_path / "out")
+    refused(done, "2 processes were started")
+    assert not (tmp_path / "out").exists()
