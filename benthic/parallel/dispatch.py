@@ -56,13 +56,6 @@ def plan_dispatch(index_NK: Tensor, experts: int, ranks: int) -> Plan:
     )
 
 
-def nodes_visited(index_NK: Tensor, experts: int, nodes: int) -> Tensor:
-    """How many nodes each token goes to (N,), where ``experts`` lie in order on so many."""
-    node_NK = index_NK // (experts // nodes)
-    visits = torch.zeros(len(index_NK), nodes, dtype=torch.bool, device=index_NK.device).scatter_(1, node_NK, True)
-    return visits.sum(1)
-
-
 class Arrivals(NamedTuple):
     """What has come to this rank: the same in order of sender."""
 

@@ -58,11 +58,6 @@ class Piece(NamedTuple):
         """Its place alone."""
         return Box(self.offset, self.size)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing of the tensor is elsewhere."""
-        return self.size == self.shape
-
 
 class Cut(NamedTuple):
     """A cut of one dimension into equal parts, rounded up, of which one is kept."""

@@ -8,7 +8,7 @@ from spread import MODEL
 
 from benthic.config.schema import ModelConfig
 from benthic.model.moe import MoE
-from benthic.parallel.dispatch import Sender, nodes_visited, plan_dispatch
+from benthic.parallel.dispatch import Sender, plan_dispatch
 from benthic.parallel.experts import divide_experts
 from benthic.parallel.traffic import Traffic
 from benthic.train.compute import fp8_products
@@ -109,6 +109,12 @@ def test_a_token_goes_once_to_each_rank_it_visits():
         assert sent["dispatch"] == 2 * messages * width + pairs * 8
         assert sent["combine"] == 2 * answered * width + answered_pairs * 8
         assert sent_in_fp8["dispatch"] == 2 * messages * (MODEL["hidden_size"] + 4) + pairs * 8
+
+
+def nodes_visited(index_NK, experts, nodes):
+    """How many nodes each token goes to (N,), where experts lie in order on so many."""
+    node_NK = index_NK // (experts // nodes)
+    return torch.zeros(len(index_NK), nodes, dtype=torch.bool).scatter_(1, node_NK, True).sum(1)
 
 
 @pytest.mark.parametrize(("groups", "limit"), [(8, 4), (4, 2), (4, 1), (8, 8)])

@@ -7,8 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from benthic.errors import InputError
-from benthic.evaluate import context_extension
-from benthic.evaluate.context_extension import as_long
+from benthic.evaluate.context_extension import as_long, by_position, read
 from benthic.evaluate.likelihood import Passage, likelihoods
 from benthic.evaluate.multiple_choice import multiple_choice
 from benthic.evaluate.retrieval import COLOURS, DEPTHS, lengths_from, retrieval, retrieval_problems
@@ -25,55 +24,20 @@ def sequences():
 @torch.no_grad()
 def test_figures_are_means_over_their_positions(small, sequences):
     model = small[0]
-    found = context_extension.context_extension(model, model, sequences, pretrained_length=8, bytes_a_token=2.5)
-    assert (found.pretrained_length, found.length) == (8, 32)
-    assert found.extended == found.unextended
+    told = []
+    found = by_position(read(model, sequences, 8, lambda done, total: told.append((done, total))), 2.5)
+    assert told == [(number, 6) for number in range(1, 7)]
 
     def bits(start, first, last):
         logits = model(sequences[:, start:-1]).transpose(1, 2)
         nats = F.cross_entropy(logits, sequences[:, start + 1 :], reduction="none")
         return float(nats[:, first:last].mean()) / math.log(2) / 2.5
 
-    for score, expected in [(found.extended.within, bits(0, 0, 8)), (found.extended.beyond, bits(0, 16, 32)),
-                            (found.extended.last_read_long, bits(0, 28, 32)),
-                            (found.extended.last_read_short, bits(24, 4, 8))]:  # fmt: skip
+    for score, expected in [(found.within, bits(0, 0, 8)), (found.beyond, bits(0, 16, 32)),
+                            (found.last_read_long, bits(0, 28, 32)),
+                            (found.last_read_short, bits(24, 4, 8))]:  # fmt: skip
         assert score.value == pytest.approx(expected, rel=1e-5)
         assert score.ci95[0] < score.value < score.ci95[1]
-
-
-class Known(torch.nn.Module):
-    """Certain of the next token up to a length, and less so beyond it."""
-
-    def __init__(self, sequences, length, beyond):
-        super().__init__()
-        self.following = {tuple(row[: at + 1].tolist()): row[at + 1] for row in sequences for at in range(32)}
-        self.following |= {
-            tuple(row[24 : 24 + at + 1].tolist()): row[24 + at + 1] for row in sequences for at in range(8)
-        }
-        self.length, self.beyond = length, beyond
-
-    def forward(self, tokens_BT):
-        logits = torch.zeros(1, tokens_BT.shape[1], 300)
-        for at in range(tokens_BT.shape[1]):
-            right = self.following[tuple(tokens_BT[0, : at + 1].tolist())]
-            logits[0, at, right] = 8.0 if at < self.length else self.beyond
-        return logits
-
-
-def test_the_verdict(sequences):
-    good, better, bad = (Known(sequences, 8, beyond) for beyond in (8.0, 9.0, 2.0))
-    measure = context_extension.context_extension
-    given = {"pretrained_length": 8, "bytes_a_token": 2.0}
-    found = measure(better, bad, sequences, **given)
-    assert (found.holds, found.blows_up) == (True, True)
-    assert "no worse" in found.in_words()[0]
-    assert "it blows up" in found.in_words()[1]
-    assert measure(good, good, sequences, **given).blows_up is False
-    failed = measure(bad, better, sequences, **given)
-    assert (failed.holds, failed.blows_up) == (False, False)
-    assert ": worse" in failed.in_words()[0]
-    with pytest.raises(InputError, match="sequences of 33 tokens; 37 are needed"):
-        measure(good, bad, sequences, pretrained_length=9, bytes_a_token=2.0)
 
 
 @torch.no_grad()
