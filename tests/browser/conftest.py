@@ -8,8 +8,9 @@ import pytest
 CHROMIUM = os.environ.get("BENTHIC_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """For a module, no longer: while Playwright runs, its thread has a running event loop, and asyncio no other."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("there is no Chromium")

@@ -13,7 +13,7 @@ from benthic.convert.resolve import load_checkpoint
 from benthic.data.conversations import read_conversations
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
-from benthic.evaluate.context_extension import as_long, context_extension
+from benthic.evaluate.context_extension import as_long, by_position, read
 from benthic.evaluate.records import EvaluationRecord
 from benthic.posttrain.packing import AnswerStore
 from benthic.run.evaluation import finished
@@ -113,7 +113,7 @@ def test_answers_of_each_source_by_themselves(run, sources):
         assert found.n > 1
 
 
-def test_positions_are_those_of_the_judgement_of_context_extension(run):
+def test_positions_are_those_of_sequences_spread_over_the_held_out_text(run):
     out, _, records, models = run
     store = TokenStore(out / "data", "val")
     whole = (store.tokens - 1) // 128
@@ -121,8 +121,8 @@ def test_positions_are_those_of_the_judgement_of_context_extension(run):
     tokens_BS = torch.stack([torch.from_numpy(store.take(np.arange(start, start + 129))) for start in starts])
     per_token = store.manifest.val.bytes / store.tokens
     unextended = as_long(models["pretrain"], 128, yarn=False)
-    found = context_extension(models["extend-1"], unextended, tokens_BS, pretrained_length=32, bytes_a_token=per_token)
-    for name, told in (("extend-1", found.extended), ("pretrain", found.unextended)):
+    for name, model in (("extend-1", models["extend-1"]), ("pretrain", unextended)):
+        told = by_position(read(model, tokens_BS, 32, lambda *_: None), per_token)
         scores = records[name].scores
         assert scores["positions 0-32"] == told.within
         assert scores["positions 64-128"] == told.beyond
