@@ -53,6 +53,8 @@ class SftConfig(Settings):
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
     """What the rate falls to along a cosine."""
     warmup: Fraction = 0.0
+    mtp_rehearsal: Natural = 4
+    """Sequences of pretraining's text that MTP modules read in each step, to draft what the model says there by now."""
     seed: Natural = 0
     validate_every: Positive | None = None
     checkpoint_every: Positive | None = None
@@ -139,7 +141,8 @@ class RlConfig(Settings):
     mtp_loss_weight: Annotated[float, Field(ge=0)] | None = None
     """By default what pretraining ends with. MTP modules learn from the answers, the model below them does not."""
     mtp_rehearsal: Natural = 4
-    """Sequences of fine-tuning's conversations that MTP modules read again in each step, to keep their own accuracy."""
+    """Sequences of pretraining's text, and as many of fine-tuning's conversations, that MTP modules read in each step,
+    to draft what the model says there by now."""
     reward_seconds: Annotated[float, Field(gt=0)] = 30.0
     """For one reward of one answer."""
     compute: Literal["fp32", "bf16", "fp8"] = "fp32"

@@ -1,24 +1,29 @@
-"""Conversations that MTP modules read again while the model below them learns from rewards.
+"""What MTP modules read again while the model below them learns something else.
 
-Answers to problems may be a token long, and drafts of anything else would be forgotten as the model changes. So the
-modules go on learning from fine-tuning's conversations; the model does not, whose rewards are elsewhere.
+Fine-tuning and rewards move the model, and drafts of all that they do not speak of would be accepted less and less. So
+in every step the modules read some of the text that pretraining read, and conversations where those are not learnt from
+anyway, and learn to draft what the model, as it is by now, would say there. The model does not learn from it.
 
 Shapes: B sequences, S tokens, T positions, D model width, J depths of multi-token prediction, K = 1 + J.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from benthic.config.schema import RunConfig
-from benthic.data.batches import Batch
+from benthic.data.batches import Batch, Batches
 from benthic.data.manifest import FILE_NAME
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
 from benthic.model import LanguageModel
 from benthic.model.transformer import attention_context
-from benthic.ops.cross_entropy import linear_cross_entropy
+from benthic.ops.cross_entropy import IGNORE
+from benthic.ops.divergence import linear_divergence
+from benthic.plan.flops import training_flops
 from benthic.posttrain.packing import AnswerStore, PackedBatches
 from benthic.posttrain.sft_data import FOLDER
 from benthic.precision.compute import Compute
@@ -26,38 +31,79 @@ from benthic.train.compute import compute_in
 from benthic.train.objective import prediction_targets
 
 
+class Sequences(Protocol):
+    """Sequences in an endless stream."""
+
+    def at(self, index: int, count: int) -> Batch:
+        """Those from ``index`` on."""
+        ...
+
+
 class Rehearsal:
-    """Packed conversations, so many sequences a step."""
+    """So many sequences of each source a step."""
 
-    def __init__(self, batches: PackedBatches, sequences: int) -> None:
-        self._batches, self._sequences = batches, sequences
+    def __init__(self, config: RunConfig, sources: Sequence[Sequences], sequences: int) -> None:
+        self._config, self._sources, self._sequences = config, sources, sequences
 
-    def batch(self, step: int) -> Batch:
-        """Those of a step."""
-        return self._batches.at(step * self._sequences, self._sequences)
+    def rehearse(self, model: LanguageModel, step: int, weight: float, compute: Compute) -> list[float]:
+        """Accumulate the gradients of MTP modules alone; how far each depth is from the model (J,), in nats."""
+        batches = [source.at(step * self._sequences, self._sequences) for source in self._sources]
+        found_J = torch.stack([rehearse(model, batch, weight / len(batches), compute) for batch in batches]).mean(0)
+        return [float(nats) for nats in found_J]
+
+    @property
+    def flops(self) -> float:
+        """Operations of a step: the model's forward pass, the modules' training."""
+        model, length = self._config.model, self._config.train.sequence_length
+        below, all_of_it = (training_flops(model, length, mtp=mtp) for mtp in (False, True))
+        return len(self._sources) * self._sequences * length * (below / 3 + all_of_it - below)
 
 
-def open_rehearsal(config: RunConfig, out: Path, tokenizer: Tokenizer, sequences: int, seed: int) -> Rehearsal | None:
-    """Over the conversations that fine-tuning learnt from, in this run or in the one that it began with, if any."""
+def open_rehearsal(
+    config: RunConfig, out: Path, tokenizer: Tokenizer, sequences: int, *, conversations: bool
+) -> Rehearsal | None:
+    """Over what pretraining read, in this run or in the one that it began with, and fine-tuning's conversations too.
+
+    None where none of it is there, written in the same tokens, or no MTP modules learn.
+    """
+    if not sequences or not config.model.num_nextn_predict_layers or not config.train.schedule.mtp_loss_weight:
+        return None
     folders = [out, *([Path(config.posttrain.base)] if config.posttrain.base else [])]
-    folder = next((one / FOLDER for one in folders if (one / FOLDER / FILE_NAME).is_file()), None)
-    depths = config.model.num_nextn_predict_layers
-    if folder is None or not sequences or not depths:
-        return None
-    store = TokenStore(folder, "train")
-    if store.manifest.tokenizer_sha256 != tokenizer.fingerprint:
-        return None
+    sources: list[Sequences] = []
+    if text := _store(folders, "data", tokenizer):
+        sources.append(_text(config, text))
+    if conversations and (store := _store(folders, FOLDER, tokenizer)):
+        sources.append(_conversations(config, store, tokenizer))
+    return Rehearsal(config, sources, sequences) if sources else None
+
+
+def _store(folders: Sequence[Path], name: str, tokenizer: Tokenizer) -> TokenStore | None:
+    folder = next((one / name for one in folders if (one / name / FILE_NAME).is_file()), None)
+    store = TokenStore(folder, "train") if folder else None
+    return store if store and store.manifest.tokenizer_sha256 == tokenizer.fingerprint else None
+
+
+def _text(config: RunConfig, store: TokenStore) -> Sequences:
+    lookahead = 1 + config.model.num_nextn_predict_layers
+    train, masked = config.train, config.data.mask_documents
+    return Batches(store, train.sequence_length, lookahead, seed=train.seed, mask_documents=masked)
+
+
+def _conversations(config: RunConfig, store: TokenStore, tokenizer: Tokenizer) -> Sequences:
     answers = AnswerStore(store)
     length = max(config.train.sequence_length, int(answers.lengths.max()))
-    count = len(answers.lengths)
-    packed = PackedBatches(answers, [count], [1.0], length, 1 + depths, tokenizer.eos_id, seed)
-    return Rehearsal(packed, sequences)
+    lookahead = 1 + config.model.num_nextn_predict_layers
+    return PackedBatches(answers, [len(answers.lengths)], [1.0], length, lookahead, tokenizer.eos_id, config.train.seed)
 
 
 def rehearse(model: LanguageModel, batch: Batch, weight: float, compute: Compute) -> Tensor:
-    """Accumulate the gradients of MTP modules alone, of their cross-entropy times ``weight``; returns it (J,)."""
+    """Accumulate the gradients of MTP modules alone, of how far they are from the model times ``weight``.
+
+    Returns that distance (J,): KL(model || module) in nats, over the tokens of the batch that are to be learnt.
+    """
     nats_J: Tensor = compute_in(compute, _Modules(model), *batch)
-    (weight * nats_J.mean()).backward()
+    if nats_J.requires_grad:  # not so where low-rank adapters leave the modules as they are
+        (weight * nats_J.mean()).backward()
     return nats_J.detach()
 
 
@@ -72,13 +118,18 @@ class _Modules(nn.Module):
         transformer, modules = self.model.transformer, self.model.mtp
         targets_KBT = prediction_targets(tokens_BS, document_BS, 1 + len(modules), learn_BS)
         length = targets_KBT.shape[-1]
-        document_BT = None if document_BS is None else document_BS[:, :length]
-        head_VD, nats = transformer.head.weight.detach(), []
+        # A module drafts at a position what the model says ``depth`` positions later.
+        read = slice(None, length + len(modules))
+        document_BR = None if document_BS is None else document_BS[:, read]
         with torch.no_grad():
-            hidden_BTD, _ = transformer.hidden(tokens_BS[:, :length], document_BT=document_BT)
+            model_BRD, _ = transformer.hidden(tokens_BS[:, read], document_BT=document_BR)
+        document_BT = None if document_BS is None else document_BS[:, :length]
         context = attention_context(self.model.config, tokens_BS[:, :length], document_BT)
+        hidden_BTD, nats = model_BRD[:, :length], []
         for depth, module in enumerate(modules, start=1):
             embedding_BTD = transformer.embed(tokens_BS[:, depth : depth + length]).detach()
             hidden_BTD = module(hidden_BTD, embedding_BTD, context)[0]
-            nats.append(linear_cross_entropy(hidden_BTD.flatten(0, 1), head_VD, targets_KBT[depth].flatten()))
+            counted_BT = targets_KBT[depth] != IGNORE
+            said_BTD = model_BRD[:, depth : depth + length]
+            nats.append(linear_divergence(hidden_BTD[counted_BT], said_BTD[counted_BT], transformer.head.weight))
         return torch.stack(nats)

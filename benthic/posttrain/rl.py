@@ -26,7 +26,7 @@ from benthic.posttrain.grpo import Clipping, group_advantages, token_weights
 from benthic.posttrain.held_out import find_held_out
 from benthic.posttrain.policy import Policy
 from benthic.posttrain.problems import open_sources
-from benthic.posttrain.rehearsal import open_rehearsal, rehearse
+from benthic.posttrain.rehearsal import open_rehearsal
 from benthic.posttrain.reward_model import fingerprint
 from benthic.posttrain.rollout_gradients import Rollouts, backward, distinct, see, with_advantage
 from benthic.posttrain.rollouts import Answers
@@ -87,7 +87,7 @@ class RlWork:
         asked = [problem for source in self._asking.sources for problem in source.held_out]
         self._held_out = find_held_out(place.config, place.out, tokenizer, asked)
         self.measure = self._held_out.measure
-        self._rehearsal = open_rehearsal(place.config, place.out, tokenizer, rl.mtp_rehearsal, rl.seed)
+        self._rehearsal = open_rehearsal(place.config, place.out, tokenizer, rl.mtp_rehearsal, conversations=True)
         self._step = 0
         self._clipping = Clipping(rl.clip_low, rl.clip_high, rl.kl_weight)
         self._reference: Policy | None = None
@@ -156,10 +156,10 @@ class RlWork:
             policy, batch, self._clipping, settings.mtp_weight, micro_batch_size=micro_batch_size, compute=compute
         )
         self._figures |= figures
-        if self._rehearsal is not None and settings.mtp_weight:
-            conversations = self._rehearsal.batch(self._step)
-            nats_J = rehearse(objective.model, conversations, settings.mtp_weight, compute)
-            self._figures["rehearsal"] = nats_J.tolist()
+        if self._rehearsal is not None:
+            found = self._rehearsal.rehearse(objective.model, self._step, settings.mtp_weight, compute)
+            self._figures["rehearsal"] = found
+            self._spent = self._spent._replace(flops=self._spent.flops + self._rehearsal.flops)
         return losses
 
     def figures(self) -> dict[str, Any]:

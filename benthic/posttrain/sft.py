@@ -12,7 +12,9 @@ from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.files import sha256
+from benthic.model import LanguageModel
 from benthic.posttrain.packing import AnswerStore, PackedBatches, in_order
+from benthic.posttrain.rehearsal import open_rehearsal
 from benthic.posttrain.sft_data import FOLDER, SAMPLES, prepare_sft, sft_sources
 from benthic.precision.compute import Compute
 from benthic.train.corpus import SequenceCosts
@@ -64,7 +66,14 @@ class SftWork:
         self._batch_size = train.micro_batch_size or train.batch_size
         self._batches = packed_batches(place.config, place.out)
         self._held_out = AnswerStore(TokenStore(place.out / FOLDER, "val"))
-        self._padding = Tokenizer.load(place.out / "tokenizer").eos_id
+        tokenizer = Tokenizer.load(place.out / "tokenizer")
+        self._padding = tokenizer.eos_id
+        # Conversations are learnt from anyway.
+        self._rehearsal = open_rehearsal(
+            place.config, place.out, tokenizer, settings_of(place.config).mtp_rehearsal, conversations=False
+        )
+        self._step = 0
+        self._figures: dict[str, Any] = {}
         self._costs = SequenceCosts(place.config, place.architecture, place.course)
 
     def describe(self) -> str:
@@ -74,21 +83,28 @@ class SftWork:
 
     def batch(self, state: TrainState, settings: StepSettings, first: int) -> Batch:
         """The sequences from ``first`` on."""
+        self._figures, self._step = {}, state.step
         return self._batches.at(first, settings.batch_size)
 
     def gradients(
         self, objective: Objective, batch: Batch, settings: StepSettings, *, micro_batch_size: int, compute: Compute
     ) -> Losses:
         """Of the answers' tokens, each predicted from the one before it and from those further back."""
-        return accumulate_gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
+        losses = accumulate_gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
+        if self._rehearsal is not None:
+            assert isinstance(objective.model, LanguageModel)
+            found = self._rehearsal.rehearse(objective.model, self._step, settings.mtp_weight, compute)
+            self._figures["rehearsal"] = found
+        return losses
 
     def figures(self) -> dict[str, Any]:
-        """None besides the usual ones."""
-        return {}
+        """What came of rehearsal."""
+        return self._figures
 
     def spent(self, step: int) -> Spent:
-        """Tokens read, prompts and padding among them."""
-        return self._costs.spent(step)
+        """Tokens of conversations read, prompts and padding among them; operations, those of rehearsal too."""
+        found = self._costs.spent(step)
+        return found._replace(flops=found.flops + step * self._rehearsal.flops) if self._rehearsal else found
 
     def validate(self, state: TrainState, *, last: bool) -> Validation:
         """Bits per byte of held-out answers, and how often each of their tokens is predicted right."""
