@@ -45,10 +45,10 @@ class Rehearsal:
     def __init__(self, config: RunConfig, sources: Sequence[Sequences], sequences: int) -> None:
         self._config, self._sources, self._sequences = config, sources, sequences
 
-    def rehearse(self, model: LanguageModel, step: int, weight: float, compute: Compute) -> list[float]:
+    def rehearse(self, model: LanguageModel, step: int, compute: Compute) -> list[float]:
         """Accumulate the gradients of MTP modules alone; how far each depth is from the model (J,), in nats."""
         batches = [source.at(step * self._sequences, self._sequences) for source in self._sources]
-        found_J = torch.stack([rehearse(model, batch, weight / len(batches), compute) for batch in batches]).mean(0)
+        found_J = torch.stack([rehearse(model, batch, 1 / len(batches), compute) for batch in batches]).mean(0)
         return [float(nats) for nats in found_J]
 
     @property

@@ -157,7 +157,7 @@ class RlWork:
         )
         self._figures |= figures
         if self._rehearsal is not None:
-            found = self._rehearsal.rehearse(objective.model, self._step, settings.mtp_weight, compute)
+            found = self._rehearsal.rehearse(objective.model, self._step, compute)
             self._figures["rehearsal"] = found
             self._spent = self._spent._replace(flops=self._spent.flops + self._rehearsal.flops)
         return losses

@@ -93,7 +93,7 @@ class SftWork:
         losses = accumulate_gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
         if self._rehearsal is not None:
             assert isinstance(objective.model, LanguageModel)
-            found = self._rehearsal.rehearse(objective.model, self._step, settings.mtp_weight, compute)
+            found = self._rehearsal.rehearse(objective.model, self._step, compute)
             self._figures["rehearsal"] = found
         return losses
 
