@@ -19,6 +19,7 @@ from benthic.data.batches import Batch, Batches
 from benthic.data.manifest import FILE_NAME
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
+from benthic.files import sha256
 from benthic.model import LanguageModel
 from benthic.model.transformer import attention_context
 from benthic.ops.cross_entropy import IGNORE
@@ -29,6 +30,9 @@ from benthic.posttrain.sft_data import FOLDER
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import prediction_targets
+
+
+_TEXT = "data"
 
 
 class Sequences(Protocol):
@@ -68,17 +72,31 @@ def open_rehearsal(
     """
     if not sequences or not config.model.num_nextn_predict_layers or not config.train.schedule.mtp_loss_weight:
         return None
-    folders = [out, *([Path(config.posttrain.base)] if config.posttrain.base else [])]
     sources: list[Sequences] = []
-    if text := _store(folders, "data", tokenizer):
+    if text := _store(config, out, _TEXT, tokenizer):
         sources.append(_text(config, text))
-    if conversations and (store := _store(folders, FOLDER, tokenizer)):
+    if conversations and (store := _store(config, out, FOLDER, tokenizer)):
         sources.append(_conversations(config, store, tokenizer))
     return Rehearsal(config, sources, sequences) if sources else None
 
 
-def _store(folders: Sequence[Path], name: str, tokenizer: Tokenizer) -> TokenStore | None:
-    folder = next((one / name for one in folders if (one / name / FILE_NAME).is_file()), None)
+def borrowed(config: RunConfig, out: Path, sequences: int) -> dict[str, str]:
+    """Hashes of what lies in the run that this one began with, and may be read: without it a run cannot go on."""
+    folders = {name: _folder(config, out, name) for name in (_TEXT, FOLDER)} if sequences else {}
+    return {
+        f"rehearsed {name}": sha256(folder / FILE_NAME)
+        for name, folder in folders.items()
+        if folder and folder.parent != out
+    }
+
+
+def _folder(config: RunConfig, out: Path, name: str) -> Path | None:
+    runs = [out, *([Path(config.posttrain.base)] if config.posttrain.base else [])]
+    return next((run / name for run in runs if (run / name / FILE_NAME).is_file()), None)
+
+
+def _store(config: RunConfig, out: Path, name: str, tokenizer: Tokenizer) -> TokenStore | None:
+    folder = _folder(config, out, name)
     store = TokenStore(folder, "train") if folder else None
     return store if store and store.manifest.tokenizer_sha256 == tokenizer.fingerprint else None
 

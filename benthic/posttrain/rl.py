@@ -26,7 +26,7 @@ from benthic.posttrain.grpo import Clipping, group_advantages, token_weights
 from benthic.posttrain.held_out import find_held_out
 from benthic.posttrain.policy import Policy
 from benthic.posttrain.problems import open_sources
-from benthic.posttrain.rehearsal import open_rehearsal
+from benthic.posttrain.rehearsal import borrowed, open_rehearsal
 from benthic.posttrain.reward_model import fingerprint
 from benthic.posttrain.rollout_gradients import Rollouts, backward, distinct, see, with_advantage
 from benthic.posttrain.rollouts import Answers
@@ -67,7 +67,8 @@ class Rl:
         marks = [source.fingerprint for source in sources]
         marks += [fingerprint(reward.name) for source in sources for reward in source.rewards]
         digest = hashlib.sha256("\n".join(marks).encode()).hexdigest()
-        return config, {"rl": digest, "tokenizer": tokenizer.fingerprint}
+        hashes = {"rl": digest, "tokenizer": tokenizer.fingerprint}
+        return config, hashes | borrowed(config, self._out, rl.mtp_rehearsal)
 
     def open(self, place: Place) -> "RlWork":
         """The stage over these problems."""

@@ -14,7 +14,7 @@ from benthic.errors import InputError
 from benthic.files import sha256
 from benthic.model import LanguageModel
 from benthic.posttrain.packing import AnswerStore, PackedBatches, in_order
-from benthic.posttrain.rehearsal import open_rehearsal
+from benthic.posttrain.rehearsal import borrowed, open_rehearsal
 from benthic.posttrain.sft_data import FOLDER, SAMPLES, prepare_sft, sft_sources
 from benthic.precision.compute import Compute
 from benthic.train.corpus import SequenceCosts
@@ -47,6 +47,7 @@ class Sft:
             sft = sft.model_copy(update={"steps": -(-sequences // sft.batch_size), "epochs": None})
             config = config.model_copy(update={"posttrain": config.posttrain.model_copy(update={"sft": sft})})
         hashes = {"sft": sha256(self._out / FOLDER / FILE_NAME), "tokenizer": tokenizer.fingerprint}
+        hashes |= borrowed(config, self._out, sft.mtp_rehearsal)
         return config, hashes
 
     def open(self, place: Place) -> "SftWork":

@@ -22,7 +22,7 @@ MAY_CHANGE = {
     "train.track",
 }
 _SECTIONS = {"model", "data", "train", "precision", "posttrain"}
-_OF_EVERY_STAGE = {"data", "tokenizer"}
+_OF_EVERY_STAGE = {"data", "tokenizer", "rehearsed data", "rehearsed sft"}
 """Of the hashes."""
 _KEYS = ("requested", "resolved", "corpus")
 

@@ -364,7 +364,10 @@ def test_a_run_that_begins_with_another(sft_config, make_sft_run, run_all, tmp_p
     at_step(monkeypatch, 5, kill)
     with pytest.raises(Killed):
         train(config, out)
-    base.rename(tmp_path / "gone")
+    gone = base.rename(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"rehearsed data"):
+        train(config, out)
+    gone.rename(base)
     train(config, out)
     # The same as a stage of one run: weights, split, batches and all.
     left, right = ended(out, "sft"), ended(own, "sft")
