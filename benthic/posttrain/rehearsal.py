@@ -31,7 +31,6 @@ from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import prediction_targets
 
-
 _TEXT = "data"
 
 
