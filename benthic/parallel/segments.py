@@ -1,0 +1,111 @@
+"""Memory that the ranks of a group share where all run on one machine, so that one reads in place what another posts.
+
+gloo sends through sockets there too, by the cores that compute, reduces whole messages on all ranks and copies them on
+the way. Here each rank has a segment, which the others have mapped. They wait for one another through gloo, which also
+notices that one is gone. A segment has no name that could be left behind: it is a file in memory, opened through /proc
+of the process that made it, and gone with the last process that has it.
+"""
+
+import mmap
+import os
+import secrets
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benthic.parallel.messages import gather_numbers
+
+_BYTES = 64 << 20
+"""Of a segment, which takes memory as it is used; larger messages go in pieces."""
+_NAME = "benthic"
+
+
+class Segments:
+    """Collectives of a group through its ranks' segments. All ranks call the same ones in the same order."""
+
+    def __init__(self, group: dist.ProcessGroup, segments: list[mmap.mmap]) -> None:
+        """``segments`` are in order of rank."""
+        self._group, self._rank = group, group.rank()
+        self._segments = [torch.frombuffer(segment, dtype=torch.uint8) for segment in segments]
+
+    def all_gather(self, out: Tensor, x: Tensor) -> None:
+        """``x`` (N) of all ranks, one after another, as ``out`` (ranks * N), of which ``x`` may be this rank's part."""
+        out_RN = out.view(len(self._segments), -1)
+        for part in self._pieces(x.numel(), x.element_size()):
+            self._posted(self._rank, x[part]).copy_(x[part])
+            dist.barrier(self._group)
+            for rank in range(len(self._segments)):
+                mine = rank == self._rank
+                out_RN[rank, part].copy_(x[part] if mine else self._posted(rank, x[part]))
+            dist.barrier(self._group)
+
+    def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
+        """This rank's part ``out`` (N) of the sum of all ranks' ``x`` (ranks * N), added in order of rank."""
+        x_RN = x.view(len(self._segments), -1)
+        for part in self._pieces(out.numel(), x.element_size() * len(x_RN)):
+            piece_RN = x_RN[:, part]
+            posted_RN = self._posted(self._rank, piece_RN)
+            for rank in range(len(x_RN)):
+                if rank != self._rank:
+                    posted_RN[rank].copy_(piece_RN[rank])
+            dist.barrier(self._group)
+            first, second, *others = (
+                (piece_RN if rank == self._rank else self._posted(rank, piece_RN))[self._rank]
+                for rank in range(len(x_RN))
+            )
+            torch.add(first, second, out=out[part])
+            for other in others:
+                out[part].add_(other)
+            dist.barrier(self._group)
+
+    def _posted(self, rank: int, like: Tensor) -> Tensor:
+        """What a rank has posted, of this shape and dtype."""
+        return self._segments[rank][: like.nbytes].view(like.dtype).view(like.shape)
+
+    @staticmethod
+    def _pieces(size: int, bytes_each: int) -> Iterator[slice]:
+        room = _BYTES // bytes_each
+        return (slice(start, min(start + room, size)) for start in range(0, size, room))
+
+
+def segments_of(group: dist.ProcessGroup) -> Segments | None:
+    """New ones; none for one rank, or unless every rank can map every other's. All ranks of the group must call this."""
+    if group.size() == 1:
+        return None
+    own, token = _create()
+    try:
+        made = gather_numbers(torch.tensor([os.getpid(), own, token]), group)
+        segments = [segment for numbers in made if (segment := _mapped(*numbers.tolist())) is not None]
+        all_mapped = torch.tensor(int(len(segments) == len(made)))
+        dist.all_reduce(all_mapped, dist.ReduceOp.MIN, group=group)
+    finally:
+        if own >= 0:
+            os.close(own)
+    return Segments(group, segments) if all_mapped else None
+
+
+def _create() -> tuple[int, int]:
+    """A segment's file descriptor, below 0 where the system has no such thing, and the number that it begins with."""
+    token = secrets.randbits(62)
+    try:
+        own = os.memfd_create(_NAME)
+    except (AttributeError, OSError):
+        return -1, token
+    os.ftruncate(own, _BYTES)
+    os.pwrite(own, token.to_bytes(8, "little"), 0)
+    return own, token
+
+
+def _mapped(pid: int, descriptor: int, token: int) -> mmap.mmap | None:
+    """The segment of a process, unless it is on another machine, where the same numbers mean something else."""
+    path = f"/proc/{pid}/fd/{descriptor}"
+    try:
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            return None
+        with open(path, "r+b", buffering=0) as file:
+            segment = mmap.mmap(file.fileno(), _BYTES)
+    except (OSError, ValueError):
+        return None
+    return segment if int.from_bytes(segment[:8], "little") == token else None
