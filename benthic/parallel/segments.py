@@ -17,33 +17,40 @@ from torch import Tensor
 
 from benthic.parallel.messages import gather_numbers
 
-_BYTES = 64 << 20
-"""Of a segment, which takes memory as it is used; larger messages go in pieces."""
+_BYTES = 128 << 20
+"""Of a segment, which takes memory as it is used. A message that is larger than half of it goes in pieces."""
 _NAME = "benthic"
 
 
 class Segments:
-    """Collectives of a group through its ranks' segments. All ranks call the same ones in the same order."""
+    """Collectives of a group through its ranks' segments. All ranks call the same ones in the same order.
+
+    They post in either half of a segment in turn, and wait for one another in between: whoever posts in a half again
+    knows that all have taken what it was, since they have come to wait for what is in the other half.
+    """
 
     def __init__(self, group: dist.ProcessGroup, segments: list[mmap.mmap]) -> None:
         """``segments`` are in order of rank."""
         self._group, self._rank = group, group.rank()
-        self._segments = [torch.frombuffer(segment, dtype=torch.uint8) for segment in segments]
+        self._halves = [torch.frombuffer(segment, dtype=torch.uint8).view(2, -1) for segment in segments]
+        self._turn = 0
 
     def all_gather(self, out: Tensor, x: Tensor) -> None:
-        """``x`` (N) of all ranks, one after another, as ``out`` (ranks * N), of which ``x`` may be this rank's part."""
-        out_RN = out.view(len(self._segments), -1)
+        """``x`` (N) of all ranks, one after another, as ``out`` (ranks * N), of which ``x`` may be a part already."""
+        out_RN = out.view(len(self._halves), -1)
         for part in self._pieces(x.numel(), x.element_size()):
             self._posted(self._rank, x[part]).copy_(x[part])
             dist.barrier(self._group)
-            for rank in range(len(self._segments)):
-                mine = rank == self._rank
-                out_RN[rank, part].copy_(x[part] if mine else self._posted(rank, x[part]))
-            dist.barrier(self._group)
+            for rank in range(len(self._halves)):
+                if rank != self._rank:
+                    out_RN[rank, part].copy_(self._posted(rank, x[part]))
+            self._turn += 1
+        if out_RN[self._rank].data_ptr() != x.data_ptr():
+            out_RN[self._rank].copy_(x)
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> None:
         """This rank's part ``out`` (N) of the sum of all ranks' ``x`` (ranks * N), added in order of rank."""
-        x_RN = x.view(len(self._segments), -1)
+        x_RN = x.view(len(self._halves), -1)
         for part in self._pieces(out.numel(), x.element_size() * len(x_RN)):
             piece_RN = x_RN[:, part]
             posted_RN = self._posted(self._rank, piece_RN)
@@ -58,15 +65,15 @@ class Segments:
             torch.add(first, second, out=out[part])
             for other in others:
                 out[part].add_(other)
-            dist.barrier(self._group)
+            self._turn += 1
 
     def _posted(self, rank: int, like: Tensor) -> Tensor:
-        """What a rank has posted, of this shape and dtype."""
-        return self._segments[rank][: like.nbytes].view(like.dtype).view(like.shape)
+        """What a rank posts this time, of this shape and dtype."""
+        return self._halves[rank][self._turn % 2, : like.nbytes].view(like.dtype).view(like.shape)
 
     @staticmethod
     def _pieces(size: int, bytes_each: int) -> Iterator[slice]:
-        room = _BYTES // bytes_each
+        room = _BYTES // 2 // bytes_each
         return (slice(start, min(start + room, size)) for start in range(0, size, room))
 
 
@@ -78,8 +85,7 @@ def segments_of(group: dist.ProcessGroup) -> Segments | None:
     try:
         made = gather_numbers(torch.tensor([os.getpid(), own, token]), group)
         segments = [segment for numbers in made if (segment := _mapped(*numbers.tolist())) is not None]
-        all_mapped = torch.tensor(int(len(segments) == len(made)))
-        dist.all_reduce(all_mapped, dist.ReduceOp.MIN, group=group)
+        all_mapped = all(gather_numbers(torch.tensor(len(segments) == len(made)), group))
     finally:
         if own >= 0:
             os.close(own)
