@@ -10,6 +10,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,7 @@ class Segments:
 
 
 def segments_of(group: dist.ProcessGroup) -> Segments | None:
-    """New ones; none for one rank, or unless every rank can map every other's. All ranks of the group must call this."""
+    """New ones, which all ranks make together; none for one rank, or unless every rank can map every other's."""
     if group.size() == 1:
         return None
     own, token = _create()
@@ -106,11 +107,11 @@ def _create() -> tuple[int, int]:
 
 def _mapped(pid: int, descriptor: int, token: int) -> mmap.mmap | None:
     """The segment of a process, unless it is on another machine, where the same numbers mean something else."""
-    path = f"/proc/{pid}/fd/{descriptor}"
+    path = Path(f"/proc/{pid}/fd/{descriptor}")
     try:
-        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+        if not str(path.readlink()).startswith(f"/memfd:{_NAME}"):
             return None
-        with open(path, "r+b", buffering=0) as file:
+        with path.open("r+b", buffering=0) as file:
             segment = mmap.mmap(file.fileno(), _BYTES)
     except (OSError, ValueError):
         return None

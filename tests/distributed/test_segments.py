@@ -1,6 +1,7 @@
 """Collectives through memory that ranks share are those of gloo, and gloo's where they do not share any."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,11 +28,11 @@ def exchanged(rank, dtype, room):
     segments._BYTES = room
     parities = [dist.new_group([r for r in range(dist.get_world_size()) if r % 2 == parity]) for parity in (0, 1)]
     group = parities[rank % 2]
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     shared = segments_of(group)
     assert shared is not None
     # One more for each mapping, which Python duplicates; none for what this rank has made.
-    assert len(os.listdir("/proc/self/fd")) == before + group.size()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + group.size()
     found = []
     for seed in range(ROUNDS):
         for size in SIZES:
