@@ -1,4 +1,7 @@
-"""FSDP2's messages as they are, and counted: what a rank sends if they go round in a ring, as large ones do."""
+"""FSDP2's messages, counted: what a rank sends if they go round in a ring, as large ones do.
+
+They go through memory where all ranks of a group share it, and else as they are.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +11,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
+from benthic.parallel.segments import Segments, segments_of
 from benthic.parallel.traffic import Traffic
 
 
+class Ways:
+    """How messages go in each group: found out at its first, which all of its ranks take part in."""
+
+    def __init__(self) -> None:
+        self._segments: dict[dist.ProcessGroup, Segments | None] = {}
+
+    def through_memory(self, group: dist.ProcessGroup) -> Segments | None:
+        """What the group's ranks share, if they do."""
+        if group not in self._segments:
+            self._segments[group] = segments_of(group)
+        return self._segments[group]
+
+
 class _Counted:
-    def __init__(self, traffic: Traffic) -> None:
-        self._traffic = traffic
+    def __init__(self, traffic: Traffic, ways: Ways) -> None:
+        self._traffic, self._ways = traffic, ways
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory for a message."""
@@ -28,6 +45,9 @@ class CountedAllGather(_Counted, AllGather):
     ) -> dist.Work | None:
         """Send and receive."""
         self._traffic.add("weights", (group.size() - 1) * input_tensor.nbytes)
+        if segments := self._ways.through_memory(group):
+            segments.all_gather(output_tensor, input_tensor)
+            return None
         work: dist.Work | None = dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
         return work
 
@@ -40,6 +60,10 @@ class CountedReduceScatter(_Counted, ReduceScatter):
     ) -> dist.Work | None:
         """Send, receive and add up."""
         self._traffic.add("gradients", (group.size() - 1) * output_tensor.nbytes)
+        if segments := self._ways.through_memory(group):
+            assert op == dist.ReduceOp.SUM
+            segments.reduce_scatter(output_tensor, input_tensor)
+            return None
         work: dist.Work | None = dist.reduce_scatter_single(
             output=output_tensor, input=input_tensor, group=group, op=op, async_op=async_op
         )

@@ -31,8 +31,8 @@ def gather(message: Any) -> list[Any]:
     return [json.loads(part[: int(size)].numpy().tobytes()) for part, size in zip(found, sizes, strict=True)]
 
 
-def gather_numbers(numbers: Tensor) -> list[Tensor]:
-    """Tensors of one shape, of every process, on all."""
-    found = [torch.empty_like(numbers) for _ in range(dist.get_world_size())]
-    dist.all_gather(found, numbers)
+def gather_numbers(numbers: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Tensors of one shape, of every process of a group or of all, on all of them."""
+    found = [torch.empty_like(numbers) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, numbers, group=group)
     return found

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from benthic.model.moe import Experts, Router
 from benthic.model.mtp import MTPModule
 from benthic.model.transformer import Block
-from benthic.parallel.collectives import CountedAllGather, CountedReduceScatter, ring_all_reduce_bytes
+from benthic.parallel.collectives import CountedAllGather, CountedReduceScatter, Ways, ring_all_reduce_bytes
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.traffic import Traffic
 from benthic.precision.compute import Compute
@@ -37,6 +37,7 @@ def shard(objective: nn.Module, mesh: Mesh, zero: int, compute: Compute, traffic
         return
     experts_are_whole = layout.shard * layout.replicate == 1
     whole = {p for part in _parts(objective, Experts) for p in part.parameters()} if experts_are_whole else set()
+    ways = Ways()
     for part in units(objective, experts=not experts_are_whole, routers=compute == "bf16"):
         divided = fully_shard(
             part,
@@ -45,7 +46,7 @@ def shard(objective: nn.Module, mesh: Mesh, zero: int, compute: Compute, traffic
             mp_policy=_policy("fp32" if isinstance(part, Router) else compute),
             ignored_params=whole,
         )
-        _sum_gradients(divided, layout.replicate, traffic)
+        _sum_gradients(divided, layout.replicate, traffic, ways)
     # The first module to run becomes the root: it shall be this one, also where validation comes first.
     objective._get_fsdp_state()._lazy_init()  # type: ignore[operator]
 
@@ -160,11 +161,11 @@ def _set_policy(objective: nn.Module, policy: MixedPrecisionPolicy) -> MixedPrec
     return before
 
 
-def _sum_gradients(part: FSDPModule, copies: int, traffic: Traffic) -> None:
+def _sum_gradients(part: FSDPModule, copies: int, traffic: Traffic, ways: Ways) -> None:
     part.set_gradient_divide_factor(1.0)
     part.set_force_sum_reduction_for_comms(True)
-    part.set_custom_all_gather(CountedAllGather(traffic))
-    part.set_custom_reduce_scatter(CountedReduceScatter(traffic))
+    part.set_custom_all_gather(CountedAllGather(traffic, ways))
+    part.set_custom_reduce_scatter(CountedReduceScatter(traffic, ways))
     if copies > 1:
 
         def count(reduced: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Bytes that a process sends to others, counted at torch.distributed's own functions.
+"""Bytes that a process sends to others, counted at torch.distributed's own functions and where ranks share memory.
 
 Collectives count as a ring sends them, which is what large messages cost: each process sends on, in every round, a
 part of the whole.
@@ -12,6 +12,8 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 from torch.distributed.pipelining import schedules
+
+from benthic.parallel.segments import Segments
 
 
 def _ranks(group: Any) -> int:
@@ -61,6 +63,8 @@ def counted() -> Iterator[Counter[str]]:
         watch("all_to_all_single", "all_to_all", _all_to_all),
         *collective(("all_gather_single", "all_gather_into_tensor"), "all_gather", _gather),
         *collective(("reduce_scatter_single", "reduce_scatter_tensor"), "reduce_scatter", _scatter),
+        watch("all_gather", "all_gather", lambda _, out, x: out.nbytes - x.nbytes, Segments),
+        watch("reduce_scatter", "reduce_scatter", lambda _, out, x: x.nbytes - out.nbytes, Segments),
         watch("all_reduce", "all_reduce", _reduce),
         watch("send", "point_to_point", lambda tensor, *_, **__: tensor.nbytes),
         watch("_batch_p2p", "point_to_point", _p2p, schedules),
