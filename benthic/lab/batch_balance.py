@@ -11,7 +11,6 @@ from torch import Tensor
 
 from benthic.config.schema import ModelConfig
 from benthic.model import LanguageModel, Routing
-from benthic.model.language_model import initialise
 from benthic.train.architecture import DeepSeekV3
 
 
@@ -34,11 +33,9 @@ def as_one_sequence(routing: Routing) -> Routing:
 class BatchBalance(DeepSeekV3):
     """The architecture to give to :func:`benthic.train.loop.train`."""
 
-    def build(self, config: ModelConfig, *, seed: int) -> BatchBalanced:
-        """A model with the weights that any other has from this seed."""
-        model = BatchBalanced(config)
-        initialise(model, config.initializer_range, seed)
-        return model
+    def build(self, config: ModelConfig) -> BatchBalanced:
+        """A model that gets the weights that any other gets from a seed."""
+        return BatchBalanced(config)
 
     def settings(self) -> dict[str, Any]:
         """The kind."""

@@ -17,7 +17,6 @@ from benthic.config.base import Positive, Settings
 from benthic.config.schema import ModelConfig
 from benthic.errors import InputError
 from benthic.model import Trainable, Trunk
-from benthic.model.language_model import initialise
 from benthic.model.layers import RMSNorm, SwiGLU
 from benthic.model.moe import Routing
 from benthic.ops.attention import causal_attention
@@ -126,8 +125,8 @@ class Dense:
     def __init__(self, sizes: DenseSizes) -> None:
         self.sizes = sizes
 
-    def build(self, config: ModelConfig, *, seed: int) -> DenseModel:
-        """A model with fresh weights, normal with ``initializer_range``.
+    def build(self, config: ModelConfig) -> DenseModel:
+        """A model whose weights are not set yet.
 
         Raises:
             InputError: ``config`` has settings that the baseline would not follow.
@@ -139,9 +138,7 @@ class Dense:
             )
         if config.rope_scaling is not None:
             raise InputError("model.rope_scaling: the dense baseline does not scale positions")
-        model = DenseModel(config, self.sizes)
-        initialise(model, config.initializer_range, seed)
-        return model
+        return DenseModel(config, self.sizes)
 
     def training_flops(self, config: ModelConfig, length: int, *, mtp: bool = False) -> float:
         """Operations for one token, counted as in :mod:`benthic.plan.flops`."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from benthic.config.schema import ModelConfig
-from benthic.model.layers import RMSNorm
+from benthic.model.initial import initialise
 from benthic.model.mla import AttentionContext
 from benthic.model.moe import Routing
 from benthic.model.mtp import MTPModule
@@ -82,13 +82,3 @@ def cast_parameters(model: LanguageModel, dtype: torch.dtype) -> None:
     """Parameters to ``dtype``; the routers' bias, a buffer, stays in fp32, for it moves in steps of a thousandth."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-@torch.no_grad()
-def initialise(model: Trainable, std: float, seed: int) -> None:
-    """Fresh weights: normal with this standard deviation, norms left at 1."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
-    norms = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
-    for parameter in model.parameters():
-        if id(parameter) not in norms:
-            parameter.normal_(0.0, std, generator=generator)

@@ -19,8 +19,8 @@ _WORDS = {torch.float32: 1, torch.float64: 2}
 class NormalStream:
     """What ``tensor.normal_(0, std, generator=generator)`` draws for one tensor after another, from a seed."""
 
-    def __init__(self, seed: int, std: float) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, std: float, device: torch.device | str = "cpu") -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
         self._std = std
         self._at = 0
         """Words from where the present tensor begins to where the generator is."""
@@ -29,13 +29,18 @@ class NormalStream:
         """Go on to the next tensor, of ``numel`` numbers; those from ``start`` on come into ``part``.
 
         Args:
-            part: contiguous, fp32 or fp64; empty, if the tensor is only to be passed over.
+            part: contiguous; empty, if the tensor is only to be passed over. Where it is not the whole tensor it must
+                be on the CPU, and fp32 or fp64.
 
         Raises:
-            ValueError: ``part`` is of another dtype, whose numbers are drawn in another way.
+            ValueError: ``part`` is elsewhere or of another dtype, for which numbers are drawn in another way.
         """
-        if part.dtype not in _WORDS:
-            raise ValueError(f"weights are drawn in float32 or float64, not in {part.dtype}")
+        if part.numel() == numel:
+            self._go_to(0)
+            part.normal_(0.0, self._std, generator=self._generator)
+            return
+        if part.dtype not in _WORDS or part.device.type != "cpu":
+            raise ValueError(f"parts are drawn in float32 or float64 on the CPU, not in {part.dtype} on {part.device}")
         if numel < _BLOCK:  # one by one, and the generator may keep one for the next such tensor: so never passed over
             self._go_to(0)
             part.view(-1).copy_(self._draw(part, numel)[start : start + part.numel()])

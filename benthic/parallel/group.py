@@ -26,7 +26,7 @@ from benthic.parallel.hash import CopiesDiffer, differences, hashes_of
 from benthic.parallel.layout import Layout, passes_of_ranks, rows_of_rank
 from benthic.parallel.mesh import Mesh
 from benthic.parallel.pieces import Holding, piece_from_json, pieces_of
-from benthic.parallel.shard import gathered, reduce_in_pass, shard
+from benthic.parallel.shard import gathered, materialise, reduce_in_pass, shard
 from benthic.parallel.traffic import Traffic
 from benthic.parallel.watch import Watch
 from benthic.parallel.world import ALONE, Stop, Tensors, World
@@ -102,6 +102,10 @@ class Group(World):
             sender = Sender(self.mesh.expert_group, self.traffic)
             divide_experts(objective, sender, fp8=self._parallel.fp8_dispatch)
         shard(objective, self.mesh, self._parallel.zero, compute, self.traffic)
+
+    def materialise(self, objective: nn.Module) -> None:
+        """As :func:`benthic.parallel.shard.materialise`."""
+        materialise(objective, "cpu")
 
     def rows(self, batch: int, micro_batch: int) -> range:
         """As :func:`rows_of_rank`."""

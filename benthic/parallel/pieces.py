@@ -58,6 +58,13 @@ class Piece(NamedTuple):
         """Its place alone."""
         return Box(self.offset, self.size)
 
+    @property
+    def start(self) -> int:
+        """The place of its first number among the whole's. Raises ValueError unless it is whole rows."""
+        if self.size[1:] != self.shape[1:]:
+            raise ValueError(f"{self} is not whole rows")
+        return self.offset[0] * math.prod(self.shape[1:]) if self.shape else 0
+
 
 class Cut(NamedTuple):
     """A cut of one dimension into equal parts, rounded up, of which one is kept."""

@@ -26,7 +26,9 @@ _Part = TypeVar("_Part")
 
 
 def shard(objective: nn.Module, mesh: Mesh, zero: int, compute: Compute, traffic: Traffic) -> None:
-    """Divide all weights of an objective, whose experts are this rank's own already.
+    """Divide all weights of an objective, whose experts are this rank's own already, and which may be without memory.
+
+    :func:`materialise` is to follow.
 
     Args:
         zero: 1, 2 or 3.
@@ -47,8 +49,14 @@ def shard(objective: nn.Module, mesh: Mesh, zero: int, compute: Compute, traffic
             ignored_params=whole,
         )
         _sum_gradients(divided, layout.replicate, traffic, ways)
-    # The first module to run becomes the root: it shall be this one, also where validation comes first.
-    objective._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+
+
+def materialise(objective: nn.Module, device: torch.device | str) -> None:
+    """Give memory, whose content is not set, to what this process has of an objective on the meta device."""
+    objective.to_empty(device=device)
+    if isinstance(objective, FSDPModule):
+        # The first module to run becomes the root: it shall be this one, also where validation comes first.
+        objective._get_fsdp_state()._lazy_init()
 
 
 def is_sharded(module: nn.Module) -> bool:

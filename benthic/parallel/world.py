@@ -37,7 +37,14 @@ class World:
     processes = 1
 
     def spread(self, objective: nn.Module, compute: Compute, length: int) -> None:
-        """Divide a model among the processes; ``compute`` is what its steps are computed in, of such sequences."""
+        """Divide a model among the processes; ``compute`` is what its steps are computed in, of such sequences.
+
+        It is on the meta device, before and after: no process could hold all of a large one.
+        """
+
+    def materialise(self, objective: nn.Module) -> None:
+        """Give memory, whose content is not set, to what this process has of a model that was spread."""
+        objective.to_empty(device="cpu")
 
     def rows(self, batch: int, micro_batch: int) -> range:
         """The rows of a batch that this process learns from."""

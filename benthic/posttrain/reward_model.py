@@ -23,7 +23,6 @@ from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.files import sha256
 from benthic.model import Routing, Trainable, Transformer
-from benthic.model.language_model import initialise
 from benthic.plan.flops import training_flops
 from benthic.train.checkpoint import copy_into, latest, load
 
@@ -62,11 +61,9 @@ class RewardModel(Trainable):
 class RewardArchitecture:
     """Reward models, as :class:`benthic.train.architecture.Architecture` has kinds of models."""
 
-    def build(self, config: ModelConfig, *, seed: int) -> RewardModel:
-        """With fresh weights."""
-        model = RewardModel(config)
-        initialise(model, config.initializer_range, seed)
-        return model
+    def build(self, config: ModelConfig) -> RewardModel:
+        """A model whose weights are not set yet."""
+        return RewardModel(config)
 
     def training_flops(self, config: ModelConfig, length: int, *, mtp: bool) -> float:
         """Those of a language model, whose head is larger."""

@@ -135,7 +135,7 @@ class RlWork:
     def _by_reference(self, answers: Answers) -> Tensor:
         """Log-probabilities by the model that the stage began with."""
         if self._reference is None:
-            model = self._place.architecture.build(self._config.model, seed=0)
+            model = self._place.architecture.build(self._config.model)
             model.load_state_dict(self._place.began_with())
             assert isinstance(model, LanguageModel)
             self._reference = Policy(model.requires_grad_(False), self._rl.temperature)

@@ -3,15 +3,18 @@
 from typing import Any, Protocol
 
 from benthic.config.schema import ModelConfig
-from benthic.model import Trainable, build_model
+from benthic.model import LanguageModel, Trainable
 from benthic.plan.flops import training_flops
 
 
 class Architecture(Protocol):
     """How a model comes out of ``[model]`` settings, and what the trainer must know of it besides."""
 
-    def build(self, config: ModelConfig, *, seed: int) -> Trainable:
-        """A model with fresh weights."""
+    def build(self, config: ModelConfig) -> Trainable:
+        """A model whose weights are not set yet, made on torch's present device: on ``meta`` it takes no memory.
+
+        Its weights are set by :class:`benthic.model.initial.InitialWeights`, or come from a checkpoint.
+        """
 
     def training_flops(self, config: ModelConfig, length: int, *, mtp: bool) -> float:
         """Operations of forward and backward pass for one token of a sequence of this length, MTP included or not."""
@@ -23,9 +26,9 @@ class Architecture(Protocol):
 class DeepSeekV3:
     """The model that ``[model]`` describes."""
 
-    def build(self, config: ModelConfig, *, seed: int) -> Trainable:
+    def build(self, config: ModelConfig) -> Trainable:
         """Transformer and MTP modules of these sizes."""
-        return build_model(config, seed=seed)
+        return LanguageModel(config)
 
     def training_flops(self, config: ModelConfig, length: int, *, mtp: bool) -> float:
         """As :mod:`benthic.plan.flops` counts them, with causal attention."""

@@ -125,7 +125,7 @@ def train(
 
 def _train(run: "_Run", number: int, newest: Path | None) -> Trained:
     """From a stage on, and one of its checkpoints, or from the stage's beginning."""
-    trainer = _Trainer(run, number)
+    trainer = _Trainer(run, number, fresh=number == 0 and newest is None)
     trainer.begin(newest)
     run.world.first(lambda: write_atomically(run.out / "config.toml", dump_toml(run.config)))
     with StopRequest() as stop:
@@ -133,7 +133,7 @@ def _train(run: "_Run", number: int, newest: Path | None) -> Trained:
         trainer.train(stop)
         for later in range(number + 1, len(run.stages)):
             del trainer  # before the next stage takes as much memory
-            trainer = _Trainer(run, later)
+            trainer = _Trainer(run, later, fresh=False)
             trainer.begin()
             trainer.train(stop)
     return trainer.trained()
@@ -181,9 +181,12 @@ class _Run(NamedTuple):
 
 
 class _Trainer:
-    """The loop's parts held together for one stage of a run, counted from 0."""
+    """The loop's parts held together for one stage of a run, counted from 0.
 
-    def __init__(self, run: _Run, number: int) -> None:
+    ``fresh`` says whether its weights are drawn, for they come from no checkpoint.
+    """
+
+    def __init__(self, run: _Run, number: int, *, fresh: bool) -> None:
         *self.earlier, stage = run.stages[: number + 1]
         self.run, self.stage, self.config, self.world = run, stage, stage.config, run.world
         config, out = stage.config, run.out
@@ -192,7 +195,7 @@ class _Trainer:
         self.course = Course(
             config.train.schedule, stage.steps, config.train.batch_size, config.train.micro_batch_size or 1
         )
-        self.state = TrainState(config, run.architecture, stage.adapter, run.world)
+        self.state = TrainState(config, run.architecture, stage.adapter, run.world, fresh=fresh)
         self.place = Place(stage, out, run.architecture, self.course, self._began_with, run.world)
         self.writer = open_writer(self.checkpoints, run.world, self.state.shares)
         self.ledger = open_ledger(out, stage.name, config.train.price_per_hour, run.world)
@@ -310,7 +313,10 @@ class _Trainer:
         self.writer.wait()
         target = self.world.first(lambda: str(roll_back_target(self.checkpoints) or ""))
         if not target:
-            self.state = TrainState(self.config, self.run.architecture, self.stage.adapter, self.world)
+            del self.state  # before another takes as much memory
+            self.state = TrainState(
+                self.config, self.run.architecture, self.stage.adapter, self.world, fresh=not self.earlier
+            )
             self.begin()
         else:
             self.begin(Path(target))

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from benthic.config.posttrain import AdapterConfig
-from benthic.config.schema import RunConfig
+from benthic.config.schema import ModelConfig, RunConfig
 from benthic.errors import InputError
 from benthic.model import Trainable
+from benthic.model.initial import InitialWeights, Part
+from benthic.parallel.local import local
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.adapter import AdapterOptimizer, Adapters
@@ -46,7 +48,14 @@ class TrainState:
         architecture: Architecture = DEEPSEEK_V3,
         adapter: AdapterConfig | None = None,
         world: World = ALONE,
+        *,
+        fresh: bool = True,
     ) -> None:
+        """Of the model, only what this process is to hold is ever made.
+
+        Args:
+            fresh: weights are drawn; otherwise they are whatever memory holds, until a checkpoint is loaded.
+        """
         self._world, self._architecture, self._model_config = world, architecture, config.model
         self.step = 0
         self.bits_per_byte: float | None = None
@@ -54,7 +63,8 @@ class TrainState:
         self.sequences_passed_over = 0
         """Sequences that roll-backs left unread: by so many the data is ahead of the course."""
         self.health = Health(config.train.on_spike, config.train.spike_deviations)
-        self.model = architecture.build(config.model, seed=config.train.seed)
+        self.model = _without_memory(architecture, config.model)
+        initial = InitialWeights(self.model)
         if config.train.recompute:
             recompute_activations(self.model)
         self.objective = Objective(self.model)
@@ -63,6 +73,9 @@ class TrainState:
         holdings = world.holdings(self.model)
         self.shares = None if holdings is None else Shares(world.rank, holdings)
         """What each process holds, where there are several."""
+        world.materialise(self.objective)
+        if fresh:
+            initial.fill(self._parts(), config.model.initializer_range, config.train.seed)
         moments = moments_dtype(compute)
         self.adapters = Adapters(self.model, adapter, config.train.seed) if adapter else None
         self.optimizer = (
@@ -113,9 +126,14 @@ class TrainState:
         weights = self._world.whole(self.model, {"model": self.model.state_dict()})["model"]
         if self._world.processes == 1 or not self._world.main:
             return self.model
-        model = self._architecture.build(self._model_config, seed=0)
+        model = _without_memory(self._architecture, self._model_config).to_empty(device="cpu")
         copy_into(model.state_dict(), weights, "the processes")
         return model
+
+    def _parts(self) -> dict[str, Part]:
+        """What this process holds, as parts of the whole model's tensors."""
+        starts = {} if self.shares is None else {name: piece.start for name, piece in self.shares.holding.items()}
+        return {name: Part(local(held), starts.get(name, 0)) for name, held in self.model.state_dict().items()}
 
     def restore(self, checkpoint: Checkpoint, source: str) -> None:
         """Become what was saved. Raises InputError, naming ``source``, if it does not fit."""
@@ -154,6 +172,11 @@ class TrainState:
         self.health.restore(saved.get("health"), source)
         self.step, self.bits_per_byte = saved["step"], saved["bits_per_byte"]
         self.sequences_passed_over = saved["sequences_passed_over"]
+
+
+def _without_memory(architecture: Architecture, config: ModelConfig) -> Trainable:
+    with torch.device("meta"):
+        return architecture.build(config)
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -51,10 +51,10 @@ def one_process(folder: Path) -> Path:
 
 
 class _Model:
-    def build(self, config, *, seed):
-        from benthic.model import build_model
+    def build(self, config):
+        from benthic.model import LanguageModel
 
-        return build_model(config, seed=seed)
+        return LanguageModel(config)
 
 
 def spoilt_state(parallel) -> tuple[TrainState, Group]:

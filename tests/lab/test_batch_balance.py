@@ -6,6 +6,7 @@ import torch
 from benthic.config.presets import PRESETS
 from benthic.lab.batch_balance import BatchBalance, as_one_sequence
 from benthic.model import Routing, build_model
+from benthic.model.initial import initialise
 from benthic.train.loop import train
 from benthic.train.metrics import read_metrics
 
@@ -40,7 +41,8 @@ def test_sequences_that_balance_each_other_cost_nothing():
 
 def test_the_model_is_the_usual_one():
     config = PRESETS["tiny"]
-    ours, usual = BatchBalance().build(config, seed=3), build_model(config, seed=3)
+    ours, usual = BatchBalance().build(config), build_model(config, seed=3)
+    initialise(ours, config.initializer_range, seed=3)
     assert ours.state_dict().keys() == usual.state_dict().keys()
     tokens = torch.randint(config.vocab_size, (2, 17))
     assert torch.equal(ours(tokens), usual(tokens))

@@ -11,6 +11,7 @@ from benthic.config.presets import PRESETS
 from benthic.config.schema import YarnConfig
 from benthic.errors import InputError
 from benthic.lab.dense import Dense, DenseSizes
+from benthic.model.initial import initialise
 from benthic.ops.attention import causal_attention_reference
 from benthic.train import loop
 from benthic.train.checkpoint import committed, load
@@ -41,7 +42,8 @@ def odd_sizes(seed: int) -> tuple[DenseSizes, dict[str, float]]:
 
 def build(sizes, dtype=torch.float32, seed=0, **changes):
     config = PRESETS["tiny"].model_copy(update={**PLAIN, **changes})
-    model = Dense(sizes).build(config, seed=seed).to(dtype)
+    model = Dense(sizes).build(config).to(dtype)
+    initialise(model, config.initializer_range, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

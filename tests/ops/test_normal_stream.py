@@ -38,6 +38,12 @@ def test_parts_may_have_any_shape():
     assert torch.equal(part, whole[1:3])
 
 
-def test_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match="not in torch.bfloat16"):
-        NormalStream(0, 1.0).fill(torch.empty(32, dtype=torch.bfloat16), 0, 32)
+def test_parts_of_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match=r"not in torch\.bfloat16"):
+        NormalStream(0, 1.0).fill(torch.empty(16, dtype=torch.bfloat16), 0, 32)
+
+
+def test_whole_tensors_are_drawn_in_any_dtype():
+    part = torch.empty(40, dtype=torch.bfloat16)
+    NormalStream(0, 1.0).fill(part, 0, 40)
+    assert torch.equal(part, torch.empty_like(part).normal_(generator=torch.Generator().manual_seed(0)))

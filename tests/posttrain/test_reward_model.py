@@ -13,6 +13,7 @@ from benthic.config.presets import PRESETS
 from benthic.config.schema import RunConfig
 from benthic.data.prepare import prepare
 from benthic.errors import InputError
+from benthic.model.initial import initialise
 from benthic.posttrain.reward_model import RewardArchitecture, Scorer, is_reward_model, padded, preference_loss
 from benthic.train.metrics import read_metrics
 
@@ -26,7 +27,8 @@ def test_loss_is_that_of_bradley_and_terry():
 
 
 def test_padding_changes_no_score():
-    model = RewardArchitecture().build(PRESETS["tiny"], seed=0)
+    model = RewardArchitecture().build(PRESETS["tiny"])
+    initialise(model, PRESETS["tiny"].initializer_range, seed=0)
     short, long = [3, 1, 4, 1, 5], list(range(40))
     with torch.no_grad():
         alone = model(*padded([short], 9))

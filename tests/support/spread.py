@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from benthic.config.schema import RunConfig
 from benthic.data.batches import Batch
-from benthic.model import build_model
+from benthic.model import LanguageModel
+from benthic.model.language_model import cast_parameters
 from benthic.parallel.group import Group
 from benthic.parallel.world import ALONE, World
 from benthic.plan.flops import training_flops
@@ -40,8 +41,10 @@ def settings(steps: int = 20, model: Any = None, compute: str = "fp32", **train:
 class InFloat64:
     """The usual model with weights in float64."""
 
-    def build(self, config, *, seed):
-        return build_model(config, seed=seed, dtype=torch.float64)
+    def build(self, config):
+        model = LanguageModel(config)
+        cast_parameters(model, torch.float64)
+        return model
 
     def training_flops(self, config, length, *, mtp):
         return training_flops(config, length, mtp=mtp)
@@ -53,8 +56,8 @@ class InFloat64:
 class InFloat32(InFloat64):
     """The usual model."""
 
-    def build(self, config, *, seed):
-        return build_model(config, seed=seed)
+    def build(self, config):
+        return LanguageModel(config)
 
 
 class Outcome(NamedTuple):

@@ -7,7 +7,6 @@ import time
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benthic.config.load import load_run_config
@@ -54,9 +53,8 @@ def test_all_ranks_together_hold_the_model(schedule):
 
 
 @pytest.mark.parametrize("rank", [129, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (0, 700, 2047))])
-def test_ranks_of_v3_hold_what_the_code_that_divides_it_leaves_them(rank, monkeypatch):
+def test_ranks_of_v3_hold_what_the_code_that_divides_it_leaves_them(rank):
     """The very functions of a real run, among 2,048 processes that are not there."""
-    monkeypatch.setattr(FSDPParamGroup, "_validate_no_meta_params", lambda group: None)
     config = v3("precision.compute=bf16", "parallel.fp8_dispatch=false")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2048)
     try:
