@@ -23,7 +23,7 @@ from torch import Tensor
 from benthic.errors import InputError, WorkFailed
 from benthic.files import read_json_object, require_plain, sha256, sync, usual_mode
 from benthic.parallel.local import local
-from benthic.train.parts import HEADER_LIMIT, Wanted, describe_file, everything, part_name, read_parts
+from benthic.train.parts import HEADER_LIMIT, Keep, Wanted, as_read, describe_file, everything, part_name, read_parts
 
 _STEP = re.compile(r"step-(\d{1,18})")
 _FILE = re.compile(r"[a-z_]+\.safetensors|state\.json")
@@ -91,20 +91,23 @@ def discard(directory: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def load(path: Path, groups: Collection[str] | None = None, wanted: Wanted = everything) -> Checkpoint:
+def load(
+    path: Path, groups: Collection[str] | None = None, wanted: Wanted = everything, keep: Keep = as_read
+) -> Checkpoint:
     """Read a checkpoint after checking every byte that is read against its manifest.
 
     Args:
         path: the checkpoint's directory.
         groups: of tensors to read, as far as they are there; by default all.
         wanted: what of each tensor; by default all.
+        keep: what stays of each, before the next is read.
 
     Raises:
         InputError: a file is missing, damaged, or not what a checkpoint may hold; the message names it, and an
             older checkpoint if there is one.
     """
     try:
-        return _load(path, groups, wanted)
+        return _load(path, groups, wanted, keep)
     except InputError as error:
         older = [other for other in committed(path.parent) if _step(other) < _step(path)]
         advice = f"; to resume from {older[-1].name} instead, remove {path}" if older else ""
@@ -131,7 +134,7 @@ def discard_leftovers(root: Path) -> None:
         shutil.rmtree(leftover)
 
 
-def _load(path: Path, groups: Collection[str] | None, wanted: Wanted) -> Checkpoint:
+def _load(path: Path, groups: Collection[str] | None, wanted: Wanted, keep: Keep) -> Checkpoint:
     if path.is_symlink():
         raise InputError(f"{path}: must be a directory, not a link")
     entries, parts = _manifest(path / "manifest.json")
@@ -144,12 +147,12 @@ def _load(path: Path, groups: Collection[str] | None, wanted: Wanted) -> Checkpo
     if state.get("step") != _step(path):
         raise InputError(f"{path / 'state.json'}: is of step {state.get('step')!r}, not of {path.name}")
     if parts:
-        return Checkpoint(read_parts(path, parts, check, groups, wanted), state)
+        return Checkpoint(read_parts(path, parts, check, groups, wanted, keep), state)
     files = [path / name for name in sorted(entries) if name != "state.json"]
     files = [file for file in files if groups is None or file.stem in groups]
     for file in files:
         check(file)
-    return Checkpoint({file.stem: _read_tensors(file, wanted) for file in files}, state)
+    return Checkpoint({file.stem: _read_tensors(file, wanted, keep) for file in files}, state)
 
 
 def _manifest(path: Path) -> tuple[dict[str, Any], int]:
@@ -184,12 +187,12 @@ def _check(path: Path, entry: Any) -> None:
         raise InputError(f"{path}: damaged, its content does not match its manifest")
 
 
-def _read_tensors(path: Path, wanted: Wanted) -> dict[str, Tensor]:
+def _read_tensors(path: Path, wanted: Wanted, keep: Keep) -> dict[str, Tensor]:
     try:
         if wanted is everything:
-            return load_file(path)
+            return {name: keep(path.stem, name, tensor) for name, tensor in load_file(path).items()}
         with safe_open(path, framework="pt") as file:
-            return dict(_wanted_of(path.stem, file, wanted))
+            return {name: keep(path.stem, name, tensor) for name, tensor in _wanted_of(path.stem, file, wanted)}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
 

@@ -38,6 +38,7 @@ class ModelOptimizer:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, moments: torch.dtype = torch.float32) -> None:
         self.config, self.moments = config, moments
+        self._room: dict[str, Tensor] = {}
         self._copies: frozenset[str] = model.copies if isinstance(model, Trainable) else frozenset()
         parameters = dict(model.named_parameters())
         held = {name: _held(parameter) for name, parameter in parameters.items()}
@@ -97,8 +98,24 @@ class ModelOptimizer:
             for key in keys
         }
 
+    def room_for_state(self) -> dict[str, Tensor]:
+        """Memory for every state that there may be, under the names of :meth:`state_tensors`: where one is, its own.
+
+        What :meth:`load_state_tensors` is given next may be these, and is then copied no more.
+        """
+        there = self.state_tensors()
+        self._room = {
+            name: there[name] if name in there else self._empty_state(key, parameter)
+            for optimizer, _, keys in self._parts
+            for parameter in _parameters(optimizer)
+            for key in keys
+            for name in [f"{self._names[parameter]}.{key}"]
+        }
+        return dict(self._room)
+
     def load_state_tensors(self, tensors: dict[str, Tensor], source: str) -> None:
         """Take over a saved state. Raises InputError, naming ``source``, if it is of another model or optimizer."""
+        room, self._room = self._room, {}
         if not tensors:
             for optimizer, _, _ in self._parts:
                 optimizer.state.clear()
@@ -109,7 +126,11 @@ class ModelOptimizer:
             for parameter in _parameters(optimizer):
                 if parameter in absent:
                     continue
-                optimizer.state[parameter] = {key: self._empty_state(key, parameter) for key in keys}
+                places = {key: f"{self._names[parameter]}.{key}" for key in keys}
+                optimizer.state[parameter] = {
+                    key: room[name] if name in room else self._empty_state(key, parameter)
+                    for key, name in places.items()
+                }
         copy_into(self.state_tensors(), tensors, source)
 
     def _empty_state(self, key: str, parameter: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ _FILE = re.compile(r"([a-z_]+)-(\d{5})\.safetensors")
 
 Wanted = Callable[[str, str, Extent], Box | None]
 """What is to be read of a tensor, by group, name and whole shape; nothing if it is None."""
+Keep = Callable[[str, str, Tensor], Tensor]
+"""What stays of a tensor that was read, by group and name, before the next is: itself, or what it was copied into."""
 Owned = Mapping[str, Mapping[str, tuple[Piece, Tensor]]]
 """By group and name, what a rank writes."""
 
@@ -36,6 +38,11 @@ Owned = Mapping[str, Mapping[str, tuple[Piece, Tensor]]]
 def everything(group: str, name: str, shape: Extent) -> Box:
     """Wants all of every tensor."""
     return Box((0,) * len(shape), shape)
+
+
+def as_read(group: str, name: str, tensor: Tensor) -> Tensor:
+    """Keeps every tensor, which may be a view of its file."""
+    return tensor
 
 
 def part_name(rank: int) -> str:
@@ -78,7 +85,12 @@ def _hashes(path: Path) -> Iterable[str]:
 
 
 def read_parts(
-    directory: Path, parts: int, check: Callable[[Path], None], groups: Iterable[str] | None, wanted: Wanted
+    directory: Path,
+    parts: int,
+    check: Callable[[Path], None],
+    groups: Iterable[str] | None,
+    wanted: Wanted,
+    keep: Keep = as_read,
 ) -> dict[str, dict[str, Tensor]]:
     """What is wanted of the tensors of these groups, by default all, by group and name.
 
@@ -88,6 +100,7 @@ def read_parts(
         check: raises InputError unless a file is what the manifest says.
         groups: of tensors, as far as they are there.
         wanted: by which only blocks that are needed are read.
+        keep: called with each tensor in turn.
 
     Raises:
         InputError: a file is missing, damaged, or not what a part may hold, or the pieces do not make up the whole.
@@ -107,7 +120,7 @@ def read_parts(
     if unlisted:
         raise InputError(f"{directory / min(unlisted)}: not listed in any part-*.json")
     return {
-        group: dict(_assemble_all(directory, group, tensors, wanted))
+        group: {name: keep(group, name, tensor) for name, tensor in _assemble_all(directory, group, tensors, wanted)}
         for group, tensors in found.items()
         if groups is None or group in groups
     }

@@ -109,12 +109,31 @@ class TrainState:
         return Checkpoint(tensors, {**numbers, "run": run})
 
     def load(self, path: Path, groups: Collection[str] | None = None) -> Checkpoint:
-        """What this process holds of a checkpoint that any number of processes have saved.
+        """What this process holds of a checkpoint that any number of processes have saved, for what follows here.
+
+        It is read into the state's own memory, a tensor at a time, so that nothing is there twice.
 
         Raises InputError on all processes if it is damaged or of another model.
         """
         wanted = everything if self.shares is None else self.shares.wanted
-        return self._world.together(lambda: load(path, groups, wanted))
+        targets = self._memory(groups)
+
+        def keep(group: str, name: str, tensor: Tensor) -> Tensor:
+            target = targets.get(group, {}).get(name)
+            if target is None or (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
+                return tensor  # which is refused when all names are known
+            return target.copy_(tensor)
+
+        return self._world.together(lambda: load(path, groups, wanted, keep))
+
+    def _memory(self, groups: Collection[str] | None) -> dict[str, dict[str, Tensor]]:
+        """Where groups of tensors, by default all, come to be."""
+        found = {"model": {name: local(tensor.detach()) for name, tensor in self.model.state_dict().items()}}
+        if self.average is not None:
+            found["average"] = self.average.tensors
+        if groups is None or "optimizer" in groups:
+            found["optimizer"] = self.optimizer.room_for_state()
+        return found
 
     def compare_copies(self) -> None:
         """Raise CopiesDiffer if processes that should hold the same numbers do not."""
