@@ -35,7 +35,7 @@ from benthic.lock import locked
 from benthic.model import LanguageModel, Trainable, Transformer
 from benthic.parallel.group import open_world
 from benthic.parallel.world import ALONE, World
-from benthic.plan.memory import refuse_too_large
+from benthic.plan.memory import refuse_too_large, refuse_too_large_together
 from benthic.posttrain import distil as distillation
 from benthic.posttrain.preferences import Preferences
 from benthic.posttrain.problem_files import FOLDER as PROBLEMS_FOLDER
@@ -98,7 +98,10 @@ def train(config: RunConfig, out: str | Path) -> loop.Trained:
 @contextmanager
 def _training(config: RunConfig, out: Path, kinds: Kinds, *, alone: bool = False) -> Iterator[World]:
     """All processes of a run that trains in ``out``, or this one alone, once everything is ready for it."""
-    refuse_too_large(config.model)
+    if alone:
+        refuse_too_large(config.model)
+    else:
+        refuse_too_large_together(config)
     with nullcontext(ALONE) if alone else open_world(config) as world, ExitStack() as held:
         world.first(lambda: _prepare(config, out, kinds, held))
         yield world

@@ -15,6 +15,11 @@ def processes() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def processes_here() -> int:
+    """How many of them are on this machine."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
     if not text:

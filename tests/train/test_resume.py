@@ -11,6 +11,7 @@ from interrupted import Killed, assert_same_run, at_step, course, ended, kill
 
 from benthic.config.load import load_run_config
 from benthic.errors import InputError
+from benthic.model.initial import InitialWeights
 from benthic.train import loop
 from benthic.train.checkpoint import CheckpointFailed, committed, load, save
 from benthic.train.loop import train
@@ -43,6 +44,24 @@ def test_a_killed_run_goes_on_exactly(tiny_run_config, make_run, monkeypatch, ki
     assert resumed.bits_per_byte == result.bits_per_byte
     assert [row["step"] for row in course(out) if "loss" in row] == list(range(1, 21))
     assert_same_run(out, whole)
+
+
+def test_a_run_that_goes_on_draws_no_weights(tiny_run_config, make_run, monkeypatch):
+    config, out, drawn = tiny_run_config(steps=4, checkpoint_every=2), make_run(), []
+    fill = InitialWeights.fill
+
+    def noted(weights, *arguments):
+        drawn.append(arguments)
+        fill(weights, *arguments)
+
+    monkeypatch.setattr(InitialWeights, "fill", noted)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill)
+        with pytest.raises(Killed):
+            train(config, out)
+    assert len(drawn) == 1
+    train(config, out)
+    assert len(drawn) == 1
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
