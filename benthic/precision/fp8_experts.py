@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benthic.ops.experts import combine, segments, sort_by_expert, swiglu_backward
+from benthic.ops.experts import combine, sort_by_expert, swiglu_backward
 from benthic.ops.swiglu import swiglu
 from benthic.ops.wanted import wanted
-from benthic.precision.blocks import COLUMN_TILE, ROW_TILE
-from benthic.precision.fp8 import product, quantise
+from benthic.precision.blocks import ROW_TILE
+from benthic.precision.fp8 import quantise
+from benthic.precision.fp8_groups import Tokens, add_products, batches, multiply_groups
 
 
 def fp8_swiglu(x: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:
@@ -69,11 +70,11 @@ class _Experts(torch.autograd.Function):
         gate_up_SG = gate_S.new_empty(len(token_S), gate_up_EGD.shape[1])
         # Sums over experts and parts are as precise as the tokens and weights are.
         y_SD = x_ND.new_empty(len(token_S), down_EDF.shape[1])
-        for number, rows in segments(counts):
-            expert = number % len(down_EDF)
-            gate_up_SG[rows] = product(x8_ND[token_S[rows]], weights[0][expert])
+        for groups in batches(counts):
+            rows = groups.rows
+            gate_up_SG[rows] = multiply_groups(x8_ND[token_S[rows]], weights[0], groups)
             hidden_RF = swiglu(gate_up_SG[rows]) * gate_S[rows, None]
-            y_SD[rows] = product(quantise(hidden_RF, ROW_TILE), weights[1][expert])
+            y_SD[rows] = multiply_groups(quantise(hidden_RF, ROW_TILE), weights[1], groups)
         ctx.save_for_backward(order_S, slot_NK, counts, token_S, gate_S)
         ctx.weights_dtype = gate_up_EGD.dtype
         ctx.quantised = x8_ND, quantise(gate_up_SG, ROW_TILE), *weights
@@ -89,17 +90,18 @@ class _Experts(torch.autograd.Function):
         dx_SD, dgate_S = grads[0].new_empty(len(token_S), grads[0].shape[1]), torch.empty_like(gate_S)
         weights8 = (gate_up8_EGD, down8_EDF) if any(of_weights) else ()
         dweights = [gate_S.new_zeros(x.numbers.shape, dtype=ctx.weights_dtype) for x in weights8]
-        for number, rows in segments(counts):
-            expert = number % len(down8_EDF.numbers)
+        for groups in batches(counts):
+            rows = groups.rows
             x8_RD, dy8_RD = x8_ND[token_S[rows]], dy8_ND[token_S[rows]]
             hidden_RF, dgate_up_RG, dgate_S[rows] = swiglu_backward(
-                gate_up8_SG[rows].dequantised(), gate_S[rows, None], product(dy8_RD, down8_EDF[expert].mT)
+                gate_up8_SG[rows].dequantised(), gate_S[rows, None], multiply_groups(dy8_RD, down8_EDF.mT, groups)
             )
             if of_inputs:
-                dx_SD[rows] = product(quantise(dgate_up_RG, ROW_TILE), gate_up8_EGD[expert].mT)
+                dx_SD[rows] = multiply_groups(quantise(dgate_up_RG, ROW_TILE), gate_up8_EGD.mT, groups)
             if dweights:
-                x8_RD, dy8_RD = (x.requantised(COLUMN_TILE, powers_of_two=True) for x in (x8_RD, dy8_RD))
-                dweights[0][expert] += product(quantise(dgate_up_RG, COLUMN_TILE).mT, x8_RD.mT)
-                dweights[1][expert] += product(dy8_RD.mT, quantise(hidden_RF, COLUMN_TILE).mT)
+                x_RD, dy_RD = (Tokens(x.dequantised(), powers_of_two=True) for x in (x8_RD, dy8_RD))
+                dgate_up, hidden = (Tokens(x, powers_of_two=False) for x in (dgate_up_RG, hidden_RF))
+                add_products(dweights[0], dgate_up, x_RD, groups)
+                add_products(dweights[1], dy_RD, hidden, groups)
         dgate_NK = torch.empty_like(dgate_S).index_copy_(0, order_S, dgate_S).view(slot_NK.shape)
         return combine(dx_SD, slot_NK) if of_inputs else None, None, dgate_NK, *(dweights or (None, None)), None
