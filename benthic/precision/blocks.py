@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benthic.precision import native_fp8
+
 BLOCK = 128
 E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
 SQUARE = (BLOCK, BLOCK)
@@ -40,6 +42,8 @@ def dequantise_blocks(weight_MN: Tensor, scale_PQ: Tensor, block: tuple[int, int
             f"scales {tuple(scale_PQ.shape)} do not fit a weight {tuple(weight_MN.shape)}: "
             f"expected {block_grid(weight_MN.shape, block)}, one per {block[0]} x {block[1]} block"
         )
+    if native_fp8.usable(weight_MN, scale_PQ):
+        return native_fp8.dequantise(weight_MN, scale_PQ, block)
     padded, blocks_PaQb = _in_blocks(widen(weight_MN, torch.float32), block)
     blocks_PaQb *= scale_PQ.float()[..., :, None, :, None]
     return padded[..., : weight_MN.shape[-2], : weight_MN.shape[-1]]
@@ -57,6 +61,8 @@ def quantise_blocks(
     Args:
         powers_of_two: round scales up to powers of two. The largest number then falls between 224 and 448.
     """
+    if native_fp8.usable(weight_MN):
+        return native_fp8.quantise(weight_MN, block, powers_of_two)
     padded, blocks_PaQb = _in_blocks(weight_MN.float(), block)
     largest_PQ = blocks_PaQb.abs().amax(dim=(-3, -1))
     scale_PQ = torch.where(largest_PQ == 0, 1.0, (largest_PQ / E4M3_MAX).clamp(min=_SMALLEST_SCALE))

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from benthic.precision import scaled_mm
+from benthic.precision import native_fp8, scaled_mm
 from benthic.precision.blocks import BLOCK, SQUARE, dequantise_blocks, quantise_blocks, widen
 
 
@@ -29,6 +29,11 @@ class Quantised:
     def mT(self) -> Self:  # noqa: N802 - torch's name
         """Each matrix transposed."""
         return type(self)(self.numbers.mT, self.scales.mT, self.block[::-1])
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, int]:
+        """Numbers, scales, and how many rows share one."""
+        return self.numbers, self.scales, self.block[0]
 
     def __getitem__(self, index: Any) -> Self:
         """Some matrices of a stack, or some rows if blocks are one row high."""
@@ -55,6 +60,8 @@ def product(a_MK: Quantised, b_NK: Quantised) -> Tensor:
     """
     if scaled_mm.usable(a_MK.numbers):
         return scaled_mm.product(a_MK.numbers, a_MK.scales, b_NK.numbers, b_NK.scales)
+    if native_fp8.usable(a_MK.numbers, b_NK.numbers):
+        return native_fp8.multiply(a_MK.parts, b_NK.parts)
     return emulated_product(a_MK, b_NK)
 
 

@@ -7,6 +7,7 @@ more, the input is requantised from the FP8 copy that alone is kept for the back
 Dimensions: T tokens, D in, F out.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,24 +15,27 @@ from torch import Tensor
 
 from benthic.ops.wanted import wanted
 from benthic.precision.blocks import COLUMN_TILE, ROW_TILE
-from benthic.precision.fp8 import product, quantise
+from benthic.precision.fp8 import Quantised, product, quantise
 
 
-def fp8_linear(x: Tensor, weight_FD: Tensor, *, powers_of_two: bool = False) -> Tensor:
+def fp8_linear(
+    x: Tensor, weight_FD: Tensor, *, powers_of_two: bool = False, copy_of: Callable[[Tensor], Quantised] = quantise
+) -> Tensor:
     """``x weight^T`` (..., F) in fp32, differentiable.
 
     Args:
         x: activations (..., D).
         powers_of_two: scale activations by powers of two, so that requantising them adds next to no error.
+        copy_of: gives the weight's FP8 copy.
     """
-    out_TF: Tensor = _Linear.apply(x.flatten(0, -2), weight_FD, powers_of_two)
+    out_TF: Tensor = _Linear.apply(x.flatten(0, -2), weight_FD, copy_of(weight_FD), powers_of_two)
     return out_TF.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_FD: Tensor, powers_of_two: bool) -> Tensor:
-        ctx.x_TD, ctx.weight_FD = quantise(x_TD, ROW_TILE, powers_of_two=powers_of_two), quantise(weight_FD)
+    def forward(ctx: Any, x_TD: Tensor, weight_FD: Tensor, weight8_FD: Quantised, powers_of_two: bool) -> Tensor:
+        ctx.x_TD, ctx.weight_FD = quantise(x_TD, ROW_TILE, powers_of_two=powers_of_two), weight8_FD
         ctx.powers_of_two = powers_of_two
         return product(ctx.x_TD, ctx.weight_FD)
 
@@ -40,6 +44,6 @@ class _Linear(torch.autograd.Function):
         dout_TF, (of_x, of_weight) = grads[0], wanted(ctx)
         dx_TD = product(quantise(dout_TF, ROW_TILE), ctx.weight_FD.mT) if of_x else None
         if not of_weight:
-            return dx_TD, None, None
+            return dx_TD, None, None, None
         x_TD = ctx.x_TD.requantised(COLUMN_TILE, powers_of_two=ctx.powers_of_two)
-        return dx_TD, product(quantise(dout_TF, COLUMN_TILE).mT, x_TD.mT), None
+        return dx_TD, product(quantise(dout_TF, COLUMN_TILE).mT, x_TD.mT), None, None

@@ -21,6 +21,7 @@ from benthic.parallel.shard import names_rounded_when_gathered
 from benthic.precision.compute import Compute, call_in
 from benthic.precision.fp8_experts import fp8_experts, fp8_swiglu
 from benthic.precision.fp8_linear import fp8_linear
+from benthic.precision.weight_copies import WeightCopies, copies_of_step
 
 
 def compute_in(compute: Compute, module: nn.Module, *args: Any) -> Any:
@@ -56,31 +57,31 @@ def fp8_products(module: nn.Module) -> Iterator[None]:
 
 def _fp8_forwards(module: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     """New forward methods by the part of the module they are for."""
-    parts = list(module.modules())
+    parts, copies = list(module.modules()), copies_of_step()
     heads = {part.head for part in parts if isinstance(part, Trunk)}
     forwards: dict[nn.Module, Callable[..., Tensor]] = {
-        part: partial(_linear, part) for part in parts if isinstance(part, nn.Linear) and part not in heads
+        part: partial(_linear, part, copies) for part in parts if isinstance(part, nn.Linear) and part not in heads
     }
     for part in parts:
         if isinstance(part, LatentAttention):
-            forwards[part.o] = partial(_linear, part.o, powers_of_two=True)
+            forwards[part.o] = partial(_linear, part.o, copies, powers_of_two=True)
         elif isinstance(part, Experts):
-            forwards[part] = partial(_experts, part)
+            forwards[part] = partial(_experts, part, copies)
         elif isinstance(part, MoE) and part.shared is not None:
-            forwards[part.shared] = partial(_swiglu, part.shared)
+            forwards[part.shared] = partial(_swiglu, part.shared, copies)
     return forwards
 
 
 # Weights are taken when they are used: where they are divided among processes, they are whole only then.
 
 
-def _linear(part: nn.Linear, x: Tensor, *, powers_of_two: bool = False) -> Tensor:
-    return fp8_linear(x, part.weight, powers_of_two=powers_of_two)
+def _linear(part: nn.Linear, copies: WeightCopies, x: Tensor, *, powers_of_two: bool = False) -> Tensor:
+    return fp8_linear(x, part.weight, powers_of_two=powers_of_two, copy_of=copies)
 
 
-def _experts(part: Experts, x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor) -> Tensor:
-    return fp8_experts(x_ND, index_NK, gate_NK, part.gate_up, part.down, senders_of(part))
+def _experts(part: Experts, copies: WeightCopies, x_ND: Tensor, index_NK: Tensor, gate_NK: Tensor) -> Tensor:
+    return fp8_experts(x_ND, index_NK, gate_NK, part.gate_up, part.down, senders_of(part), copy_of=copies)
 
 
-def _swiglu(part: SwiGLU, x: Tensor) -> Tensor:
-    return fp8_swiglu(x, part.gate_up.weight, part.down.weight)
+def _swiglu(part: SwiGLU, copies: WeightCopies, x: Tensor) -> Tensor:
+    return fp8_swiglu(x, part.gate_up.weight, part.down.weight, copy_of=copies)

@@ -7,6 +7,7 @@ the most of each.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -31,7 +32,7 @@ from benthic.parallel.timeline import Times, idle_share, simulate
 from benthic.plan.activations import Arithmetic, block_bytes, fp8_bytes, head_bytes, mtp_bytes
 from benthic.plan.states import StateMemory, Unit, state_memory, state_messages
 from benthic.plan.traffic import Visits, token_messages, visits
-from benthic.precision.blocks import BLOCK
+from benthic.precision.blocks import block_grid
 from benthic.train.compute import moments_dtype
 from benthic.train.objective import Objective
 from benthic.train.optimizer import hidden_matrices
@@ -39,8 +40,6 @@ from benthic.train.trial import heaviest_mtp
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _EXACT = 4
-_FP8_SQUARE = 1 + 4 / BLOCK**2
-"""Bytes of a number in E4M3 and of its part of the scale of its block."""
 _COUNTS = 16
 """Bytes that tell a rank how much it is going to be sent."""
 
@@ -52,7 +51,7 @@ class Memory(StateMemory):
     activations: int
     """Of all micro-batches in flight."""
     copies: int
-    """Of weights in fewer bits, which each micro-batch in flight has for itself."""
+    """Of weights in fewer bits: in bf16 each micro-batch in flight has its own, in FP8 all of a step share them."""
 
     @property
     def total(self) -> int:
@@ -333,8 +332,10 @@ class _Place:
         states = state_memory(found, zero=job.parallel.zero, average=bool(train.ema_decay or train.ema_span))
         order = job.orders[self.place]
         activations = most_in_flight(order, {stage: self._kept(stage) for stage in self.held})
-        copies = most_in_flight(order, {stage: self._copied(stage) for stage in self.held})
-        memory = Memory(**asdict(states), activations=round(activations.bytes), copies=round(copies.bytes))
+        copied = {stage: self._copied(stage) for stage in self.held}
+        shared = self.job.arithmetic.compute == "fp8"
+        copies = sum(copied.values()) if shared else most_in_flight(order, copied).bytes
+        memory = Memory(**asdict(states), activations=round(activations.bytes), copies=round(copies))
         return activations, memory
 
     def _kept(self, stage: int) -> float:
@@ -352,18 +353,18 @@ class _Place:
         return tokens * kept + head_bytes(config, arithmetic, tokens, 1 + job.depths)
 
     def _copied(self, stage: int) -> float:
-        """Bytes of weights that a micro-batch rounds for itself in a stage, and keeps for its backward pass."""
+        """Bytes of weights in fewer bits that a micro-batch keeps for its backward pass through a stage."""
         return sum(map(self._copied_of, self._modules(stage)))
 
     def _copied_of(self, part: nn.Module) -> float:
         job = self.job
         expert = isinstance(part, Experts)
-        numel = sum(p.numel() for p in part.parameters(recurse=False)) / (job.layout.expert if expert else 1)
+        weights, ranks = list(part.parameters(recurse=False)), job.layout.expert if expert else 1
         if job.arithmetic.compute == "fp8":
             linear = isinstance(part, nn.Linear) and part is not self.model.transformer.head
-            return numel * _FP8_SQUARE if expert or linear else 0
+            return sum(p.numel() + _EXACT * math.prod(block_grid(p.shape)) for p in weights if expert or linear) / ranks
         rounded = job.arithmetic.compute == "bf16" and not self._is_divided(expert) and not isinstance(part, Router)
-        return 2 * numel if rounded else 0
+        return 2 * sum(p.numel() for p in weights if rounded) / ranks
 
     def _modules(self, stage: int) -> Iterator[nn.Module]:
         """Everything that computes in a stage."""

@@ -14,6 +14,7 @@ from benthic.ops.cross_entropy import IGNORE
 from benthic.parallel.stages import pipeline_of
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
+from benthic.precision.weight_copies import quantised_once
 from benthic.train.compute import compute_in
 from benthic.train.health import Health, Incident, Trouble
 from benthic.train.objective import Losses, Objective, prediction_targets
@@ -68,7 +69,8 @@ def train_step(
 
     def run() -> StepReport:
         optimizer.zero_grad()
-        losses = gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
+        with quantised_once():
+            losses = gradients(objective, batch, settings, micro_batch_size=micro_batch_size, compute=compute)
         parts = torch.stack([*losses.cross_entropy_K, losses.balance])
         parts, norm, load_ME = world.agree(parts, optimizer.grad_norm(), losses.load_ME)
         *cross_entropy, balance, grad_norm = [*parts.tolist(), norm.item()]

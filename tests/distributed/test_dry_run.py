@@ -12,9 +12,12 @@ from benthic.config.schema import RunConfig
 from benthic.data.batches import Batch
 from benthic.parallel.group import Group
 from benthic.parallel.local import is_divided, local
+from benthic.precision import weight_copies
 from benthic.precision.compute import Compute
+from benthic.precision.fp8 import quantise
+from benthic.precision.weight_copies import WeightCopies
 from benthic.train.compute import compute_in
-from benthic.train.dry_run import Messages, dry_run, held_by
+from benthic.train.dry_run import Memory, Messages, dry_run, held_by
 from benthic.train.objective import prediction_targets
 from benthic.train.schedule import StepSettings
 from benthic.train.state import TrainState
@@ -77,7 +80,16 @@ def _observe(config: RunConfig) -> dict[str, Any]:
 
     step()  # the first one of a pipeline also makes it
     world.figures()
-    with counted() as sent:
+    copies, made = [], []
+    with counted() as sent, pytest.MonkeyPatch.context() as monkeypatch:
+        close = WeightCopies.close
+
+        def watched(of_step: WeightCopies) -> None:
+            copies.append((of_step.nbytes, len(of_step._found)))
+            close(of_step)
+
+        monkeypatch.setattr(WeightCopies, "close", watched)
+        monkeypatch.setattr(weight_copies, "quantise", lambda weight: made.append(weight) or quantise(weight))
         step()
     told = world.figures()["bytes_sent"]
     held = [local(p) for p in state.model.parameters()]
@@ -86,6 +98,7 @@ def _observe(config: RunConfig) -> dict[str, Any]:
         "held": (sum(p.numel() for p in held), optimizer),
         "sent": dict(sent),
         "told": told,
+        "copies": (*max(copies), len(made)),
         "weights": world.weights,
         "gradients": world.gradients,
         "kept": _kept(state, rows.at(own.start, train.micro_batch_size), compute) if world.layout.pipeline == 1 else 0,
@@ -115,7 +128,12 @@ LAYOUTS = {
     4: [{"expert": 2, "shard": 2}, {"expert": 4}, {"shard": 2, "replicate": 2}, {"expert": 2, "replicate": 2}],
 }
 SOME = {
-    2: [({"expert": 2}, "fp32"), ({"expert": 2}, "bf16"), ({"replicate": 2, "zero": 2}, "fp32")],
+    2: [
+        ({"expert": 2}, "fp32"),
+        ({"expert": 2}, "bf16"),
+        ({"replicate": 2, "zero": 2}, "fp32"),
+        ({"shard": 2, "zero": 3}, "fp8"),
+    ],
     4: [({"expert": 2, "shard": 2, "zero": 3}, "bf16"), ({"expert": 2, "shard": 2, "fp8_dispatch": True}, "fp8")],
 }
 
@@ -142,12 +160,22 @@ def compare(world: int, configs: list[RunConfig]) -> None:
         compare_sent(run.stages[0].messages, found)
         memory = run.stages[0].memory
         kept = sum(one["kept"] for one in found) / world
-        # Rounded weights of experts that are not gathered are copies; FP8 ones are not counted.
+        # Rounded weights of experts that are not gathered are copies of a pass; FP8 ones are the step's.
         copies = memory.copies if config.precision.compute == "bf16" else 0
         assert kept == pytest.approx(memory.activations + copies, rel=0.03)
+        if config.precision.compute == "fp8":
+            compare_copies(memory, found)
         if config.parallel.zero == 1:
             assert {one["weights"] for one in found} == {memory.gathered}
             assert {one["gradients"] for one in found} == {memory.gradients}
+
+
+def compare_copies(memory: Memory, found: list[dict[str, Any]]) -> None:
+    """FP8 copies of weights: all passes of a step share those made once."""
+    for one in found:
+        held, weights, made = one["copies"]
+        assert held == memory.copies
+        assert made == weights > 0
 
 
 def compare_sent(messages: Messages, found: list[dict[str, Any]]) -> None:
@@ -169,7 +197,8 @@ def compare_sent(messages: Messages, found: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(("world", "others"), [(2, {}), (4, {"shard": 2}), (4, {"expert": 2})])
 def test_pipelines_hold_and_send_what_was_said(world, others):
     layouts = [others | {"pipeline": 2, "schedule": schedule} for schedule in ("1f1b", "dualpipev")]
-    compare_pipelines(world, [config_for(layout, num_hidden_layers=4) for layout in layouts])
+    configs = [config_for(layout, num_hidden_layers=4) for layout in layouts]
+    compare_pipelines(world, [*configs, config_for(layouts[-1], "fp8", num_hidden_layers=4)])
 
 
 @pytest.mark.slow
@@ -188,5 +217,7 @@ def compare_pipelines(world: int, configs: list[RunConfig]) -> None:
             found = [by_rank[rank][number] for rank in stage.ranks]
             assert [one["held"] for one in found] == [held_by(config, rank) for rank in stage.ranks]
             compare_sent(stage.messages, found)
+            if config.precision.compute == "fp8":
+                compare_copies(stage.memory, found)
             for one in found:
                 assert one["sent"]["point_to_point"] == stage.messages.pipeline + stage.messages.embedding

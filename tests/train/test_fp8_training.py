@@ -1,17 +1,23 @@
 """Training with FP8 products: which parts take them, how near the losses stay, and that a resumed run is the same."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from benthic.config.presets import PRESETS
 from benthic.config.schema import PrecisionConfig
 from benthic.model import build_model
-from benthic.train import loop
+from benthic.precision import weight_copies
+from benthic.precision.fp8 import quantise
+from benthic.precision.weight_copies import quantised_once
+from benthic.train import loop, step
 from benthic.train.checkpoint import committed, load
 from benthic.train.compute import compute_in, fp8_products
 from benthic.train.loop import train
 from benthic.train.metrics import read_metrics
 from benthic.train.objective import Objective, prediction_targets
+from benthic.train.trial import RandomSequences, Trial
 
 ATTENTION = {f"attention.{name}" for name in ("q_a", "q_b", "kv_a", "kv_b", "o")}
 SHARED = {"ffn.experts", "ffn.shared", "ffn.shared.gate_up", "ffn.shared.down"}
@@ -59,6 +65,37 @@ def test_gradients_reach_every_parameter_in_fp32_and_near_those_in_fp32():
         # Routing may differ for a token or two, which moves router and experts most.
         assert (gradient - exact[name]).norm() < 0.5 * exact[name].norm(), name
     assert any(not torch.equal(gradient, exact[name]) for name, gradient in fp8.items())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_a_step_quantises_each_weight_once_and_an_update_makes_new_copies_due(
+    micro_batch_size, recompute, tiny_run_config, monkeypatch
+):
+    """Weights after three steps are those of steps that quantise weights for each pass anew."""
+    config = tiny_run_config(micro_batch_size=micro_batch_size, recompute=recompute, batch_size=4)
+
+    def steps(sharing):
+        made = []
+        with monkeypatch.context() as patch:
+            patch.setattr(weight_copies, "quantise", lambda weight: made.append(weight) or quantise(weight))
+            patch.setattr(step, "quantised_once", quantised_once if sharing else nullcontext)
+            trial = Trial(config, RandomSequences(config), "fp8")
+            counts = []
+            for _ in range(3):
+                made.clear()
+                trial.step()
+                counts.append((len(made), len(set(map(id, made)))))
+        return counts, dict(trial.state.model.named_parameters())
+
+    counts, weights = steps(sharing=True)
+    assert len(set(counts)) == 1
+    assert counts[0][0] == counts[0][1] > 20
+    without, expected = steps(sharing=False)
+    assert without[0][0] > counts[0][0] or (micro_batch_size == 4 and not recompute)
+    assert without[0][1] == counts[0][1]
+    for name, weight in weights.items():
+        assert torch.equal(weight, expected[name]), name
 
 
 def in_fp8(config):

@@ -45,14 +45,25 @@ def decode_library() -> tuple[ctypes.CDLL | None, str]:
 @lru_cache(maxsize=1)
 def memory_library() -> ctypes.CDLL | None:
     """The library that keeps the memory of large tensors, if it can be had here."""
+    library = _optional("memory")
+    if library is not None:
+        library.use_arena.argtypes = [ctypes.c_int64]
+    return library
+
+
+@lru_cache(maxsize=1)
+def fp8_library() -> ctypes.CDLL | None:
+    """The library that quantises to FP8 and multiplies the outcome, if it can be had here."""
+    return _optional("fp8")
+
+
+def _optional(name: str) -> ctypes.CDLL | None:
     if os.environ.get("BENTHIC_NATIVE", "1") == "0":
         return None
     try:
-        library = ctypes.CDLL(str(shared_library("memory")))
+        return ctypes.CDLL(str(shared_library(name)))
     except (BuildError, OSError):
         return None
-    library.use_arena.argtypes = [ctypes.c_int64]
-    return library
 
 
 def status() -> str:
@@ -63,13 +74,13 @@ def status() -> str:
 def usable(*tensors: Tensor) -> bool:
     """Whether the native kernels exist and take these tensors: on the CPU, all fp32 or all bf16."""
     dtype = tensors[0].dtype
-    if dtype not in _SUFFIX or not all(_is_plain(t) and t.dtype == dtype for t in tensors):
+    if dtype not in _SUFFIX or not all(is_plain(t) and t.dtype == dtype for t in tensors):
         return False
     library = _load()[0]
     return library is not None and (dtype == torch.float32 or bool(library.has_bf16()))
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is numbers in this process's memory, not one of PyTorch's stand-ins for them."""
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, Parameter)
 
@@ -82,7 +93,12 @@ def call(name: str, *arguments: _Argument) -> None:
     library, first = _load()[0], arguments[0]
     assert library is not None, "call usable() first"
     assert isinstance(first, Tensor)
-    kernel = getattr(library, name + _SUFFIX[first.dtype])
+    run(library, name + _SUFFIX[first.dtype], *arguments)
+
+
+def run(library: ctypes.CDLL, symbol: str, *arguments: _Argument) -> None:
+    """Run a kernel of any library, with arguments as :func:`call` takes them."""
+    kernel = getattr(library, symbol)
     if kernel.argtypes is None:
         kernel.argtypes, kernel.restype = [_c_type(argument) for argument in arguments], None
     kernel(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])

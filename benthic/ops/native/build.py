@@ -41,6 +41,8 @@ _LIBRARIES = {
     ),
     # Sums stay in order, so that they are the same wherever a product is inlined.
     "decode": _Library(_HERE / "decode", ("-ffp-contract=off", "-pthread"), ()),
+    # Here neither sums nor quotients may be anything but what is written, for results are exact.
+    "fp8": _Library(_HERE / "fp8", ("-ffp-contract=off", "-fopenmp"), ("-ltorch_cpu", *_TORCH_LIBRARIES)),
     "memory": _Library(_HERE / "memory", (f"-I{_TORCH / 'include'}",), ("-lc10", *_TORCH_LIBRARIES)),
 }
 
@@ -50,7 +52,7 @@ class BuildError(RuntimeError):
 
 
 def shared_library(name: str = "kernels") -> Path:
-    """Path of compiled ``kernels``, of the ``decode`` step or of ``memory``, compiling it if no earlier process did.
+    """Path of a compiled library of ``_LIBRARIES``, compiling it if no earlier process did.
 
     Raises BuildError if that fails, or failed within the last day: else every process would try for itself.
     """
@@ -106,7 +108,7 @@ def _fingerprint(compiler: list[str], library: _Library) -> str:
     built_by = f"{compiler} {[path.stat().st_mtime_ns for path in programs]}"
     told = (built_by, torch.__version__, torch.__file__, _processor(), *_FLAGS, *library.flags)
     digest = hashlib.sha256(" ".join(told).encode())
-    for source in sorted(library.folder.glob("*.[ch]*")):
+    for source in sorted({*library.folder.glob("*.cpp"), *_HERE.rglob("*.h")}):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -7,7 +7,7 @@
 
 #include <vector>
 
-#include "e4m3.h"
+#include "../e4m3.h"
 #include "matrix.h"
 #include "simd.h"
 

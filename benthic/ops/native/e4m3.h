@@ -1,7 +1,10 @@
-// Numbers rounded to E4M3 by the rule of benthic/precision/blocks.py, bit for bit.
+// E4M3 numbers by the rules of benthic/precision/blocks.py, bit for bit.
 #pragma once
 
-#include "simd.h"
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
 
 namespace benthic {
 
@@ -12,6 +15,12 @@ inline uint32_t bits_of(float x) {
     uint32_t u;
     std::memcpy(&u, &x, sizeof u);
     return u;
+}
+
+inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
 }
 
 // To nearest, ties to even; of magnitudes below 464 and NaN. Without branches, so that compilers vectorise loops of it.
@@ -26,15 +35,28 @@ inline uint8_t to_e4m3(float x) {
     return static_cast<uint8_t>((magnitude > 0x7f800000 ? 0x7f : finite) | (bits >> 24 & 0x80));
 }
 
+// What a number is worth, exactly. Without branches, as above.
+inline float from_e4m3(uint8_t number) {
+    const uint32_t magnitude = number & 0x7f, sign = static_cast<uint32_t>(number & 0x80) << 24;
+    const uint32_t normal = (magnitude << 20) + (120u << 23);
+    // The subnormals' 3 bits, as the mantissa of a number between 2^-6 and 2^-5.
+    const float small = float_of(normal + (1u << 23)) - 0.015625f;
+    const uint32_t finite = magnitude < 8 ? bits_of(small) : normal;
+    return float_of((magnitude == 0x7f ? 0x7fc00000 : finite) | sign);
+}
+
+// The scale that makes the largest number of a block 448, from the bits of that number's magnitude.
+inline float e4m3_scale(uint32_t most_bits) {
+    const float scale = float_of(most_bits) / kE4m3Most;
+    if (most_bits == 0) return 1.0f;
+    return scale < 1.17549435e-38f ? 1.17549435e-38f : scale;  // the smallest normal number; NaN stays
+}
+
 // Numbers over their scale, such that the largest becomes 448; the scale. One that is not finite makes the scale so.
 inline float quantise_e4m3(const float* x, int64_t n, uint8_t* out) {
     uint32_t top = 0;  // magnitudes are ordered as their bits are, and NaN comes last
     for (int64_t i = 0; i < n; ++i) top = std::max(top, bits_of(x[i]) & 0x7fffffff);
-    float most;
-    std::memcpy(&most, &top, sizeof most);
-    float scale = most / kE4m3Most;
-    if (top == 0) scale = 1.0f;
-    else if (scale < 1.17549435e-38f) scale = 1.17549435e-38f;
+    const float scale = e4m3_scale(top);
     for (int64_t i = 0; i < n; ++i) out[i] = to_e4m3(x[i] / scale);
     return scale;
 }
