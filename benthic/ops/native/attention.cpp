@@ -18,6 +18,7 @@ struct Shape {
     int64_t time, heads, nope, rope, value;
     float scale;
     int64_t start = 0;  // keys before the first query; the backward pass has none
+    bool tiles = false;  // for the products, if wanted
     int64_t keys() const { return start + time; }
     int64_t q_stride() const { return heads * (nope + rope); }
     int64_t kv_stride() const { return heads * (nope + value); }
@@ -60,9 +61,9 @@ struct Range {
 // Scaled scores (rows, keys) of a block of queries with a block of keys.
 template <typename T>
 void scores(const Shape& s, const T* q, const T* k, const T* k_rope, int64_t rows, int64_t keys, float* out) {
-    gemm('N', 'T', rows, keys, s.nope, s.scale, q, s.q_stride(), k, s.kv_stride(), 0.0f, out, keys);
+    gemm(s.tiles, 'N', 'T', rows, keys, s.nope, s.scale, q, s.q_stride(), k, s.kv_stride(), 0.0f, out, keys);
     if (s.rope == 0) return;
-    gemm('N', 'T', rows, keys, s.rope, s.scale, q + s.nope, s.q_stride(), k_rope, s.rope, 1.0f, out, keys);
+    gemm(s.tiles, 'N', 'T', rows, keys, s.rope, s.scale, q + s.nope, s.q_stride(), k_rope, s.rope, 1.0f, out, keys);
 }
 
 // Set to zero what lies outside of the range.
@@ -115,7 +116,7 @@ void forward_block(const Shape& s, const T* q, const T* kv, const T* k_rope, con
             if (key > 0)
                 for (int64_t i = 0; i < s.value; ++i) o[r * s.value + i] *= rescale;
         }
-        gemm('N', 'N', rows, s.value, keys, 1.0f, p, keys, k + s.nope, s.kv_stride(), key > 0 ? 1.0f : 0.0f, o,
+        gemm(s.tiles, 'N', 'N', rows, s.value, keys, 1.0f, p, keys, k + s.nope, s.kv_stride(), key > 0 ? 1.0f : 0.0f, o,
              s.value);
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -199,8 +200,8 @@ void backward_head(const Shape& s, const T* dout, const T* q, const T* kv, const
 template <typename T>
 void attention_forward(const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse,
                        int64_t batch, int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value,
-                       float scale, int64_t start) {
-    const Shape s{time, heads, nope, rope, value, scale, start};
+                       float scale, int64_t start, int64_t tiles) {
+    const Shape s{time, heads, nope, rope, value, scale, start, tiles != 0};
     const int64_t blocks = (time + kQueries - 1) / kQueries;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (int64_t index = 0; index < batch * heads; ++index)
@@ -231,9 +232,10 @@ void attention_backward(const T* dout, const T* q, const T* kv, const T* k_rope,
 }  // namespace
 
 #define ARGS(T) (const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse, int64_t batch, \
-                 int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value, float scale, int64_t start)
+                 int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value, float scale, int64_t start, \
+                 int64_t tiles)
 BENTHIC_EXPORT(attention_forward, ARGS,
-               (q, kv, k_rope, first, out, lse, batch, time, heads, nope, rope, value, scale, start))
+               (q, kv, k_rope, first, out, lse, batch, time, heads, nope, rope, value, scale, start, tiles))
 #undef ARGS
 #define ARGS(T) (const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first, const T* out,       \
                  const float* lse, T* dq, T* dkv, float* dk_rope_h, int64_t batch, int64_t time, int64_t heads,     \
