@@ -37,7 +37,7 @@ def read_chunk(transformer: Transformer, cache: PagedCache, table_P: Tensor, sta
     """
     weight = transformer.embed.weight
     view = PagedView(cache, table_P, start, weight.dtype)
-    with on_tiles():
+    with on_tiles(weight):
         hidden_BTD, _ = transformer.hidden(torch.tensor([list(ids)], device=weight.device), cache=view)
     return hidden_BTD[0]
 

@@ -34,14 +34,24 @@ def tiles_wanted() -> bool:
     return _wanted.tiles
 
 
+def kernels_on_tiles(weight: Tensor) -> str:
+    """For reports: which kernels compute with such weights inside of :func:`on_tiles`."""
+    if weight.device.type != "cpu":
+        return f"PyTorch kernels (on {weight.device.type})"
+    return f"{native.status()}, fp32 on bf16 tiles" if _has_use(weight) else native.status()
+
+
 @contextmanager
-def on_tiles() -> Iterator[None]:
+def on_tiles(weight: Tensor) -> Iterator[None]:
     """Inside, and in this thread alone, large products of fp32 run on tiles where the machine has them.
 
     Those are linear layers, whatever module calls ``torch.nn.functional.linear``, and the native kernels of attention
     and experts. It is for computing without gradients, and does nothing where these are recorded or under autocast.
+
+    Args:
+        weight: one of those to multiply by; unless they are fp32 and on the CPU there is nothing to do.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not native.has_tiles():
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _has_use(weight):
         yield
         return
     before, _wanted.tiles = _wanted.tiles, True
@@ -63,9 +73,14 @@ class _LinearOnTiles(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+def _has_use(weight: Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and native.has_tiles()
+
+
 def _fits(x: Tensor, weight_FD: Tensor) -> bool:
     return (
         x.dtype == torch.float32
+        and not torch.is_grad_enabled()
         and min(x.numel() // max(x.shape[-1], 1), *weight_FD.shape) >= _FEWEST
         and native.usable(x, weight_FD)
     )
@@ -74,7 +89,5 @@ def _fits(x: Tensor, weight_FD: Tensor) -> bool:
 def _linear(x: Tensor, weight_FD: Tensor) -> Tensor:
     x, weight_FD = x.contiguous(), weight_FD.contiguous()
     out, (outputs, inputs) = x.new_empty(*x.shape[:-1], weight_FD.shape[0]), weight_FD.shape
-    native.call(
-        "product", x, 0, inputs, weight_FD, 1, inputs, out, outputs, out.numel() // outputs, outputs, inputs, 0
-    )
+    native.call("product", x, 0, inputs, weight_FD, 1, inputs, out, outputs, out.numel() // outputs, outputs, inputs, 0)
     return out

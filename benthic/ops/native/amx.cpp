@@ -145,12 +145,14 @@ class Packer {
     int64_t units_ = 0, line_ = 0, k_ = 0, unit_ = 0;
 };
 
-// Writes or adds a computed block of up to 32 x 32 to the rows and columns of c that exist, a quarter at a time.
+// Writes or adds alpha times a computed block of up to 32 x 32 to the rows and columns of c that exist, a quarter at a time.
 class Settler {
   public:
     Settler() = default;
-    Settler(const float* block, int64_t rows, int64_t columns, bool add, bool transposed, float* c, int64_t ldc)
-        : block_(block), rows_(rows), columns_(columns), add_(add), transposed_(transposed), c_(c), ldc_(ldc) {}
+    Settler(const float* block, int64_t rows, int64_t columns, float alpha, bool add, bool transposed, float* c,
+            int64_t ldc)
+        : block_(block), rows_(rows), columns_(columns), alpha_(alpha), add_(add), transposed_(transposed), c_(c),
+          ldc_(ldc) {}
 
     bool done() const { return row_ >= rows_; }
 
@@ -178,7 +180,7 @@ class Settler {
     void settle(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to) const {
         const __mmask16 mask = first(columns);
         for (int64_t r = 0; r < rows; ++r, from += stride, to += ldc_) {
-            __m512 value = _mm512_loadu_ps(from);
+            __m512 value = _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(alpha_));
             if (add_) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value);
             _mm512_mask_storeu_ps(to, mask, value);
         }
@@ -186,6 +188,7 @@ class Settler {
 
     const float* block_ = nullptr;
     int64_t rows_ = 0, columns_ = 0;
+    float alpha_ = 1.0f;
     bool add_ = false, transposed_ = false;
     float* c_ = nullptr;
     int64_t ldc_ = 0, row_ = 0, column_ = 0;
@@ -302,11 +305,12 @@ bool pays(int64_t m, int64_t n, int64_t k) {
     return std::min({m, n, k}) >= kStep && m * n + m * k + n * k < m * n * k / kSidesPerVolume;
 }
 
-// c = a b, or its transpose, added to what is there if `add`. The packed b stays in the cache, a passes by.
+// c = alpha a b, or its transpose, added to what is there if `add`. The packed b stays in the cache, a passes by.
 class Product {
   public:
-    Product(const Operand& a, const Operand& b, int64_t k, bool add, bool transposed, float* c, int64_t ldc)
-        : a_(a), b_(b), k_(k), add_(add), transposed_(transposed), c_(c), ldc_(ldc) {}
+    Product(const Operand& a, const Operand& b, int64_t k, float alpha, bool add, bool transposed, float* c,
+            int64_t ldc)
+        : a_(a), b_(b), k_(k), alpha_(alpha), add_(add), transposed_(transposed), c_(c), ldc_(ldc) {}
 
     void run() {
         static const TileConfig config;
@@ -343,13 +347,13 @@ class Product {
                 const Word* panel_b = packed_b + j / kTile * words;
                 float* to = transposed_ ? c_ + (column + j) * ldc_ + row : c_ + row * ldc_ + column + j;
                 const bool adds = add_ || at_k > 0;
-                if (!transposed_ && !adds && rows % kTile == 0 && wide % kTile == 0) {
+                if (!transposed_ && !adds && alpha_ == 1.0f && rows % kTile == 0 && wide % kTile == 0) {
                     multiply_panels(here, panel_b, steps, rows, wide, to, ldc_, background);
                     continue;
                 }
                 multiply_panels(here, panel_b, steps, rows, wide, blocks[block], 2 * kTile, background);
                 background.settle();
-                background.settler = Settler(blocks[block], rows, wide, adds, transposed_, to, ldc_);
+                background.settler = Settler(blocks[block], rows, wide, alpha_, adds, transposed_, to, ldc_);
             }
         }
         background.settle();
@@ -363,6 +367,7 @@ class Product {
 
     Operand a_, b_;
     int64_t k_;
+    float alpha_;
     bool add_, transposed_;
     float* c_;
     int64_t ldc_;
@@ -374,13 +379,13 @@ namespace benthic {
 
 bool tile_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
                const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
-    if (alpha != 1.0f || (beta != 0.0f && beta != 1.0f) || !pays(m, n, k) || !allowed()) return false;
+    if ((beta != 0.0f && beta != 1.0f) || !pays(m, n, k) || !allowed()) return false;
     const Operand left = trans_a == 'N' ? Operand{a, m, lda, 1} : Operand{a, m, 1, lda};
     const Operand right = trans_b == 'N' ? Operand{b, n, 1, ldb} : Operand{b, n, ldb, 1};
     if (m < n)
-        Product(right, left, k, beta != 0.0f, true, c, ldc).run();
+        Product(right, left, k, alpha, beta != 0.0f, true, c, ldc).run();
     else
-        Product(left, right, k, beta != 0.0f, false, c, ldc).run();
+        Product(left, right, k, alpha, beta != 0.0f, false, c, ldc).run();
     return true;
 }
 

@@ -13,13 +13,15 @@ using namespace benthic;
 namespace {
 
 constexpr int64_t kQueries = 64, kKeys = 512, kLanes = 16;
+constexpr int64_t kQueriesOnTiles = 128;  // what lays keys and values out as tiles is done once for so many
 
 struct Shape {
     int64_t time, heads, nope, rope, value;
     float scale;
     int64_t start = 0;  // keys before the first query; the backward pass has none
-    bool tiles = false;  // for the products, if wanted
+    bool tiles = false;  // for the forward pass's products, if wanted
     int64_t keys() const { return start + time; }
+    int64_t queries() const { return tiles ? kQueriesOnTiles : kQueries; }  // a block of them
     int64_t q_stride() const { return heads * (nope + rope); }
     int64_t kv_stride() const { return heads * (nope + value); }
     int64_t out_stride() const { return heads * value; }
@@ -100,9 +102,9 @@ float online_softmax(float* x, T* p, int64_t keys, Range range, float& top, floa
 template <typename T>
 void forward_block(const Shape& s, const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse,
                    int64_t query, int64_t rows) {
-    float *x = scratch<float>(0, kQueries * kKeys), *o = scratch<float>(1, kQueries * s.value);
-    T* p = scratch<T>(2, kQueries * kKeys);
-    float top[kQueries], sum[kQueries];
+    float *x = scratch<float>(0, s.queries() * kKeys), *o = scratch<float>(1, s.queries() * s.value);
+    T* p = scratch<T>(2, s.queries() * kKeys);
+    float top[kQueriesOnTiles], sum[kQueriesOnTiles];
     std::fill(top, top + rows, -INFINITY);
     std::fill(sum, sum + rows, 0.0f);
     const int64_t position = s.start + query;
@@ -202,15 +204,16 @@ void attention_forward(const T* q, const T* kv, const T* k_rope, const int64_t* 
                        int64_t batch, int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value,
                        float scale, int64_t start, int64_t tiles) {
     const Shape s{time, heads, nope, rope, value, scale, start, tiles != 0};
-    const int64_t blocks = (time + kQueries - 1) / kQueries;
+    const int64_t queries = s.queries();
+    const int64_t blocks = (time + queries - 1) / queries;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (int64_t index = 0; index < batch * heads; ++index)
         for (int64_t block = 0; block < blocks; ++block) {
             const Head at(s, index);
-            const int64_t query = block * kQueries;
+            const int64_t query = block * queries;
             forward_block(s, q + at.q, kv + at.kv, k_rope + at.k_rope,
                           first ? first + index / heads * time : nullptr, out + at.out, lse + at.lse, query,
-                          std::min(kQueries, time - query));
+                          std::min(queries, time - query));
         }
 }
 
