@@ -19,6 +19,7 @@ from benthic.inference.results import Results
 from benthic.inference.sampling import Logits, log_probabilities, top_of
 from benthic.inference.speculation import Speculation
 from benthic.model import Transformer
+from benthic.ops.product import on_tiles
 
 _SCORED_AT_ONCE = 64
 """Prompt tokens whose logits are held at a time."""
@@ -36,7 +37,8 @@ def read_chunk(transformer: Transformer, cache: PagedCache, table_P: Tensor, sta
     """
     weight = transformer.embed.weight
     view = PagedView(cache, table_P, start, weight.dtype)
-    hidden_BTD, _ = transformer.hidden(torch.tensor([list(ids)], device=weight.device), cache=view)
+    with on_tiles(weight):
+        hidden_BTD, _ = transformer.hidden(torch.tensor([list(ids)], device=weight.device), cache=view)
     return hidden_BTD[0]
 
 

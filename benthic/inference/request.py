@@ -182,6 +182,8 @@ class EngineStats:
     finished: dict[FinishReason, int]
     decoder: str
     """Which decode path runs, in words."""
+    reader: str
+    """Which kernels read prompts, in words."""
     draft_depth: float
     """Mean drafts a decoding request had in the last step."""
 

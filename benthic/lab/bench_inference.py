@@ -22,7 +22,7 @@ from benthic.inference.limits import chunk_length
 from benthic.inference.paged_cache import PagedCache, pages_for
 from benthic.inference.prefill import read_chunk
 from benthic.model import LanguageModel, build_model
-from benthic.ops import native
+from benthic.ops.product import kernels_on_tiles
 from benthic.plan.counts import main_model
 from benthic.plan.decode import decode_bytes
 from benthic.plan.flops import forward_flops
@@ -65,7 +65,8 @@ def bench_prefill(
 ) -> InferenceSpeed:
     """Reads prompts of ``context`` tokens one by one, up to the logits of the token after each."""
     _check(config, context, batch)
-    read = prompt_reader(build_model(config, dtype=_dtype(precision)), context)
+    model = build_model(config, dtype=_dtype(precision))
+    read, kernels = prompt_reader(model, context), kernels_on_tiles(model.transformer.embed.weight)
 
     def prefill() -> None:
         for ids in torch.randint(config.vocab_size, (batch, context)).tolist():
@@ -75,7 +76,7 @@ def bench_prefill(
     head = 2 * main_model(config).head
     flops = batch * (context * (forward_flops(config, context) - head) + head)
     limit = flops / (measure_gemm_gflops(_dtype(precision)) * 1e9)
-    return _speed(batch * context / seconds, context, batch, precision, precision, limit / seconds, native.status())
+    return _speed(batch * context / seconds, context, batch, precision, precision, limit / seconds, kernels)
 
 
 def bench_decode(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
+from benthic.ops.product import tiles_wanted
 
 
 def causal_attention_reference(
@@ -93,7 +94,7 @@ def _forward_native(
     lse_BHT = q_BTHK.new_empty(batch, heads, time, dtype=torch.float32)
     native.call(
         "attention_forward", q_BTHK, kv_BSHX, k_rope_BSR, first_BT, out_BTHV, lse_BHT, *sizes, scale,
-        kv_BSHX.shape[1] - time,
+        kv_BSHX.shape[1] - time, int(tiles_wanted()),
     )  # fmt: skip
     return out_BTHV, lse_BHT
 

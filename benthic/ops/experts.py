@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
+from benthic.ops.product import tiles_wanted
 from benthic.ops.wanted import wanted
 
 
@@ -78,7 +79,7 @@ def _forward_native(
     gate_up_SG, y_SD, out_ND = (x_ND.new_empty(shape) for shape in ((rows, 2 * f), (rows, d), (n, d)))
     native.call(
         "experts_forward", x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_EGD, down_EDF, gate_up_SG,
-        y_SD, out_ND, n, e, d, f, slot_NK.shape[1],
+        y_SD, out_ND, n, e, d, f, slot_NK.shape[1], int(tiles_wanted()),
     )  # fmt: skip
     return gate_up_SG, out_ND
 

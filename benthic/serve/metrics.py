@@ -89,4 +89,5 @@ def status(served: Served) -> dict[str, Any]:
         "cache_bytes": stats.pages_total * stats.page_bytes, "prompt_tokens": stats.prompt_tokens,
         "cached_tokens": stats.cached_tokens, "generated_tokens": stats.generated_tokens,
         "drafted_tokens": stats.drafted_tokens, "accepted_tokens": stats.accepted_tokens, "decoder": stats.decoder,
+        "reader": stats.reader,
     }  # fmt: skip

@@ -468,6 +468,38 @@ def test_chunks_that_expand_what_is_cached_keep_the_promise(config, tokenizer):
     assert scheduler.stats().cached_tokens > 0
 
 
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_prompts_on_tiles_keep_the_promise(config, tokenizer, precision, monkeypatch):
+    """Sizes that are multiplied on tiles where there are such, chunks and ends of prompts that are and are not."""
+    sizes = {
+        "max_position_embeddings": 1024, "hidden_size": 96, "kv_lora_rank": 80, "moe_intermediate_size": 64,
+        "intermediate_size": 160, "num_nextn_predict_layers": 1,
+    }  # fmt: skip
+    kernels, call = Counter(), native.call
+    monkeypatch.setattr(native, "call", lambda name, *args: kernels.update([name]) or call(name, *args))
+
+    def fresh(**options):
+        model = build_model(config.model_copy(update=sizes), seed=3)
+        return Scheduler(model, tokenizer, cache_gib=0.05, precision=precision, **{"max_draft": 0} | options)
+
+    scheduler, rng = fresh(max_batch=4), random.Random(2)
+    stem = ids(rng, 420)
+    work = [
+        (stem[:length] + ids(rng, rest), Sampling(max_new_tokens=5, seed=1, top_logprobs=3))
+        for length, rest in ((400, 3), (300, 90), (256, 31), (128, 127), (90, 3), (20, 1), (256, 33))
+    ]
+    together = finish(scheduler, *[scheduler.submit(*each) for each in work])
+    assert scheduler.stats().cached_tokens > 0
+    assert together == [finish(scheduler, scheduler.submit(*each))[0] for each in work]
+    alone = [fresh(max_batch=1, max_draft=depth) for depth, _ in enumerate(work)]
+    assert together == [finish(s, s.submit(*each))[0] for s, each in zip(alone, work, strict=True)]
+    for completion, (prompt, sampling) in zip(together, work, strict=True):
+        tokens, logprobs = in_full(scheduler.model, tokenizer, prompt, sampling)
+        assert precision or list(completion.token_ids) == tokens
+        assert precision or completion.logprobs == pytest.approx(logprobs, abs=1e-4)
+    assert bool(kernels["product"]) == native.has_tiles() == ("tiles" in scheduler.stats().reader)
+
+
 @pytest.mark.parametrize(("kept", "bytes_a_row"), [("fp32", 4 * 24), ("bf16", 2 * 24), ("fp8", 16 + 4 + 2 * 8)])
 def test_bytes_of_a_token_are_exact(kept, bytes_a_row, schedule, longer):
     config = longer.config

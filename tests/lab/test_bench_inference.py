@@ -98,6 +98,13 @@ def test_a_prompt_is_read_in_the_engines_chunks_and_right(monkeypatch):
     assert chunks == [(0, 64), (64, 64), (128, 22), (0, 64)]
 
 
+def test_says_whether_prompts_are_read_on_tiles(monkeypatch):
+    assert ("tiles" in bench_prefill(PRESETS["tiny"], context=9).kernels) == native.has_tiles()
+    assert "tiles" not in bench_prefill(PRESETS["tiny"], context=9, precision="bf16").kernels
+    monkeypatch.setenv("BENTHIC_NATIVE", "blas")
+    assert bench_prefill(PRESETS["tiny"], context=9).kernels == native.status()
+
+
 def test_only_a_prompt_needs_tokens():
     assert bench_decode(PRESETS["tiny"], context=0).context == 0
     with pytest.raises(InputError, match="context=0: must be from 1"):

@@ -2,7 +2,7 @@
 
 They are compiled on first use with the machine's own compiler, for its own processor, on the BLAS inside PyTorch,
 and kept in the user's cache directory. Where that fails, or ``BENTHIC_NATIVE=0`` is set, the pure PyTorch form of
-each operation runs instead; :func:`status` says which.
+each operation runs instead; :func:`status` says which. With ``BENTHIC_NATIVE=blas`` no product runs on tiles.
 """
 
 import ctypes
@@ -78,6 +78,12 @@ def usable(*tensors: Tensor) -> bool:
         return False
     library = _load()[0]
     return library is not None and (dtype == torch.float32 or bool(library.has_bf16()))
+
+
+def has_tiles() -> bool:
+    """Whether this processor has bf16 tiles that products of fp32 may use (``benthic.ops.product``)."""
+    library = _load()[0]
+    return library is not None and os.environ.get("BENTHIC_NATIVE") != "blas" and bool(library.has_tiles())
 
 
 def is_plain(tensor: Tensor) -> bool:

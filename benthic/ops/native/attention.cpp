@@ -13,12 +13,15 @@ using namespace benthic;
 namespace {
 
 constexpr int64_t kQueries = 64, kKeys = 512, kLanes = 16;
+constexpr int64_t kQueriesOnTiles = 128;  // what lays keys and values out as tiles is done once for so many
 
 struct Shape {
     int64_t time, heads, nope, rope, value;
     float scale;
     int64_t start = 0;  // keys before the first query; the backward pass has none
+    bool tiles = false;  // for the forward pass's products, if wanted
     int64_t keys() const { return start + time; }
+    int64_t queries() const { return tiles ? kQueriesOnTiles : kQueries; }  // a block of them
     int64_t q_stride() const { return heads * (nope + rope); }
     int64_t kv_stride() const { return heads * (nope + value); }
     int64_t out_stride() const { return heads * value; }
@@ -60,9 +63,9 @@ struct Range {
 // Scaled scores (rows, keys) of a block of queries with a block of keys.
 template <typename T>
 void scores(const Shape& s, const T* q, const T* k, const T* k_rope, int64_t rows, int64_t keys, float* out) {
-    gemm('N', 'T', rows, keys, s.nope, s.scale, q, s.q_stride(), k, s.kv_stride(), 0.0f, out, keys);
+    gemm(s.tiles, 'N', 'T', rows, keys, s.nope, s.scale, q, s.q_stride(), k, s.kv_stride(), 0.0f, out, keys);
     if (s.rope == 0) return;
-    gemm('N', 'T', rows, keys, s.rope, s.scale, q + s.nope, s.q_stride(), k_rope, s.rope, 1.0f, out, keys);
+    gemm(s.tiles, 'N', 'T', rows, keys, s.rope, s.scale, q + s.nope, s.q_stride(), k_rope, s.rope, 1.0f, out, keys);
 }
 
 // Set to zero what lies outside of the range.
@@ -99,9 +102,9 @@ float online_softmax(float* x, T* p, int64_t keys, Range range, float& top, floa
 template <typename T>
 void forward_block(const Shape& s, const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse,
                    int64_t query, int64_t rows) {
-    float *x = scratch<float>(0, kQueries * kKeys), *o = scratch<float>(1, kQueries * s.value);
-    T* p = scratch<T>(2, kQueries * kKeys);
-    float top[kQueries], sum[kQueries];
+    float *x = scratch<float>(0, s.queries() * kKeys), *o = scratch<float>(1, s.queries() * s.value);
+    T* p = scratch<T>(2, s.queries() * kKeys);
+    float top[kQueriesOnTiles], sum[kQueriesOnTiles];
     std::fill(top, top + rows, -INFINITY);
     std::fill(sum, sum + rows, 0.0f);
     const int64_t position = s.start + query;
@@ -115,7 +118,7 @@ void forward_block(const Shape& s, const T* q, const T* kv, const T* k_rope, con
             if (key > 0)
                 for (int64_t i = 0; i < s.value; ++i) o[r * s.value + i] *= rescale;
         }
-        gemm('N', 'N', rows, s.value, keys, 1.0f, p, keys, k + s.nope, s.kv_stride(), key > 0 ? 1.0f : 0.0f, o,
+        gemm(s.tiles, 'N', 'N', rows, s.value, keys, 1.0f, p, keys, k + s.nope, s.kv_stride(), key > 0 ? 1.0f : 0.0f, o,
              s.value);
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -199,17 +202,18 @@ void backward_head(const Shape& s, const T* dout, const T* q, const T* kv, const
 template <typename T>
 void attention_forward(const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse,
                        int64_t batch, int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value,
-                       float scale, int64_t start) {
-    const Shape s{time, heads, nope, rope, value, scale, start};
-    const int64_t blocks = (time + kQueries - 1) / kQueries;
+                       float scale, int64_t start, int64_t tiles) {
+    const Shape s{time, heads, nope, rope, value, scale, start, tiles != 0};
+    const int64_t queries = s.queries();
+    const int64_t blocks = (time + queries - 1) / queries;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
     for (int64_t index = 0; index < batch * heads; ++index)
         for (int64_t block = 0; block < blocks; ++block) {
             const Head at(s, index);
-            const int64_t query = block * kQueries;
+            const int64_t query = block * queries;
             forward_block(s, q + at.q, kv + at.kv, k_rope + at.k_rope,
                           first ? first + index / heads * time : nullptr, out + at.out, lse + at.lse, query,
-                          std::min(kQueries, time - query));
+                          std::min(queries, time - query));
         }
 }
 
@@ -231,9 +235,10 @@ void attention_backward(const T* dout, const T* q, const T* kv, const T* k_rope,
 }  // namespace
 
 #define ARGS(T) (const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse, int64_t batch, \
-                 int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value, float scale, int64_t start)
+                 int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value, float scale, int64_t start, \
+                 int64_t tiles)
 BENTHIC_EXPORT(attention_forward, ARGS,
-               (q, kv, k_rope, first, out, lse, batch, time, heads, nope, rope, value, scale, start))
+               (q, kv, k_rope, first, out, lse, batch, time, heads, nope, rope, value, scale, start, tiles))
 #undef ARGS
 #define ARGS(T) (const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first, const T* out,       \
                  const float* lse, T* dq, T* dkv, float* dk_rope_h, int64_t batch, int64_t time, int64_t heads,     \

@@ -44,6 +44,10 @@ struct bf16 {
     }
 };
 
+// The same product of fp32 on the processor's bf16 tiles (amx.cpp); false, and nothing done, where that would not pay.
+bool tile_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
+               const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
+
 template <typename T>
 constexpr bool is_float = std::is_same_v<T, float>;
 
@@ -58,6 +62,15 @@ inline void gemm(char trans_a, char trans_b, int m, int n, int k, float alpha, c
     constexpr int row_major = 101, as_is = 111, transposed = 112;
     cblas_gemm_bf16bf16f32(row_major, trans_a == 'T' ? transposed : as_is, trans_b == 'T' ? transposed : as_is, m, n,
                            k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+// The same, on tiles if the caller wants that and it pays: only fp32 has use for it.
+template <typename T>
+void gemm(bool tiles, char trans_a, char trans_b, int m, int n, int k, float alpha, const T* a, int lda, const T* b,
+          int ldb, float beta, float* c, int ldc) {
+    if constexpr (is_float<T>)
+        if (tiles && tile_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
+    gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 // exp(x) to about one unit in the last place of fp32: 2^round(x / ln 2) times a polynomial of the remainder
@@ -117,7 +130,7 @@ T* scratch(int slot, size_t count) {
         size_t size = 0;
         ~Buffer() { std::free(data); }
     };
-    static thread_local Buffer buffers[8];
+    static thread_local Buffer buffers[10];
     Buffer& buffer = buffers[slot];
     if (buffer.size < count) {
         std::free(buffer.data);

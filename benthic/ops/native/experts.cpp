@@ -35,11 +35,11 @@ void combine(const T* y, const int64_t* slot, T* out, int64_t n, int64_t k, int6
     }
 }
 
-// gate_up_s (s, 2f) is kept for the backward pass; y (s, d) is working space; out (n, d).
+// gate_up_s (s, 2f) is kept for the backward pass; y (s, d) is working space; out (n, d). Products are on tiles if wanted.
 template <typename T>
 void experts_forward(const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset, const float* gate,
                      const T* gate_up, const T* down, T* gate_up_s, T* y, T* out, int64_t n, int64_t e, int64_t d,
-                     int64_t f, int64_t k) {
+                     int64_t f, int64_t k, int64_t tiles) {
 #pragma omp parallel
     {
         T *xb = scratch<T>(0, kBlock * d), *hidden = scratch<T>(1, kBlock * f);
@@ -51,11 +51,11 @@ void experts_forward(const T* x, const int64_t* token, const int64_t* slot, cons
                 T *gu_out = gate_up_s + at * 2 * f, *y_out = y + at * d;
                 float* gu = product(gu_out, 2, kBlock * 2 * f);
                 gather(x, token + at, rows, d, xb);
-                gemm('N', 'T', rows, 2 * f, d, 1.0f, xb, d, wgu, d, 0.0f, gu, 2 * f);
+                gemm(tiles, 'N', 'T', rows, 2 * f, d, 1.0f, xb, d, wgu, d, 0.0f, gu, 2 * f);
                 for (int64_t r = 0; r < rows; ++r) swiglu_row(gu + r * 2 * f, gate[at + r], hidden + r * f, f);
                 settle(gu, gu_out, rows * 2 * f);
                 float* yb = product(y_out, 3, kBlock * d);
-                gemm('N', 'T', rows, d, f, 1.0f, hidden, f, wd, f, 0.0f, yb, d);
+                gemm(tiles, 'N', 'T', rows, d, f, 1.0f, hidden, f, wd, f, 0.0f, yb, d);
                 settle(yb, y_out, rows * d);
             }
         }
@@ -165,9 +165,9 @@ BENTHIC_EXPORT(experts_of_one_token, ARGS, (x, expert, gate, gate_up, down, gate
 #undef ARGS
 #define ARGS(T) (const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset, const float* gate,   \
                  const T* gate_up, const T* down, T* gate_up_s, T* y, T* out, int64_t n, int64_t e, int64_t d,      \
-                 int64_t f, int64_t k)
+                 int64_t f, int64_t k, int64_t tiles)
 BENTHIC_EXPORT(experts_forward, ARGS,
-               (x, token, slot, offset, gate, gate_up, down, gate_up_s, y, out, n, e, d, f, k))
+               (x, token, slot, offset, gate, gate_up, down, gate_up_s, y, out, n, e, d, f, k, tiles))
 #undef ARGS
 #define ARGS(T) (const T* dout, const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset,       \
                  const float* gate, const T* gate_up_s, const T* gate_up, const T* down, T* dx_s, T* dx,            \

@@ -208,6 +208,7 @@ function statusTable(one) {
     ["Of these found in the cache", "", one.prompt_tokens ? percent(one.cached_tokens / one.prompt_tokens) : "–"],
     ["MTP drafts accepted", "", one.drafted_tokens ? percent(one.accepted_tokens / one.drafted_tokens) : "none drafted"],
     ["Decoder", "", one.decoder],
+    ["Prompts", "", one.reader],
   ];
   const table = element("table", {}, element("caption", { textContent: one.model }));
   table.append(...rows.map(([name, bar, value]) => {

@@ -1,0 +1,409 @@
+// fp32 matrix products on AMX tiles, which multiply bf16 only: sixteen times the rate of fp32 multiply-adds.
+//
+// An fp32 has 24 significant bits, so it is exactly the sum of three bf16 of 8: high, middle and low, each what
+// truncation leaves of the one before. Of the nine products of two such sums, six are computed and added in fp32:
+// those left out are below 2^-21 of the whole each, 2^-24 on average, which is what rounding to fp32 costs anyway.
+// Infinity comes out as NaN, and parts below 2^-126 count as zero.
+//
+// Each element of the result is one chain of sums over k in a fixed order, whatever is computed beside it.
+
+#include "common.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__linux__)
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace {
+
+constexpr int64_t kTile = 16;           // rows of a tile, and numbers of 32 bits in one
+constexpr int64_t kStep = 2 * kTile;    // k that one tile product covers: number j of a tile's row is k = j and j + 16
+constexpr int64_t kParts = 3;           // high, middle, low
+constexpr int64_t kTileWords = kTile * kTile;
+constexpr int64_t kBlockK = 512;        // k of a packed panel
+constexpr int64_t kResident = 1 << 20;  // bytes of the packed operand that stays in the second cache
+constexpr int64_t kSidesPerVolume = 32; // what packing and storing a number costs, in multiplications
+
+using Word = uint32_t;
+
+// An operand seen as lines of k numbers: number (line, k) lies at line * line_stride + k * k_stride; one stride is 1.
+struct Operand {
+    const float* data;
+    int64_t lines, line_stride, k_stride;
+    Operand from(int64_t line, int64_t k) const {
+        return {data + line * line_stride + k * k_stride, lines - line, line_stride, k_stride};
+    }
+};
+
+inline __m512i high_halves(__m512i even, __m512i odd) {
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi32(even, 16), odd, _mm512_set1_epi32(0xffff0000), 0xf8);
+}
+
+// What truncation to bf16 leaves of x.
+inline __m512 remainder(__m512 x) {
+    const __m512i kept = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff0000));
+    return _mm512_sub_ps(x, _mm512_castsi512_ps(kept));
+}
+
+// Pairs of bf16 of the three parts of 16 numbers and of the 16 that are multiplied beside them.
+inline void split(__m512 even, __m512 odd, Word* out, int64_t part_stride) {
+    for (int64_t part = 0; part < kParts; ++part) {
+        _mm512_store_si512(out + part * part_stride,
+                           high_halves(_mm512_castps_si512(even), _mm512_castps_si512(odd)));
+        even = remainder(even);
+        odd = remainder(odd);
+    }
+}
+
+inline __mmask16 first(int64_t count) { return count >= kTile ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1; }
+
+// 16 x 16 numbers, transposed where they lie.
+void transpose(Word* tile) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile + 16 * i);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; ++j) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {
+        _mm512_store_si512(tile + 16 * j, _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88));
+        _mm512_store_si512(tile + 16 * (j + 8), _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd));
+    }
+}
+
+// Packs lines of an operand a little at a time. 16 lines and 32 k become three tiles, one for each part, and such
+// triples follow each other along k, then along lines; what lies beyond the operand's end is zero. Tiles of a left
+// factor have a line a row, tiles of a right one a line a column.
+class Packer {
+  public:
+    Packer() = default;
+    Packer(const Operand& x, int64_t lines, int64_t depth, bool left, Word* out)
+        : x_(x), lines_(lines), depth_(depth), out_(out), ahead_(2 * kTile * x.line_stride),
+          units_((x.k_stride == 1) == left ? kTile : kTile + kParts) {}
+
+    // Units of work that the whole takes; each is a row of three tiles, or the transposition of one tile.
+    int64_t units() const { return (lines_ + kTile - 1) / kTile * ((depth_ + kStep - 1) / kStep) * units_; }
+
+    void advance(int64_t units) {
+        for (; units > 0 && line_ < lines_; --units) {
+            if (unit_ < kTile)
+                pack_row(unit_);
+            else
+                transpose(out_ + (unit_ - kTile) * kTileWords);
+            if (++unit_ == units_) next_tiles();
+        }
+    }
+
+    void finish() { advance(units()); }
+
+  private:
+    void pack_row(int64_t i) {
+        __m512 even, odd;
+        if (x_.k_stride == 1) {
+            const float* line = x_.data + (line_ + i) * x_.line_stride + k_;
+            const bool there = line_ + i < lines_;
+            _mm_prefetch(line + ahead_, _MM_HINT_T1);
+            _mm_prefetch(line + ahead_ + kTile, _MM_HINT_T1);
+            even = _mm512_maskz_loadu_ps(there ? first(depth_ - k_) : 0, line);
+            odd = _mm512_maskz_loadu_ps(there ? first(depth_ - k_ - kTile) : 0, line + kTile);
+        } else {
+            const float* numbers = x_.data + (k_ + i) * x_.k_stride + line_;
+            const __mmask16 mask = first(lines_ - line_);
+            _mm_prefetch(numbers + ahead_, _MM_HINT_T1);
+            _mm_prefetch(numbers + ahead_ + kTile * x_.k_stride, _MM_HINT_T1);
+            even = _mm512_maskz_loadu_ps(k_ + i < depth_ ? mask : 0, numbers);
+            odd = _mm512_maskz_loadu_ps(k_ + i + kTile < depth_ ? mask : 0, numbers + kTile * x_.k_stride);
+        }
+        split(even, odd, out_ + i * kTile, kTileWords);
+    }
+
+    void next_tiles() {
+        unit_ = 0;
+        out_ += kParts * kTileWords;
+        k_ += kStep;
+        if (k_ >= depth_) {
+            k_ = 0;
+            line_ += kTile;
+        }
+    }
+
+    Operand x_{};
+    int64_t lines_ = 0, depth_ = 0;
+    Word* out_ = nullptr;
+    int64_t ahead_ = 0;  // the same place in the lines that come after the next 32
+    int64_t units_ = 0, line_ = 0, k_ = 0, unit_ = 0;
+};
+
+// Writes or adds alpha times a computed block of up to 32 x 32 to the rows and columns of c that exist, a quarter at a time.
+class Settler {
+  public:
+    Settler() = default;
+    Settler(const float* block, int64_t rows, int64_t columns, float alpha, bool add, bool transposed, float* c,
+            int64_t ldc)
+        : block_(block), rows_(rows), columns_(columns), alpha_(alpha), add_(add), transposed_(transposed), c_(c),
+          ldc_(ldc) {}
+
+    bool done() const { return row_ >= rows_; }
+
+    void advance() {
+        if (done()) return;
+        const float* from = block_ + row_ * 2 * kTile + column_;
+        const int64_t rows = std::min(kTile, rows_ - row_), columns = std::min(kTile, columns_ - column_);
+        if (transposed_) {
+            alignas(64) Word tile[kTileWords];
+            for (int64_t i = 0; i < kTile; ++i)
+                _mm512_store_ps(tile + i * kTile, _mm512_loadu_ps(from + i * 2 * kTile));
+            transpose(tile);
+            settle(reinterpret_cast<float*>(tile), kTile, columns, rows, c_ + column_ * ldc_ + row_);
+        } else {
+            settle(from, 2 * kTile, rows, columns, c_ + row_ * ldc_ + column_);
+        }
+        column_ += kTile;
+        if (column_ >= columns_) {
+            column_ = 0;
+            row_ += kTile;
+        }
+    }
+
+  private:
+    void settle(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to) const {
+        const __mmask16 mask = first(columns);
+        for (int64_t r = 0; r < rows; ++r, from += stride, to += ldc_) {
+            __m512 value = _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(alpha_));
+            if (add_) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value);
+            _mm512_mask_storeu_ps(to, mask, value);
+        }
+    }
+
+    const float* block_ = nullptr;
+    int64_t rows_ = 0, columns_ = 0;
+    float alpha_ = 1.0f;
+    bool add_ = false, transposed_ = false;
+    float* c_ = nullptr;
+    int64_t ldc_ = 0, row_ = 0, column_ = 0;
+};
+
+// What the vector units do while the tiles multiply: store what is computed, prepare what comes next.
+struct Background {
+    Settler settler;
+    Packer packer;
+    int64_t rate = 0;
+
+    void work() {
+        if (!settler.done())
+            settler.advance();
+        else
+            packer.advance(rate);
+    }
+    void settle() {
+        while (!settler.done()) settler.advance();
+    }
+};
+
+constexpr int64_t line_words(int64_t steps) { return steps * kParts * kTileWords; }
+
+// Products of one part of a, whose tiles are in 4 and 5, and one of b, in 6 and 7, added to tiles 0 to 3.
+template <bool tall, bool wide>
+inline void multiply() {
+    _tile_dpbf16ps(0, 4, 6);
+    if (wide) _tile_dpbf16ps(1, 4, 7);
+    if (tall) _tile_dpbf16ps(2, 5, 6);
+    if (tall && wide) _tile_dpbf16ps(3, 5, 7);
+}
+template <bool tall>
+inline void load_left(const Word* a, int64_t next) {
+    _tile_loadd(4, a, 4 * kTile);
+    if (tall) _tile_loadd(5, a + next, 4 * kTile);
+}
+template <bool wide>
+inline void load_right(const Word* b, int64_t next) {
+    _tile_loadd(6, b, 4 * kTile);
+    if (wide) _tile_loadd(7, b + next, 4 * kTile);
+}
+
+// Up to 32 x 32 numbers of the product of two packed panels, to `out`.
+template <bool tall, bool wide>
+void multiply_panels(const Word* a, const Word* b, int64_t steps, float* out, int64_t stride,
+                     Background& background) {
+    const int64_t next = line_words(steps);
+    _tile_zero(0);
+    if (wide) _tile_zero(1);
+    if (tall) _tile_zero(2);
+    if (tall && wide) _tile_zero(3);
+    for (int64_t step = 0; step < steps; ++step, a += kParts * kTileWords, b += kParts * kTileWords) {
+        const Word *middle = a + kTileWords, *low = a + 2 * kTileWords;
+        load_right<wide>(b + 2 * kTileWords, next);
+        load_left<tall>(a, next);
+        multiply<tall, wide>();
+        background.work();
+        load_right<wide>(b + kTileWords, next);
+        multiply<tall, wide>();
+        background.work();
+        load_left<tall>(middle, next);
+        multiply<tall, wide>();
+        background.work();
+        load_right<wide>(b, next);
+        multiply<tall, wide>();
+        background.work();
+        load_left<tall>(low, next);
+        multiply<tall, wide>();
+        background.work();
+        load_left<tall>(a, next);
+        multiply<tall, wide>();
+        background.work();
+    }
+    const int64_t bytes = stride * sizeof(float);
+    _tile_stored(0, out, bytes);
+    if (wide) _tile_stored(1, out + kTile, bytes);
+    if (tall) _tile_stored(2, out + kTile * stride, bytes);
+    if (tall && wide) _tile_stored(3, out + kTile * stride + kTile, bytes);
+}
+
+void multiply_panels(const Word* a, const Word* b, int64_t steps, int64_t rows, int64_t columns, float* out,
+                     int64_t stride, Background& background) {
+    if (rows > kTile)
+        columns > kTile ? multiply_panels<true, true>(a, b, steps, out, stride, background)
+                        : multiply_panels<true, false>(a, b, steps, out, stride, background);
+    else
+        columns > kTile ? multiply_panels<false, true>(a, b, steps, out, stride, background)
+                        : multiply_panels<false, false>(a, b, steps, out, stride, background);
+}
+
+struct TileConfig {
+    alignas(64) uint8_t bytes[64] = {1};
+    TileConfig() {
+        for (int tile = 0; tile < 8; ++tile) {
+            bytes[16 + 2 * tile] = 4 * kTile;
+            bytes[48 + tile] = kTile;
+        }
+    }
+};
+
+bool allowed() {
+    constexpr int request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool yes = syscall(SYS_arch_prctl, request, tile_data) == 0;
+    return yes;
+}
+
+Word* buffer(int slot, int64_t words) {
+    return reinterpret_cast<Word*>(benthic::scratch<float>(slot, words));
+}
+
+// Packing and storing grow with the sides of a product, multiplying with its volume.
+bool pays(int64_t m, int64_t n, int64_t k) {
+    return std::min({m, n, k}) >= kStep && m * n + m * k + n * k < m * n * k / kSidesPerVolume;
+}
+
+// c = alpha a b, or its transpose, added to what is there if `add`. The packed b stays in the cache, a passes by.
+class Product {
+  public:
+    Product(const Operand& a, const Operand& b, int64_t k, float alpha, bool add, bool transposed, float* c,
+            int64_t ldc)
+        : a_(a), b_(b), k_(k), alpha_(alpha), add_(add), transposed_(transposed), c_(c), ldc_(ldc) {}
+
+    void run() {
+        static const TileConfig config;
+        _tile_loadconfig(config.bytes);
+        for (int64_t at_k = 0; at_k < k_; at_k += kBlockK) {
+            const int64_t depth = std::min(kBlockK, k_ - at_k), words = line_words((depth + kStep - 1) / kStep);
+            const int64_t most = std::max<int64_t>(kResident / (words * 4) / 2, 1) * 2 * kTile;
+            for (int64_t column = 0; column < b_.lines; column += most)
+                multiply_block(at_k, depth, column, std::min(most, b_.lines - column));
+        }
+        _tile_release();
+    }
+
+  private:
+    // All of a times some columns of b, over a part of k.
+    void multiply_block(int64_t at_k, int64_t depth, int64_t column, int64_t columns) {
+        const int64_t steps = (depth + kStep - 1) / kStep, words = line_words(steps);
+        Word *panels_a = buffer(8, 4 * words), *packed_b = buffer(9, (columns + kTile - 1) / kTile * words);
+        Packer(b_.from(column, at_k), columns, depth, false, packed_b).finish();
+        Background background;
+        background.packer = panel(0, at_k, depth, panels_a);
+        alignas(64) float blocks[2][4 * kTileWords];
+        int64_t block = 0;
+        for (int64_t row = 0; row < a_.lines; row += 2 * kTile) {
+            background.packer.finish();
+            const int64_t side = row / (2 * kTile) % 2;
+            Word *here = panels_a + side * 2 * words, *next = panels_a + (1 - side) * 2 * words;
+            background.packer = panel(row + 2 * kTile, at_k, depth, next);
+            const int64_t slots = (columns + 2 * kTile - 1) / (2 * kTile) * (6 * steps - 4);
+            background.rate = (background.packer.units() + slots - 1) / slots;
+            const int64_t rows = std::min(2 * kTile, a_.lines - row);
+            for (int64_t j = 0; j < columns; j += 2 * kTile, block = 1 - block) {
+                const int64_t wide = std::min(2 * kTile, columns - j);
+                const Word* panel_b = packed_b + j / kTile * words;
+                float* to = transposed_ ? c_ + (column + j) * ldc_ + row : c_ + row * ldc_ + column + j;
+                const bool adds = add_ || at_k > 0;
+                if (!transposed_ && !adds && alpha_ == 1.0f && rows % kTile == 0 && wide % kTile == 0) {
+                    multiply_panels(here, panel_b, steps, rows, wide, to, ldc_, background);
+                    continue;
+                }
+                multiply_panels(here, panel_b, steps, rows, wide, blocks[block], 2 * kTile, background);
+                background.settle();
+                background.settler = Settler(blocks[block], rows, wide, alpha_, adds, transposed_, to, ldc_);
+            }
+        }
+        background.settle();
+    }
+
+    // The lines of a from `row` on, to be packed; none at its end.
+    Packer panel(int64_t row, int64_t at_k, int64_t depth, Word* out) const {
+        const int64_t lines = std::min(2 * kTile, a_.lines - row);
+        return lines > 0 ? Packer(a_.from(row, at_k), lines, depth, true, out) : Packer();
+    }
+
+    Operand a_, b_;
+    int64_t k_;
+    float alpha_;
+    bool add_, transposed_;
+    float* c_;
+    int64_t ldc_;
+};
+
+}  // namespace
+
+namespace benthic {
+
+bool tile_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
+               const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+    if ((beta != 0.0f && beta != 1.0f) || !pays(m, n, k) || !allowed()) return false;
+    const Operand left = trans_a == 'N' ? Operand{a, m, lda, 1} : Operand{a, m, 1, lda};
+    const Operand right = trans_b == 'N' ? Operand{b, n, 1, ldb} : Operand{b, n, ldb, 1};
+    if (m < n)
+        Product(right, left, k, alpha, beta != 0.0f, true, c, ldc).run();
+    else
+        Product(left, right, k, alpha, beta != 0.0f, false, c, ldc).run();
+    return true;
+}
+
+}  // namespace benthic
+
+extern "C" int64_t has_tiles() { return allowed(); }
+
+#else
+
+namespace benthic {
+
+bool tile_gemm(char, char, int64_t, int64_t, int64_t, float, const float*, int64_t, const float*, int64_t, float,
+               float*, int64_t) {
+    return false;
+}
+
+}  // namespace benthic
+
+extern "C" int64_t has_tiles() { return 0; }
+
+#endif

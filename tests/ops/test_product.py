@@ -1,0 +1,216 @@
+"""Products of fp32 on tiles: as exact as fp32, each number the same in any company, and only for those who ask."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benthic.config.presets import PRESETS
+from benthic.model import build_model
+from benthic.ops import native
+from benthic.ops.attention import causal_attention, causal_attention_reference
+from benthic.ops.experts import routed_experts, routed_experts_reference
+from benthic.ops.product import kernels_on_tiles, on_tiles, tiles_wanted
+
+
+def laid_out(x: Tensor, *, across: bool, spare: int) -> Tensor:
+    """The same matrix with its first dimension dense instead of its second, and a gap between rows (or columns)."""
+    rows = x.T if across else x
+    wide = torch.full((rows.shape[0], rows.shape[1] + spare), float("nan"))
+    wide[:, : rows.shape[1]] = rows
+    view = wide[:, : rows.shape[1]]
+    return view.T if across else view
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+    """``a @ b`` by the kernel, into or added to ``out``; where there are no tiles it asks the BLAS."""
+    if not native.usable(a, b):
+        pytest.skip("a kernel's own test")
+    (m, k), n = a.shape, b.shape[1]
+    (x, across_a, lda), (y, across_b, ldb) = (
+        (z, 0, z.stride(0)) if z.stride(1) == 1 else (z, 1, z.stride(1)) for z in (a, b)
+    )
+    out = torch.full((m, n), float("nan")) if out is None else out
+    native.call("product", x, across_a, lda, y, across_b, ldb, out, out.stride(0), m, n, k, int(add))
+    return out
+
+
+def error(found: Tensor, a: Tensor, b: Tensor, added: Tensor | None = None) -> float:
+    """Largest error as a share of what rounding to fp32 may cost: the sum of the absolute values that were added."""
+    exact, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    if added is not None:
+        exact, size = exact + added.double(), size + added.double().abs()
+    return float(((found.double() - exact).abs() / size.clamp_min(1e-300)).max())
+
+
+SHAPES = [(32, 32, 32), (130, 97, 101), (64, 300, 513), (33, 1100, 1090), (700, 129, 40), (257, 260, 1300)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("across_a", "across_b"), [(False, False), (False, True), (True, False), (True, True)])
+def test_a_product_is_as_exact_as_fp32(shape: tuple[int, int, int], across_a: bool, across_b: bool) -> None:
+    m, n, k = shape
+    generator = torch.Generator().manual_seed(m + n + k)
+    # Rows of very different sizes: an error must be small beside its own row's numbers.
+    a = torch.randn(m, k, generator=generator) * torch.logspace(-12, 12, m)[:, None]
+    b = torch.randn(k, n, generator=generator) * torch.logspace(-6, 9, n)
+    a, b = laid_out(a, across=across_a, spare=5), laid_out(b, across=across_b, spare=3)
+    assert error(product(a, b), a, b) < 1e-6
+    wide = torch.randn(m, n + 7, generator=generator)
+    before, out = wide.clone(), wide[:, :n]
+    product(a, b, out)
+    assert error(out, a, b) < 1e-6
+    product(a, b, out.copy_(before[:, :n]), add=True)
+    assert error(out, a, b, before[:, :n]) < 1e-6
+    assert torch.equal(wide[:, n:], before[:, n:]), "written beyond the result"
+
+
+def test_every_bit_of_a_number_counts() -> None:
+    one = torch.eye(64)
+    x = (torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 1) * 2.0 ** torch.arange(-32, 32)
+    for found in (product(x, one), product(one, x), product(x.T, one).T):
+        torch.testing.assert_close(found, x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_row_is_the_same_in_any_company(seed: int) -> None:
+    if not native.has_tiles():
+        pytest.skip("only tiles promise it")
+    generator = torch.Generator().manual_seed(seed)
+    k, n = (int(x) for x in torch.randint(200, 700, (2,), generator=generator))
+    a, weight = torch.randn(900, k, generator=generator), torch.randn(n, k, generator=generator)
+    whole = product(a, weight.T)
+    assert torch.equal(product(a, weight.T), whole)
+    for rows in (slice(0, 800), slice(37, 900), slice(100, 868)):  # still more rows than columns
+        assert torch.equal(product(a[rows], weight.T), whole[rows])
+
+
+def test_nan_and_infinity_come_out_as_no_number() -> None:
+    a, b = torch.ones(64, 64), torch.ones(64, 64)
+    a[3, 5], a[40, 1] = float("nan"), float("inf")
+    found = product(a, b).isfinite()
+    assert not found[3].any()
+    assert not found[40].any()
+    assert int(found.sum()) == 62 * 64
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
+    """The native kernels that run, each with its last argument: for attention and experts, whether on tiles."""
+    calls: list[tuple[str, object]] = []
+    call = native.call
+    monkeypatch.setattr(native, "call", lambda name, *args: calls.append((name, args[-1])) or call(name, *args))
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(1,), (31,), (40,), (3, 50), (2, 5, 67)])
+@torch.no_grad()
+def test_linear_layers(shape: tuple[int, ...], called: list[tuple[str, object]]) -> None:
+    generator = torch.Generator().manual_seed(len(shape))
+    x, layer = torch.randn(*shape, 96, generator=generator), torch.nn.Linear(96, 130, bias=False)
+    with on_tiles(x):
+        found, across = layer(x), F.linear(x.mT.contiguous().mT, layer.weight) if x.ndim > 1 else None
+        with_bias = F.linear(x, layer.weight, torch.ones(130))
+    exact = F.linear(x.double(), layer.weight.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(with_bias.double(), exact + 1, rtol=1e-5, atol=1e-5)
+    assert across is None or torch.equal(found, across)
+    if native.has_tiles():
+        rows = x.numel() // 96
+        assert [name for name, _ in called] == ["product"] * (2 if rows >= 32 and x.ndim > 1 else 0)
+
+
+@pytest.mark.parametrize(("earlier", "time"), [(0, 130), (0, 512), (70, 200), (1100, 257)])
+@torch.no_grad()
+def test_attention_on_tiles(earlier: int, time: int, called: list[tuple[str, object]]) -> None:
+    torch.manual_seed(time)
+    q, kv = torch.randn(2, time, 2, 96), torch.randn(2, earlier + time, 2, 128)
+    k_rope = torch.randn(2, earlier + time, 32)
+    with on_tiles(q):
+        found = causal_attention(q, kv, k_rope, scale=0.3)
+    expected = causal_attention_reference(q.double(), kv.double(), k_rope.double(), scale=0.3)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-5)
+    assert ("attention_forward", 1) in called or not native.has_tiles()
+
+
+@torch.no_grad()
+def test_attention_on_tiles_stays_within_documents() -> None:
+    torch.manual_seed(0)
+    q, kv, k_rope = torch.randn(1, 300, 2, 96), torch.randn(1, 300, 2, 128), torch.randn(1, 300, 32)
+    document = torch.tensor([0] * 130 + [1] * 3 + [2] * 167)[None]
+    with on_tiles(q):
+        found = causal_attention(q, kv, k_rope, scale=0.3, document_BT=document)
+    expected = causal_attention_reference(q.double(), kv.double(), k_rope.double(), scale=0.3, document_BT=document)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("tokens", [40, 600])
+@torch.no_grad()
+def test_experts_on_tiles(tokens: int, called: list[tuple[str, object]]) -> None:
+    torch.manual_seed(tokens)
+    x, index = torch.randn(tokens, 96), torch.rand(tokens, 5).topk(2, -1).indices
+    gate, gate_up, down = torch.rand(tokens, 2), torch.randn(5, 160, 96) * 0.1, torch.randn(5, 96, 80) * 0.1
+    with on_tiles(x):
+        found = routed_experts(x, index, gate, gate_up, down)
+    expected = routed_experts_reference(x.double(), index, gate.double(), gate_up.double(), down.double())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert ("experts_forward", 1) in called or not native.has_tiles()
+
+
+def gradients(seed: int) -> list[Tensor]:
+    """Loss and all gradients of a small model on a batch."""
+    config = PRESETS["nano"].model_copy(update={"num_hidden_layers": 2})
+    model = build_model(config, seed=seed).transformer
+    tokens = torch.randint(config.vocab_size, (2, 96), generator=torch.Generator().manual_seed(seed))
+    loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def test_training_is_the_same_bit_for_bit_inside_and_beside_it(called: list[tuple[str, object]]) -> None:
+    expected = gradients(seed=2)
+    weight = torch.zeros(1)
+    with on_tiles(weight):
+        inside = gradients(seed=2)
+    beside: list[Tensor] = []
+    with torch.no_grad(), on_tiles(weight):
+        assert tiles_wanted() == native.has_tiles()
+        trainer = threading.Thread(target=lambda: beside.extend(gradients(seed=2)))
+        trainer.start()
+        trainer.join()
+    for found in (inside, beside):
+        assert len(found) == len(expected)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert not {("product", 0), ("experts_forward", 1), ("attention_forward", 1)} & set(called)
+
+
+@torch.inference_mode()
+def test_it_ends_with_its_block_and_is_only_for_fp32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.zeros(1)
+    with on_tiles(weight), on_tiles(weight):
+        assert tiles_wanted() == native.has_tiles()
+    assert not tiles_wanted()
+    with pytest.raises(IndexError), on_tiles(weight):
+        weight[1]
+    assert not tiles_wanted()
+    assert ("tiles" in kernels_on_tiles(weight)) == native.has_tiles()
+    for other in (weight.bfloat16(), weight.double(), torch.zeros(1, device="meta")):
+        assert "tiles" not in kernels_on_tiles(other)
+        with on_tiles(other):
+            assert not tiles_wanted()
+    with torch.autocast("cpu", dtype=torch.bfloat16), on_tiles(weight):
+        assert not tiles_wanted()
+    monkeypatch.setenv("BENTHIC_NATIVE", "blas")
+    with on_tiles(weight):
+        assert not tiles_wanted()
+    assert kernels_on_tiles(weight) == native.status()
+
+
+@torch.no_grad()
+def test_gradients_that_are_wanted_inside_after_all_come_out() -> None:
+    x, layer = torch.randn(40, 64), torch.nn.Linear(64, 50, bias=False)
+    with on_tiles(x), torch.enable_grad():
+        (found,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+    torch.testing.assert_close(found, x.sum(0).expand(50, -1), rtol=1e-5, atol=1e-5)
