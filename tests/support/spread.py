@@ -132,11 +132,16 @@ def spread_over(config: RunConfig, **parallel: Any) -> RunConfig:
     return RunConfig.model_validate(config.model_dump(mode="json") | {"parallel": parallel})
 
 
-def largest_difference(one: Outcome, other: Outcome) -> float:
-    """Of any loss in any step and any number in any tensor; the balance loss, in fp32 always, is left to others."""
+def largest_difference(one: Outcome, other: Outcome, *, norms: bool = True) -> float:
+    """Of any loss in any step, with ``norms`` any gradient norm, and any number in any tensor.
+
+    The balance loss, in fp32 always, is left to others.
+    """
     assert one.tensors.keys() == other.tensors.keys()
     left, right = (
-        torch.tensor([number for row in run.losses for number in (*row[:-2], row[-1])], dtype=torch.float64)
+        torch.tensor(
+            [number for row in run.losses for number in (*row[:-2], *(row[-1:] if norms else []))], dtype=torch.float64
+        )
         for run in (one, other)
     )
     tensors = [(one.tensors[name] - tensor).abs().max().item() for name, tensor in other.tensors.items()]
