@@ -53,7 +53,7 @@ class SftConfig(Settings):
     final_learning_rate: Annotated[float, Field(ge=0)] = 1e-6
     """What the rate falls to along a cosine."""
     warmup: Fraction = 0.0
-    mtp_rehearsal: Natural = 4
+    mtp_rehearsal: Natural = 8
     """Sequences of pretraining's text that MTP modules read in each step, to draft what the model says there by now."""
     seed: Natural = 0
     validate_every: Positive | None = None
@@ -140,7 +140,7 @@ class RlConfig(Settings):
     """What counts alike: answers, as published; tokens; or tokens, whatever the length of the answers."""
     mtp_loss_weight: Annotated[float, Field(ge=0)] | None = None
     """By default what pretraining ends with. MTP modules learn from the answers, the model below them does not."""
-    mtp_rehearsal: Natural = 4
+    mtp_rehearsal: Natural = 8
     """Sequences of pretraining's text, and as many of fine-tuning's conversations, that MTP modules read in each step,
     to draft what the model says there by now."""
     reward_seconds: Annotated[float, Field(gt=0)] = 30.0

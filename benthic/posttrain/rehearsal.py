@@ -32,6 +32,8 @@ from benthic.train.compute import compute_in
 from benthic.train.objective import prediction_targets
 
 _TEXT = "data"
+_WEIGHT = 4.0
+"""Of the distance, beside MTP's losses on answers, whose gradients are many times as large."""
 
 
 class Sequences(Protocol):
@@ -51,7 +53,7 @@ class Rehearsal:
     def rehearse(self, model: LanguageModel, step: int, compute: Compute) -> list[float]:
         """Accumulate the gradients of MTP modules alone; how far each depth is from the model (J,), in nats."""
         batches = [source.at(step * self._sequences, self._sequences) for source in self._sources]
-        found_J = torch.stack([rehearse(model, batch, 1 / len(batches), compute) for batch in batches]).mean(0)
+        found_J = torch.stack([rehearse(model, batch, _WEIGHT / len(batches), compute) for batch in batches]).mean(0)
         return [float(nats) for nats in found_J]
 
     @property
