@@ -29,13 +29,3 @@ def nats_by_position(model: LanguageModel, sequences: Iterable[Tensor]) -> Tenso
             sums.append(F.cross_entropy(logits_TV, tokens_S[1:], reduction="none").double())
             count += 1
     return torch.stack(sums).sum(0) / count
-
-
-def with_context(nats_by_length: dict[int, Tensor], last: int) -> dict[int, float]:
-    """Mean nats of the ``last`` tokens of the same sequences, by how many tokens of each were read.
-
-    Args:
-        nats_by_length: of :func:`nats_by_position` over sequences cut from the front to these many positions.
-        last: positions at the end to average over.
-    """
-    return {length: float(nats_T[-last:].mean()) for length, nats_T in nats_by_length.items()}

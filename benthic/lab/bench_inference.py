@@ -73,9 +73,7 @@ def bench_prefill(
             read(ids)
 
     seconds = _median_seconds(prefill)
-    head = 2 * main_model(config).head
-    flops = batch * (context * (forward_flops(config, context) - head) + head)
-    limit = flops / (measure_gemm_gflops(_dtype(precision)) * 1e9)
+    limit = batch * prefill_flops(config, context) / (measure_gemm_gflops(_dtype(precision)) * 1e9)
     return _speed(batch * context / seconds, context, batch, precision, precision, limit / seconds, kernels)
 
 
@@ -100,6 +98,12 @@ def bench_decode(
     )
     limit = traffic / (measure_bandwidth_gb_s() * 1e9)
     return _speed(batch / seconds, context, batch, precision, kept, limit / seconds, kernels)
+
+
+def prefill_flops(config: ModelConfig, context: int) -> float:
+    """Operations to read a prompt of so many tokens, up to the logits of the one after it."""
+    head = 2 * main_model(config).head
+    return context * (forward_flops(config, context) - head) + head
 
 
 def prompt_reader(model: LanguageModel, context: int) -> Callable[[list[int]], torch.Tensor]:

@@ -13,10 +13,10 @@ import torch
 from benthic.config.schema import RunConfig
 from benthic.data.batches import Batch, validation_batches
 from benthic.data.chat import ChatFormat
-from benthic.data.manifest import FILE_NAME
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
 from benthic.posttrain.packing import AnswerStore, in_order
+from benthic.posttrain.prepared import prepared_store
 from benthic.posttrain.problems import Problem
 from benthic.posttrain.sft_data import FOLDER
 from benthic.train.probe import PROBED_TOKENS, probe_batches
@@ -51,13 +51,9 @@ class HeldOut(NamedTuple):
 
 def find_held_out(config: RunConfig, out: Path, tokenizer: Tokenizer, problems: Sequence[Problem]) -> HeldOut:
     """What there is for a run in ``out``; ``problems`` are those held out. Raises InputError if it is damaged."""
-    folders = [out, *([Path(config.posttrain.base)] if config.posttrain.base else [])]
     for name, read in ((FOLDER, _answers), ("data", _documents)):
-        for folder in folders:
-            if (folder / name / FILE_NAME).is_file():
-                store = TokenStore(folder / name, "val")
-                if store.manifest.tokenizer_sha256 == tokenizer.fingerprint:
-                    return read(store, config, tokenizer)
+        if store := prepared_store(config, out, name, "val", tokenizer):
+            return read(store, config, tokenizer)
     return _prompts(problems, tokenizer)
 
 

@@ -26,6 +26,7 @@ from benthic.ops.cross_entropy import IGNORE
 from benthic.ops.divergence import linear_divergence
 from benthic.plan.flops import training_flops
 from benthic.posttrain.packing import AnswerStore, PackedBatches
+from benthic.posttrain.prepared import prepared, prepared_store
 from benthic.posttrain.sft_data import FOLDER
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
@@ -74,32 +75,18 @@ def open_rehearsal(
     if not sequences or not config.model.num_nextn_predict_layers or not config.train.schedule.mtp_loss_weight:
         return None
     sources: list[Sequences] = []
-    if text := _store(config, out, _TEXT, tokenizer):
+    if text := prepared_store(config, out, _TEXT, "train", tokenizer):
         sources.append(_text(config, text))
-    if conversations and (store := _store(config, out, FOLDER, tokenizer)):
+    if conversations and (store := prepared_store(config, out, FOLDER, "train", tokenizer)):
         sources.append(_conversations(config, store, tokenizer))
     return Rehearsal(config, sources, sequences) if sources else None
 
 
 def borrowed(config: RunConfig, out: Path, sequences: int) -> dict[str, str]:
     """Hashes of what lies in the run that this one began with, and may be read: without it a run cannot go on."""
-    folders = {name: _folder(config, out, name) for name in (_TEXT, FOLDER)} if sequences else {}
-    return {
-        f"rehearsed {name}": sha256(folder / FILE_NAME)
-        for name, folder in folders.items()
-        if folder and folder.parent != out
-    }
-
-
-def _folder(config: RunConfig, out: Path, name: str) -> Path | None:
-    runs = [out, *([Path(config.posttrain.base)] if config.posttrain.base else [])]
-    return next((run / name for run in runs if (run / name / FILE_NAME).is_file()), None)
-
-
-def _store(config: RunConfig, out: Path, name: str, tokenizer: Tokenizer) -> TokenStore | None:
-    folder = _folder(config, out, name)
-    store = TokenStore(folder, "train") if folder else None
-    return store if store and store.manifest.tokenizer_sha256 == tokenizer.fingerprint else None
+    folders = [prepared(config, out, name)[:1] for name in (_TEXT, FOLDER)] if sequences else []
+    borrowed = [folder for found in folders for folder in found if folder.parent != out]
+    return {f"rehearsed {folder.name}": sha256(folder / FILE_NAME) for folder in borrowed}
 
 
 def _text(config: RunConfig, store: TokenStore) -> Sequences:

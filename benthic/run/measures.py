@@ -38,6 +38,7 @@ from benthic.inference.batching import BatchEngine
 from benthic.inference.engine import Engine
 from benthic.model import LanguageModel
 from benthic.posttrain.packing import AnswerStore, in_order
+from benthic.posttrain.prepared import prepared
 from benthic.posttrain.problem_files import ANSWERED
 from benthic.posttrain.problem_files import FOLDER as PROBLEMS_FOLDER
 from benthic.posttrain.sft_data import BYTES, SAMPLES
@@ -79,9 +80,7 @@ class Subject:
     @property
     def held_out(self) -> TokenStore:
         """The text that the run, or the one it began with, has held out."""
-        folder = data_folder(self.run, self.config)
-        assert folder is not None
-        return TokenStore(folder, "val")
+        return TokenStore(prepared(self.config, self.run, "data")[0], "val")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -111,7 +110,7 @@ def measures(run: Path, config: RunConfig) -> list[Measure]:
     Raises InputError if a task file cannot be used.
     """
     found: list[Measure] = []
-    text = data_folder(run, config) is not None
+    text = bool(prepared(config, run, "data"))
     if text:
         found += [Measure("validation", _validation), Measure("acceptance", _acceptance)]
     if (run / SFT_FOLDER / FILE_NAME).is_file():
@@ -121,12 +120,6 @@ def measures(run: Path, config: RunConfig) -> list[Measure]:
         found.append(Measure("by position", _by_position))
         found += [Measure(f"retrieval-{length}", _retrieval(length)) for length in lengths_from(_length(config))]
     return [*found, Measure("samples", _samples)]
-
-
-def data_folder(run: Path, config: RunConfig) -> Path | None:
-    """Where the text is that was held out from pretraining, if it is there."""
-    runs = [run, *([Path(config.posttrain.base)] if config.posttrain.base else [])]
-    return next((folder / "data" for folder in runs if (folder / "data" / FILE_NAME).is_file()), None)
 
 
 def tasks(run: Path, config: RunConfig) -> list[Task]:

@@ -70,4 +70,5 @@ def test_a_layout_trains_what_one_process_does(layout, mtp, compute, dtype):
     else:
         outcome, *_ = run_processes(spread_steps, processes, spread, architecture(dtype), timeout=1700)
     # FP8 makes steps of roundings in fp32, which add up in a gradient's norm more than in losses and weights.
-    assert largest_difference(alone(*size), outcome, norms=dtype == "float64") < TOLERANCE[dtype]
+    norms = (compute, dtype) != ("fp8", "float32")
+    assert largest_difference(alone(*size), outcome, norms=norms) < TOLERANCE[dtype]

@@ -9,7 +9,7 @@ from benthic.config.presets import PRESETS
 from benthic.data.batches import validation_batches
 from benthic.data.shards import TokenStore
 from benthic.evaluate.bits_per_byte import bits_per_byte
-from benthic.evaluate.by_position import nats_by_position, with_context
+from benthic.evaluate.by_position import nats_by_position
 from benthic.model import build_model
 
 
@@ -35,8 +35,3 @@ def test_each_position_is_that_of_its_token(model):
         logits = torch.stack([model(row[None, : place + 1])[0, -1] for row in tokens]).double()
         chosen = logits.log_softmax(-1)[torch.arange(3), tokens[:, place + 1]]
         assert float(found[place]) == pytest.approx(-float(chosen.mean()), abs=1e-5)
-
-
-def test_the_last_tokens_by_how_much_was_read():
-    nats = {4: torch.tensor([9.0, 9, 2, 4]), 6: torch.tensor([9.0, 9, 9, 9, 1, 2])}
-    assert with_context(nats, 2) == {4: 3.0, 6: 1.5}

@@ -87,3 +87,21 @@ def test_conversations_are_those_of_fine_tuning(sft_config, make_sft_run, run_al
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved
     assert all(name.startswith("mtp.") for name in moved)
+
+
+def test_fine_tuning_rehearses_the_text_of_pretraining(sft_config, make_sft_run, run_all):
+    """Of a step without clipping, which is over all weights together: nothing but the modules becomes other by it."""
+    models, flops = {}, {}
+    for sequences in (0, 2):
+        train = {"optimizer": {"learning_rate": 3e-3, "clip_norm": 1e9}}
+        config = sft_config(train, mtp_rehearsal=sequences, steps=1, validate_every=1, checkpoint_every=1)
+        out = make_sft_run(f"sequences-{sequences}")
+        run_all(config, out)
+        rows = [row for row in read_metrics(out / "metrics.jsonl", "sft") if "loss" in row]
+        assert [len(row.get("rehearsal", [])) for row in rows] == [int(sequences > 0)]
+        models[sequences] = load(out / "checkpoints" / "sft" / "step-1").tensors["model"]
+        flops[sequences] = json.loads((out / "ledger.json").read_text())["stages"]["sft"]["flops"]
+    other = {name for name, tensor in models[0].items() if not torch.equal(tensor, models[2][name])}
+    assert other
+    assert all(name.startswith("mtp.") for name in other)
+    assert flops[2] > flops[0]
