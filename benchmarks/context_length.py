@@ -21,7 +21,7 @@ from benthic.convert.resolve import load_checkpoint
 from benthic.data.batches import validation_batches
 from benthic.data.shards import TokenStore
 from benthic.errors import InputError
-from benthic.evaluate.by_position import nats_by_position, with_context
+from benthic.evaluate.by_position import nats_by_position
 from benthic.train import checkpoint
 
 
@@ -60,9 +60,8 @@ def main() -> None:
         model, _ = load_checkpoint(config, path)
         nats = {length: nats_by_position(model, [tokens_BS[:, -length - 1 :]]) for length in lengths}
         by_position = [float(nats[lengths[-1]][low:high].mean()) * per_byte for low, high in buckets]
-        by_context = with_context(nats, last)
         left = "  ".join(f"{value:10.4f}" for value in by_position)
-        right = "  ".join(f"{by_context[length] * per_byte:8.4f}" for length in lengths)
+        right = "  ".join(f"{float(nats[length][-last:].mean()) * per_byte:8.4f}" for length in lengths)
         print(f"{name:25}               {left}  |                   {right}", flush=True)
 
 
