@@ -18,7 +18,7 @@ from typing import Any
 _POLL_SECONDS = 0.01
 _GRACE_SECONDS = 5.0
 """After one process has failed, for the others to say how, before they are killed."""
-_PRELOADED = ["torch.distributed.fsdp", "benthic.train.loop"]
+_PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "benthic.parallel.pipeline", "benthic.train.loop"]
 
 
 class ProcessFailed(AssertionError):
