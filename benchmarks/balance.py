@@ -20,7 +20,7 @@ Runs are kept in DIR: called again, the script goes on where it stopped. It writ
 
 from pathlib import Path
 from statistics import fmean, quantiles
-from typing import Any
+from typing import TypeVar
 
 from benthic.console import mistakes_in_one_line
 from benthic.lab.batch_balance import BatchBalance
@@ -37,6 +37,8 @@ LOSSES = {
     "batch-loss": Variant("batch-loss", (NO_BIAS,), BatchBalance()),
     "sequence-loss": Variant("sequence-loss", (NO_BIAS,)),
 }
+
+_Trial = TypeVar("_Trial")
 
 
 def main() -> None:
@@ -57,7 +59,7 @@ def tuned(study: Study, loss: Variant, steps: int) -> Variant:
         return study.run(variant.but(name=f"tune-{name}").lasting(steps), TUNE_SEED)
 
     aim = 1.05 * load(trial(BIAS, BIAS.name))["mean"]
-    trials = {}
+    trials: dict[Variant, tuple[float, float]] = {}
     for weight in WEIGHTS:
         weighed = loss.but(f"train.schedule.balance_loss_weight={weight}")
         outcome = trial(weighed, f"{loss.name}-{weight:g}")
@@ -67,7 +69,7 @@ def tuned(study: Study, loss: Variant, steps: int) -> Variant:
     return chosen(trials, aim)
 
 
-def chosen(trials: dict[Any, tuple[float, float]], aim: float) -> Any:
+def chosen(trials: dict[_Trial, tuple[float, float]], aim: float) -> _Trial:
     """By (load, bits per byte): of those with at most this load the one with the fewest bits, or the evenest of all."""
     even = {key: bits for key, (found, bits) in trials.items() if found <= aim}
     if even:

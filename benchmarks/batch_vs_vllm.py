@@ -132,7 +132,8 @@ def compare(engines: tuple[Ours, Theirs], requests: int, tokens: int, vocab_size
     for number in range(1 + ROUNDS):
         prompts = [[dice.randrange(vocab_size) for _ in range(PROMPT)] for _ in range(requests)]
         texts = []
-        for engine, rate in zip(engines, rates, strict=True):
+        sides: list[tuple[Ours | Theirs, list[float]]] = list(zip(engines, rates, strict=True))
+        for engine, rate in sides:
             short, _ = engine.complete([[dice.randrange(vocab_size), *ids[1:]] for ids in prompts], 1)
             long, ids = engine.complete(prompts, 1 + tokens)
             texts.append(ids)

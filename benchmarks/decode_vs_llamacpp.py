@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,16 +28,18 @@ from steps import script_parser
 
 from benthic.config.presets import PRESETS
 from benthic.console import mistakes_in_one_line
+from benthic.convert.gguf import Precision as GGUFPrecision
 from benthic.convert.gguf import write_gguf
-from benthic.lab.bench_inference import bench_decode, bench_prefill
+from benthic.lab.bench_inference import InferenceSpeed, bench_decode, bench_prefill
 from benthic.model import build_model
+from benthic.precision.quantise import Precision
 
 if TYPE_CHECKING:
     from llama_peer import LlamaCpp
 
 ROUNDS = 5
 DECODE_STEPS = 16
-GGUF_OF = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
+GGUF_OF: dict[Precision, GGUFPrecision] = {"fp32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def lengths(least: int) -> Callable[[str], list[int]]:
     return read
 
 
-def exported(preset: str, precision: str, folder: Path) -> Path:
+def exported(preset: str, precision: Precision, folder: Path) -> Path:
     """The preset with random weights as a GGUF file."""
     file = folder / f"{preset}-{GGUF_OF[precision]}.gguf"
     if not file.exists():
@@ -120,19 +123,24 @@ def exported(preset: str, precision: str, folder: Path) -> Path:
     return file
 
 
-def compare(preset: str, file: Path, precision: str, work: str, context: int) -> Line:
+def compare(preset: str, file: Path, precision: Precision, work: str, context: int) -> Line:
     """Rounds of ours, then theirs."""
     from llama_peer import AUTOMATIC, F16, LlamaCpp
 
     config = PRESETS[preset]
-    bench = bench_decode if work == "decode" else bench_prefill
+    bench: Callable[[], InferenceSpeed]
+    if work == "decode":
+        bench = partial(bench_decode, config, context=context, precision=precision)
+    else:
+        # Whatever weights are kept in, prompts are read in what they were trained in.
+        bench = partial(bench_prefill, config, context=context, precision="bf16" if precision == "bf16" else "fp32")
     ours, shares, theirs = [], [], []
     threads, room = torch.get_num_threads(), context + DECODE_STEPS
     with LlamaCpp(file, context=room, threads=threads, cache_type=F16, flash=AUTOMATIC) as llama:
         run = llama_work(llama, work, context, config.vocab_size)
         run()
         for _ in range(ROUNDS):
-            speed = bench(config, context=context, precision=precision)
+            speed = bench()
             ours.append(speed.tokens_per_s)
             shares.append(speed.share_of_limit)
             start = time.perf_counter()

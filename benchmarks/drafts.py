@@ -136,7 +136,7 @@ def line(most: int, rounds: list[Round], plain: list[Round]) -> Line:
 
 def speed(completions: Round) -> float:
     """Tokens per second of decoding: the first token belongs to reading the prompt."""
-    seconds = sum(completion.total_s - completion.first_token_s for completion in completions)
+    seconds = sum(each.total_s - each.first_token_s for each in completions if each.first_token_s is not None)
     return sum(len(completion.token_ids) - 1 for completion in completions) / seconds
 
 

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
@@ -80,7 +81,7 @@ def main(preset: str) -> None:
     for length in (512, 2048):
         tokens_1T = torch.randint(config.vocab_size, (1, length))
         readers = [engine.reader(length) for engine in engines]
-        works = [lambda read=read, tokens=tokens_1T: read(tokens) for read in readers]
+        works: list[Callable[[], object]] = [partial(read, tokens_1T) for read in readers]
         report(f"prefill {length}", length, works)
     for context in (128, 2048):
         report(f"decode at {context}", DECODE_STEPS, [decoder(engine, config, context) for engine in engines])

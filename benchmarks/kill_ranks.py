@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -57,7 +58,7 @@ def rows(out: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def wait_for(condition, torchrun: subprocess.Popen[str], seconds: float = 1200) -> bool:
+def wait_for(condition: Callable[[], bool], torchrun: subprocess.Popen[str], seconds: float = 1200) -> bool:
     """Whether it came to be before the run ended."""
     end = time.monotonic() + seconds
     while not condition():
@@ -70,22 +71,23 @@ def wait_for(condition, torchrun: subprocess.Popen[str], seconds: float = 1200) 
 
 def kill_random_ranks(torchrun: subprocess.Popen[str], out: Path, times: int, rng: random.Random) -> list[int]:
     """SIGKILL of a random process, so many times, each some rows after training has begun anew; the ranks."""
-    killed: list[int] = []
-    for _ in range(times):
-        ready = rows(out)
-        # A restarted run drops the rows after its checkpoint, and then adds some.
-        assert wait_for(lambda ready=ready: rows(out) != ready, torchrun), said(out)
-        before = rows(out)
-        more = rng.randint(1, 6)
-        assert wait_for(lambda before=before, more=more: rows(out) >= before + more, torchrun), said(out)
-        time.sleep(rng.uniform(0, 0.1))
-        alive = workers(torchrun)
-        rank = rng.randrange(len(alive))
-        alive[rank].send_signal(signal.SIGKILL)
-        killed.append(rank)
-        pids = {process.pid for process in alive}
-        assert wait_for(lambda pids=pids: not pids & {p.pid for p in workers(torchrun)}, torchrun), said(out)
-    return killed
+    return [kill_one(torchrun, out, rng) for _ in range(times)]
+
+
+def kill_one(torchrun: "subprocess.Popen[str]", out: Path, rng: random.Random) -> int:
+    """Kills a rank after some steps, and waits until others run in its place; which it was."""
+    ready = rows(out)
+    # A restarted run drops the rows after its checkpoint, and then adds some.
+    assert wait_for(lambda: rows(out) != ready, torchrun), said(out)
+    enough = rows(out) + rng.randint(1, 6)
+    assert wait_for(lambda: rows(out) >= enough, torchrun), said(out)
+    time.sleep(rng.uniform(0, 0.1))
+    alive = workers(torchrun)
+    rank = rng.randrange(len(alive))
+    alive[rank].send_signal(signal.SIGKILL)
+    pids = {process.pid for process in alive}
+    assert wait_for(lambda: not pids & {process.pid for process in workers(torchrun)}, torchrun), said(out)
+    return rank
 
 
 def stop(torchrun: subprocess.Popen[str]) -> None:

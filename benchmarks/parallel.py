@@ -26,21 +26,24 @@ _AXIS = {"data": "shard", "expert": "expert"}
 
 
 class Workers:
-    """Processes that each hold a model, or their part of one, and take a step when they are told to."""
+    """Processes that each hold a model, or their part of one, and take a step when they are told to.
 
-    def __init__(self, config: RunConfig, processes: int, threads: int) -> None:
+    They run ``script --worker CONFIG FURTHER``, which answers a line to each that it reads, after one to begin with.
+    """
+
+    def __init__(self, config: RunConfig, processes: int, threads: int, script: str = __file__, *further: str) -> None:
+        command = [sys.executable, script, "--worker", config.model_dump_json(), *further]
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        self._running = [_start(config, _variables(processes, rank, threads, port)) for rank in range(processes)]
+        self._running = [_start(command, _variables(processes, rank, threads, port)) for rank in range(processes)]
         self._told()
 
-    def seconds(self) -> float:
+    def seconds(self, told: str = "step") -> float:
         """Of one step, which is done when all have done it."""
         start = time.perf_counter()
         for process in self._running:
-            process.stdin.write("step\n")
-            process.stdin.flush()
+            print(told, file=process.stdin, flush=True)
         self._told()
         return time.perf_counter() - start
 
@@ -52,7 +55,7 @@ class Workers:
 
     def _told(self) -> None:
         for process in self._running:
-            if not process.stdout.readline():
+            if process.stdout is None or not process.stdout.readline():
                 sys.exit("a process ended before its time; its error stands above")
 
 
@@ -61,10 +64,9 @@ def _variables(processes: int, rank: int, threads: int, port: int) -> Mapping[st
     return {"OMP_NUM_THREADS": str(threads)} | {key: str(value) for key, value in place.items()}
 
 
-def _start(config: RunConfig, variables: Mapping[str, str]) -> "subprocess.Popen[str]":
-    command = [sys.executable, __file__, "--worker", config.model_dump_json()]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen(command, env={**os.environ, **variables}, text=True, **pipes)  # noqa: S603
+def _start(command: list[str], variables: Mapping[str, str]) -> "subprocess.Popen[str]":
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env={**os.environ, **variables}, text=True, stdin=pipe, stdout=pipe)  # noqa: S603
 
 
 def work(settings: str) -> None:

@@ -72,7 +72,7 @@ def fresh_model(config: RunConfig, implementation: dict[str, str]) -> Any:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError as error:
         raise MissingExtra("transformers", "peers") from error
-    sizes = config_to_hf(config.model, torch.float32, {})
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **implementation)).train()
+    settings: dict[str, Any] = {**config_to_hf(config.model, torch.float32, {}), **implementation}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings)).train()
     assert all(getattr(model.config, f"_{key}") == value for key, value in implementation.items())
     return model

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.parallel.traffic import Kind, Traffic
+from benthic.parallel.turns import Turns
 from benthic.precision.blocks import BLOCK, ROW_TILE, dequantise_blocks, quantise_blocks
 
 
@@ -72,6 +73,8 @@ class Sender(NamedTuple):
 
     group: dist.ProcessGroup
     traffic: Traffic
+    turns: Turns
+    """With another pass, which runs while a message is on its way."""
 
     def announce(self, plan: Plan) -> tuple[Arrivals, list[int], list[int]]:
         """Tell every rank what it is going to be sent; and how many messages and pairs leave for each."""
@@ -102,7 +105,9 @@ class Sender(NamedTuple):
         return out
 
     def _exchange(self, out: Tensor, x: Tensor, receive: list[int] | None, send: list[int] | None, kind: Kind) -> None:
-        dist.all_to_all_single(out, x, receive, send, group=self.group)
+        message = dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=True)
+        self.turns.hand_over()
+        message.wait()
         here = self.group.rank()
         kept = send[here] if send is not None else len(x) // self.group.size()
         self.traffic.add(kind, (len(x) - kept) * x.shape[1:].numel() * x.element_size())

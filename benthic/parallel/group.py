@@ -28,6 +28,7 @@ from benthic.parallel.mesh import Mesh
 from benthic.parallel.pieces import Holding, piece_from_json, pieces_of
 from benthic.parallel.shard import gathered, materialise, reduce_in_pass, shard
 from benthic.parallel.traffic import Traffic
+from benthic.parallel.turns import Turns
 from benthic.parallel.watch import Watch
 from benthic.parallel.world import ALONE, Stop, Tensors, World
 from benthic.precision.compute import Compute
@@ -82,6 +83,7 @@ class Group(World):
         self.processes = self.layout.world
         self.mesh = Mesh(self.layout)
         self.traffic = Traffic()
+        self._turns = Turns()
         self._parallel = parallel
         self._stop: Stop | None = None
         self._stopped_by: int | None = None
@@ -97,9 +99,10 @@ class Group(World):
                 self.mesh.pipeline_group,
                 length=length,
                 counts=self._parallel.layers,
+                turns=self._turns,
             )
         if self._parallel.expert > 1:
-            sender = Sender(self.mesh.expert_group, self.traffic)
+            sender = Sender(self.mesh.expert_group, self.traffic, self._turns)
             divide_experts(objective, sender, fp8=self._parallel.fp8_dispatch)
         shard(objective, self.mesh, self._parallel.zero, compute, self.traffic)
 

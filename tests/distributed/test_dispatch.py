@@ -11,6 +11,7 @@ from benthic.model.moe import MoE
 from benthic.parallel.dispatch import Sender, plan_dispatch
 from benthic.parallel.experts import divide_experts
 from benthic.parallel.traffic import Traffic
+from benthic.parallel.turns import Turns
 from benthic.train.compute import fp8_products
 
 
@@ -45,7 +46,7 @@ def rows_of(seed, ranks, lengths):
 def divided(rank, seed, lengths, changes, fp8):
     """What a rank computes, and what it sends."""
     layer, traffic = moe(seed, **changes), Traffic()
-    divide_experts(layer, Sender(dist.group.WORLD, traffic), fp8=fp8)
+    divide_experts(layer, Sender(dist.group.WORLD, traffic, Turns()), fp8=fp8)
     x_BTD = rows_of(seed, dist.get_world_size(), lengths)[rank]
     if not fp8:
         return outcome(layer, x_BTD), traffic.take()
