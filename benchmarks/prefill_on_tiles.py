@@ -21,6 +21,7 @@ from benthic.ops import native
 from benthic.plan.machine import measure_gemm_gflops
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", default="bench-400m", choices=PRESETS)
