@@ -1,10 +1,10 @@
 """Passes that DualPipeV pairs, in turns and one after the other, where messages to experts take their time.
 
-    python benchmarks/pairs.py [RECIPE] [KEY=VALUE ...] [--ms 20]
+    python benchmarks/pairs.py [KEY=VALUE ...] [--ms 20]
 
 Four processes of one thread: `parallel.pipeline=2`, `parallel.expert=2`. On one machine the processors carry messages
 themselves; as between machines, here each is waited for until at least --ms after it began. Steps of both kinds take
-turns, `train.steps` rounds of them. By default the recipe ``bench`` with the model `tiny`.
+turns, `train.steps` rounds of them. The model is `tiny` with six layers, unless a setting says otherwise.
 """
 
 import statistics
@@ -17,12 +17,13 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 from parallel import WARM_UP_ROUNDS, Workers
-from steps import compute_of, config_of, recipe_parser
+from steps import compute_of, config_of, script_parser
 
 from benthic.config.schema import RunConfig
 from benthic.console import mistakes_in_one_line
 from benthic.parallel.group import open_world
 from benthic.parallel.turns import Turns
+from benthic.train.memory import settle_memory
 from benthic.train.trial import RandomSequences, Trial
 
 LAYOUT = ("parallel.pipeline=2", "parallel.expert=2", "parallel.schedule=dualpipev")
@@ -51,6 +52,7 @@ def work(settings: str, milliseconds: str) -> None:
         message: Any = send(*arguments, **options)
         return Slow(message, float(milliseconds) / 1000)
 
+    settle_memory()
     with open_world(config) as world, patch.object(dist, "all_to_all_single", slowly):
         trial = Trial(config, RandomSequences(config), compute_of(config), world=world)
         print("ready", flush=True)
@@ -69,10 +71,11 @@ def main(arguments: Sequence[str]) -> None:
     if arguments[:1] == ["--worker"]:
         work(*arguments[1:])
         return
-    parser = recipe_parser(__doc__)
+    parser = script_parser(__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the run")
     parser.add_argument("--ms", type=float, default=20.0, help="that a message takes at least; by default 20")
     given = parser.parse_args(arguments)
-    given.overrides = [*MODEL, *LAYOUT, *given.overrides]
+    given.recipe, given.overrides = "bench", [*MODEL, *LAYOUT, *given.overrides]
     config = config_of(given)
     workers = Workers(config, config.parallel.processes, 1, __file__, str(given.ms))
     try:

@@ -74,7 +74,7 @@ class Sender(NamedTuple):
     group: dist.ProcessGroup
     traffic: Traffic
     turns: Turns
-    """With another pass, which runs while a message is on its way."""
+    """With another pass, which computes while a message is on its way."""
 
     def announce(self, plan: Plan) -> tuple[Arrivals, list[int], list[int]]:
         """Tell every rank what it is going to be sent; and how many messages and pairs leave for each."""

@@ -99,7 +99,7 @@ class Group(World):
                 self.mesh.pipeline_group,
                 length=length,
                 counts=self._parallel.layers,
-                turns=self._turns,
+                turns=self._turns if self._parallel.expert > 1 else None,
             )
         if self._parallel.expert > 1:
             sender = Sender(self.mesh.expert_group, self.traffic, self._turns)

@@ -22,7 +22,7 @@ class Pipeline:
 
     Args:
         copying_rank: has a copy of the first rank's embedding; 0 if none has.
-        turns: which the schedule's pairs take; messages of theirs hand over to one another.
+        turns: which passes that the schedule pairs take; by default one follows the other.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Pipeline:
         turns: Turns | None = None,
     ) -> None:
         self._schedule, self._group, self._copying_rank = schedule, group, copying_rank
-        self._turns = turns or Turns()
+        self._turns = turns
         self._parts = {number: Part(stage) for number, stage in stages.items()}
         self._runners: dict[tuple[int, bool], Runner] = {}
 
@@ -108,7 +108,7 @@ def divide_layers(
     Args:
         length: of the sequences, by which the cost of attention is told.
         counts: layers of each stage; by default as that cost has it.
-        turns: which messages of this rank's experts take with one another.
+        turns: as for :class:`Pipeline`.
 
     Raises:
         InputError: the model has too few layers.

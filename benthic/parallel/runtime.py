@@ -118,14 +118,14 @@ class Runner(_PipelineScheduleRuntime):
         micro_batches: int,
         orders: Orders,
         ranks_of: list[int],
-        turns: Turns,
+        turns: Turns | None,
         *,
         learn: bool,
     ) -> None:
         super().__init__(stages, micro_batches, loss_fn=_itself if learn else None, scale_grads=False)
         self._stage = {stage.stage_index: stage for stage in stages}
-        self._turns = turns
-        self.register_custom_function(Computation.OVERLAP_F_B, self._pair)
+        if turns is not None:
+            self.register_custom_function(Computation.OVERLAP_F_B, partial(self._pair, turns))
         if learn:
             self._prepare_schedule_with_comms({rank: list(actions) for rank, actions in orders.items()})
         else:
@@ -149,16 +149,18 @@ class Runner(_PipelineScheduleRuntime):
         nothing: list[Any] = [()] * len(held)
         self._step_microbatches(nothing, held, nothing, return_outputs=False)
 
-    def _pair(self, action: Action, ctx: _PipelineContext) -> None:
+    # Torch runs the passes of a pair one after the other, by a function within another, which cannot be called. So what
+    # it does for each is here once more.
+    def _pair(self, turns: Turns, action: Action, ctx: _PipelineContext) -> None:
         """A forward pass through one stage and a backward pass through another, in turns."""
         forward, backward = parts(action)
-        self._turns.run(partial(self._forward, forward, ctx), partial(self._backward, backward))
+        turns.run(partial(self._forward, forward, ctx), partial(self._backward, backward))
 
     def _forward(self, action: Action, context: _PipelineContext) -> None:
         number, chunk = _place(action)
         stage, following = self._stage[number], self._stage.get(number + 1)
         assert context.kwarg_mbs is not None
-        if (number, chunk) in self.fwd_recv_ops:
+        if not stage.is_first and number - 1 not in self._stage:
             _wait_batch_p2p(self.fwd_recv_ops.pop((number, chunk)))
         output = stage.forward_one_chunk(chunk, (), context.kwarg_mbs[chunk], save_forward_output=False)
         self._maybe_compute_loss(stage, output, context.target_mbs, chunk)
@@ -168,7 +170,7 @@ class Runner(_PipelineScheduleRuntime):
     def _backward(self, action: Action) -> None:
         number, chunk = _place(action)
         stage, preceding = self._stage[number], self._stage.get(number - 1)
-        if (number, chunk) in self.bwd_recv_ops:
+        if not stage.is_last and number + 1 not in self._stage:
             _wait_batch_p2p(self.bwd_recv_ops.pop((number, chunk)))
         self.backward_counter[number] += 1
         last = self.backward_counter[number] == self._n_microbatches

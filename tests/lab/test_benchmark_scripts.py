@@ -222,7 +222,7 @@ def test_gains_are_of_each_seed_and_intervals_are_apart_where_all_are():
         ("checkpoint_cost", ["tiny", "precision.compute=fp32"], ["a step in fp32", "every 100 steps"]),
         ("train_vs_transformers", ["tiny", "precision.compute=bf16"], ["in bf16", "times eager"]),
         ("memory_vs_transformers", ["tiny"], ["recomputing", "of transformers'"]),
-        ("pairs", ["bench", "train.steps=1", "--ms", "1"], ["one after the other", "in turns", "of the time"]),
+        ("pairs", ["train.steps=1", "--ms", "1"], ["one after the other", "in turns", "of the time"]),
         ("rollouts", ["tiny", "--tokens", "3"], ["64 at once", "one at a time", "ratio"]),
     ],
 )

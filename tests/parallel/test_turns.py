@@ -36,22 +36,32 @@ def test_one_alone_goes_on():
     turns.hand_over()
 
 
-@pytest.mark.parametrize("where", ["first", "second", "both"])
-def test_what_one_raises_comes_out_when_the_other_has_ended(where):
+@pytest.mark.parametrize("who", ["first", "second"])
+def test_what_one_raises_comes_out_and_the_other_goes_no_further(who):
     turns, done = Turns(), []
 
     def run(name):
         turns.hand_over()
         done.append(name)
-        if where in (name, "both"):
+        if name == who:
             raise ValueError(name)
         turns.hand_over()
+        done.append("message")
+        raise RuntimeError("a consequence")
 
-    with pytest.raises(ValueError, match="second" if where == "second" else "first"):
+    with pytest.raises(ValueError, match=who):
         turns.run(lambda: run("first"), lambda: run("second"))
-    assert done == ["first", "second"]
+    assert done == ["first", "second"][: 1 + (who == "second")]
+    turns.hand_over()
     turns.run(lambda: done.append("again"), lambda: done.append("and again"))
-    assert done[2:] == ["again", "and again"]
+    assert done[-2:] == ["again", "and again"]
+
+
+def test_a_pass_that_has_not_begun_does_not_begin_after_the_other_has_raised():
+    turns, done = Turns(), []
+    with pytest.raises(ZeroDivisionError):
+        turns.run(lambda: 1 / 0, lambda: done.append("second"))
+    assert not done
 
 
 def test_it_may_be_handed_over_from_a_thread_of_another():
