@@ -21,6 +21,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from benthic.parallel.schedules import Action, Computation, Orders, parts
+from benthic.parallel.shard import one_end
 from benthic.parallel.stages import AnyStage, MicroBatch
 from benthic.parallel.turns import Turns
 
@@ -154,7 +155,8 @@ class Runner(_PipelineScheduleRuntime):
     def _pair(self, turns: Turns, action: Action, ctx: _PipelineContext) -> None:
         """A forward pass through one stage and a backward pass through another, in turns."""
         forward, backward = parts(action)
-        turns.run(partial(self._forward, forward, ctx), partial(self._backward, backward))
+        with one_end(part for stage in self._stage.values() for part in stage.part.modules()):
+            turns.run(partial(self._forward, forward, ctx), partial(self._backward, backward))
 
     def _forward(self, action: Action, context: _PipelineContext) -> None:
         number, chunk = _place(action)

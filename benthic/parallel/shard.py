@@ -6,7 +6,7 @@ batch's. ZeRO (arXiv 1910.02054) comes in three steps: optimizer state alone is 
 then reduced after every pass; or weights too, which are then gathered for each block anew, forward and backward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -102,6 +102,22 @@ def whole_for_step(objective: nn.Module) -> Iterator[None]:
     for part in state._state_ctx.all_states:
         for group in part._fsdp_param_groups:
             group.post_backward()
+    state._root_post_backward_final_callback()
+
+
+@contextmanager
+def one_end(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """A backward pass within, through some parts of the objective, ends for FSDP2 when all of this does.
+
+    By itself it would end at once for all parts, also for those that another pass is just running forward: it would
+    take their weights away, to gather them once more.
+    """
+    state = next((module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)), None)
+    if state is None:
+        yield
+        return
+    state._state_ctx.post_backward_final_callback_queued = True
+    yield
     state._root_post_backward_final_callback()
 
 

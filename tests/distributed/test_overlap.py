@@ -56,5 +56,6 @@ def test_messages_of_both_are_under_way_at_once_and_results_are_the_same_bits():
     in_turns, most = run(config, in_turns=True)
     assert most == [2, 2, 2, 2]
     assert in_turns.losses == one_by_one.losses
+    assert in_turns.sent == one_by_one.sent
     assert in_turns.loads == one_by_one.loads
     assert all(torch.equal(tensor, one_by_one.tensors[name]) for name, tensor in in_turns.tensors.items())
