@@ -26,7 +26,7 @@ from benthic.parallel.fits import refuse_misfit
 from benthic.plan.memory import refuse_too_large
 from benthic.posttrain.sft_data import FOLDER as SFT_FOLDER
 from benthic.run.display import Display, StageProgress
-from benthic.run.evaluation import FAILURES, evaluate_run, finished, records
+from benthic.run.evaluation import FAILURES, evaluate_run, finished, records, remaining
 from benthic.run.forecast import Forecast, forecasts, seconds_of
 from benthic.train.checkpoint import latest
 from benthic.train.ledger import Ledger
@@ -111,6 +111,8 @@ def rows(the: Plan, out: Path) -> list[Row]:
     found, done = forecasts(the.config, out, measure=True), _finished(out)
     if (out / "data" / FILE_NAME).is_file():
         done = done | {"data"}
+    if done.issuperset(set(the.names) - set(AFTER)) and not remaining(out, load_run_config(out / "config.toml")):
+        done = done | {"evaluation"}
     return [Row(name, found[name], _state(name, out, done)) for name in the.names]
 
 

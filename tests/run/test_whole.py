@@ -209,6 +209,15 @@ def test_rows_of_a_run_that_has_begun(run, whole_config):
     assert content(run, ".") == before
 
 
+def test_rows_of_a_run_that_has_ended(run, whole_config):
+    def states():
+        return {row.name: row.state for row in whole.rows(whole.plan(whole_config(), run), run)}
+
+    assert states()["evaluation"] == "done"
+    shutil.rmtree(run / "evaluation")
+    assert states()["evaluation"] == ""
+
+
 def test_a_model_that_is_larger_than_this_machine_is_planned_by_arithmetic(tmp_path):
     config = whole.load_run_config("v3-671b", ['data.sources=["stdlib"]'])
     found = whole.forecasts(config, tmp_path / "out", measure=True)
