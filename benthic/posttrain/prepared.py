@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benthic.config.schema import RunConfig
-from benthic.data.manifest import FILE_NAME, Split
+from benthic.data.manifest import FILE_NAME, Manifest, Split
 from benthic.data.shards import TokenStore
 from benthic.data.tokenizer import Tokenizer
 
@@ -14,7 +14,13 @@ def prepared(config: RunConfig, out: Path, name: str) -> list[Path]:
     return [run / name for run in runs if (run / name / FILE_NAME).is_file()]
 
 
+def prepared_in(config: RunConfig, out: Path, name: str, tokenizer: Tokenizer) -> Path | None:
+    """The first of them that is written in this tokenizer's tokens. Raises InputError if a manifest is damaged."""
+    folders = prepared(config, out, name)
+    return next((one for one in folders if Manifest.load(one).tokenizer_sha256 == tokenizer.fingerprint), None)
+
+
 def prepared_store(config: RunConfig, out: Path, name: str, split: Split, tokenizer: Tokenizer) -> TokenStore | None:
-    """The first of them that is written in this tokenizer's tokens. Raises InputError if it is damaged."""
-    stores = (TokenStore(folder, split) for folder in prepared(config, out, name))
-    return next((store for store in stores if store.manifest.tokenizer_sha256 == tokenizer.fingerprint), None)
+    """What lies in it. Raises InputError if it is damaged."""
+    folder = prepared_in(config, out, name, tokenizer)
+    return folder and TokenStore(folder, split)

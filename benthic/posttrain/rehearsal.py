@@ -26,7 +26,7 @@ from benthic.ops.cross_entropy import IGNORE
 from benthic.ops.divergence import linear_divergence
 from benthic.plan.flops import training_flops
 from benthic.posttrain.packing import AnswerStore, PackedBatches
-from benthic.posttrain.prepared import prepared, prepared_store
+from benthic.posttrain.prepared import prepared_in, prepared_store
 from benthic.posttrain.sft_data import FOLDER
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
@@ -82,11 +82,10 @@ def open_rehearsal(
     return Rehearsal(config, sources, sequences) if sources else None
 
 
-def borrowed(config: RunConfig, out: Path, sequences: int) -> dict[str, str]:
+def borrowed(config: RunConfig, out: Path, tokenizer: Tokenizer, sequences: int) -> dict[str, str]:
     """Hashes of what lies in the run that this one began with, and may be read: without it a run cannot go on."""
-    folders = [prepared(config, out, name)[:1] for name in (_TEXT, FOLDER)] if sequences else []
-    borrowed = [folder for found in folders for folder in found if folder.parent != out]
-    return {f"rehearsed {folder.name}": sha256(folder / FILE_NAME) for folder in borrowed}
+    folders = [prepared_in(config, out, name, tokenizer) for name in (_TEXT, FOLDER)] if sequences else []
+    return {f"rehearsed {one.name}": sha256(one / FILE_NAME) for one in folders if one and one.parent != out}
 
 
 def _text(config: RunConfig, store: TokenStore) -> Sequences:

@@ -68,7 +68,7 @@ class Rl:
         marks += [fingerprint(reward.name) for source in sources for reward in source.rewards]
         digest = hashlib.sha256("\n".join(marks).encode()).hexdigest()
         hashes = {"rl": digest, "tokenizer": tokenizer.fingerprint}
-        return config, hashes | borrowed(config, self._out, rl.mtp_rehearsal)
+        return config, hashes | borrowed(config, self._out, tokenizer, rl.mtp_rehearsal)
 
     def open(self, place: Place) -> "RlWork":
         """The stage over these problems."""

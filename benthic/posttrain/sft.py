@@ -47,7 +47,7 @@ class Sft:
             sft = sft.model_copy(update={"steps": -(-sequences // sft.batch_size), "epochs": None})
             config = config.model_copy(update={"posttrain": config.posttrain.model_copy(update={"sft": sft})})
         hashes = {"sft": sha256(self._out / FOLDER / FILE_NAME), "tokenizer": tokenizer.fingerprint}
-        hashes |= borrowed(config, self._out, sft.mtp_rehearsal)
+        hashes |= borrowed(config, self._out, tokenizer, sft.mtp_rehearsal)
         return config, hashes
 
     def open(self, place: Place) -> "SftWork":
