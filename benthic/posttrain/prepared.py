@@ -23,4 +23,4 @@ def prepared_in(config: RunConfig, out: Path, name: str, tokenizer: Tokenizer) -
 def prepared_store(config: RunConfig, out: Path, name: str, split: Split, tokenizer: Tokenizer) -> TokenStore | None:
     """What lies in it. Raises InputError if it is damaged."""
     folder = prepared_in(config, out, name, tokenizer)
-    return folder and TokenStore(folder, split)
+    return TokenStore(folder, split) if folder else None

@@ -71,10 +71,7 @@ def test_a_layout_trains_what_one_process_does(layout):
         for mtp, compute, dtype in itertools.product((1, 0), ("fp32", "fp8"), TOLERANCE)
     ]
     cases = [(spread_over(config_of(*size), **layout), size[-1]) for size in sizes]
-    if processes == 1:
-        outcomes = [take_steps(config, ALONE, architecture(dtype)) for config, dtype in cases]
-    else:
-        outcomes, *_ = run_processes(spread_all, processes, cases, timeout=3500)
+    outcomes, *_ = run_processes(spread_all, processes, cases, timeout=3500)
     for size, outcome in zip(sizes, outcomes, strict=True):
         *_, compute, dtype = size
         # FP8 makes steps of roundings in fp32, which add up in a gradient's norm more than in losses and weights.
