@@ -66,7 +66,7 @@ class _NativeAttention(torch.autograd.Function):
         q_BTHK, kv_BTHX, k_rope_BTR = q_BTHK.contiguous(), kv_BTHX.contiguous(), k_rope_BTR.contiguous()
         out_BTHV, lse_BHT = _forward_native(q_BTHK, kv_BTHX, k_rope_BTR, first_BT, scale)
         ctx.save_for_backward(q_BTHK, kv_BTHX, k_rope_BTR, first_BT, out_BTHV, lse_BHT)
-        ctx.scale = scale
+        ctx.scale, ctx.tiles = scale, tiles_wanted()
         return out_BTHV
 
     @staticmethod
@@ -78,8 +78,9 @@ class _NativeAttention(torch.autograd.Function):
         dq_BTHK, dkv_BTHX = torch.empty_like(q_BTHK), torch.empty_like(kv_BTHX)
         dk_rope_BHTR = q_BTHK.new_empty(batch, heads, time, rope, dtype=torch.float32)
         native.call(
-            "attention_backward", grads[0].contiguous(), *saved, dq_BTHK, dkv_BTHX, dk_rope_BHTR, *sizes, ctx.scale
-        )
+            "attention_backward", grads[0].contiguous(), *saved, dq_BTHK, dkv_BTHX, dk_rope_BHTR, *sizes, ctx.scale,
+            int(ctx.tiles),
+        )  # fmt: skip
         return dq_BTHK, dkv_BTHX, dk_rope_BHTR.sum(1).to(k_rope_BTR.dtype), None, None
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
+from benthic.ops.product import multiply
 from benthic.ops.wanted import wanted
 
 IGNORE = -100
@@ -53,11 +54,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer_CV = x_ND.new_empty(min(_CHUNK, len(x_ND)), len(weight_VD))
         for start in range(0, len(x_ND), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            logits_CV = torch.mm(x_ND[rows], weight_VD.T, out=buffer_CV[: len(x_ND) - start])
+            logits_CV = buffer_CV[: len(x_ND) - start]
+            multiply(x_ND[rows], weight_VD.T, logits_CV)
             nats, dlogits_CV = _chunk_loss(logits_CV, target_N[rows], max(counted, 1))
             total += nats
             if dx_ND is not None:
-                torch.mm(dlogits_CV, weight_VD, out=dx_ND[rows])
+                multiply(dlogits_CV, weight_VD, dx_ND[rows])
             if dweight_VD is not None:
                 _add_product(dweight_VD, dlogits_CV, x_ND[rows])
         ctx.save_for_backward(dx_ND, dweight_VD)
@@ -74,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _add_product(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
     """``total += dlogits.T @ x``, where ``total`` may be more precise than the factors."""
     if total_VD.dtype == x_CD.dtype:
-        total_VD.addmm_(dlogits_CV.T, x_CD)
+        multiply(dlogits_CV.T, x_CD, total_VD, add=True)
     elif native.usable(dlogits_CV, x_CD):
         native.call("add_product", dlogits_CV, x_CD.contiguous(), total_VD, *total_VD.shape, len(x_CD))
     else:

@@ -6,6 +6,7 @@ activation, not the output, so the output of an expert need not be kept for the 
 Shapes: N tokens, K experts per token, E experts, D model width, F expert width, S = N * K rows sorted by expert.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class _RoutedExperts(torch.autograd.Function):
         run = _forward_native if native.usable(x_ND, gate_up_EGD, down_EDF) else _forward_torch
         gate_up_SG, out_ND = run(*inputs)
         ctx.save_for_backward(*inputs, gate_up_SG, order_S)
+        ctx.tiles = tiles_wanted()
         return out_ND
 
     @staticmethod
@@ -62,7 +64,8 @@ class _RoutedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, gate_up_SG, order_S = ctx.saved_tensors
         dout_ND, slot_NK = grads[0].contiguous(), inputs[2]
-        run = _backward_native if native.usable(dout_ND, gate_up_SG) else _backward_torch
+        usable = native.usable(dout_ND, gate_up_SG)
+        run = partial(_backward_native, tiles=ctx.tiles) if usable else _backward_torch
         of_x, _, of_gate, *of_weights = wanted(ctx)
         dx_ND, dgate_S, dgate_up_EGD, ddown_EDF = run(
             dout_ND, gate_up_SG, *inputs, of_inputs=of_x or of_gate, of_weights=any(of_weights)
@@ -86,7 +89,7 @@ def _forward_native(
 
 def _backward_native(
     dout_ND: Tensor, gate_up_SG: Tensor, x_ND: Tensor, token_S: Tensor, slot_NK: Tensor, counts: Tensor,
-    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, *, of_inputs: bool, of_weights: bool,
+    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, *, of_inputs: bool, of_weights: bool, tiles: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     (n, d), (e, _, f) = x_ND.shape, down_EDF.shape
     dgate_S = x_ND.new_empty(len(token_S), dtype=torch.float32)
@@ -95,7 +98,7 @@ def _backward_native(
     dgate_up_EGD, ddown_EDF = map(torch.empty_like, weights) if of_weights else (None, None)
     native.call(
         "experts_backward", dout_ND, x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_SG, gate_up_EGD,
-        down_EDF, dx_SD, dx_ND, dgate_S, dgate_up_EGD, ddown_EDF, n, e, d, f, slot_NK.shape[1],
+        down_EDF, dx_SD, dx_ND, dgate_S, dgate_up_EGD, ddown_EDF, n, e, d, f, slot_NK.shape[1], int(tiles),
     )  # fmt: skip
     return dx_ND, dgate_S, dgate_up_EGD, ddown_EDF
 

@@ -17,7 +17,12 @@ _BUFFER_BYTES = 2**29
 
 @cache
 def measure_gemm_gflops(dtype: torch.dtype = torch.float32) -> float:
-    """Best rate of a 2048 x 2048 x 2048 matrix product on this machine's CPU, in GFLOP/s; measured once a process."""
+    """:func:`gemm_gflops`, measured once a process."""
+    return gemm_gflops(dtype)
+
+
+def gemm_gflops(dtype: torch.dtype = torch.float32) -> float:
+    """Best rate of a 2048 x 2048 x 2048 matrix product on this machine's CPU just now, in GFLOP/s."""
     a, b = torch.randn(2, _SIZE, _SIZE).to(dtype)
     out = torch.empty_like(a)
     return 2 * _SIZE**3 / _best_seconds(lambda: torch.mm(a, b, out=out)) / 1e9

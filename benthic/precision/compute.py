@@ -23,14 +23,12 @@ def fast_matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def call_in(compute: Cast, module: nn.Module, *args: Any, keep: Collection[str] = ()) -> Any:
-    """``module(*args)``, computed in fp32 or with weights rounded to bf16.
+def call_rounded(module: nn.Module, *args: Any, keep: Collection[str] = ()) -> Any:
+    """``module(*args)``, computed with weights rounded to bf16.
 
     Gradients reach the fp32 weights through the rounding. ``keep`` names parameters that are not rounded. Activations
     take the weights' precision, so a bf16 step also moves half the memory.
     """
-    if compute == "fp32":
-        return module(*args)
     rounded: dict[str, Tensor] = {
         name: parameter.to(torch.bfloat16) for name, parameter in module.named_parameters() if name not in keep
     }

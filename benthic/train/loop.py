@@ -19,7 +19,6 @@ from benthic.config.stages import Stage, stages
 from benthic.errors import InputError
 from benthic.files import write_atomically
 from benthic.model import Trainable
-from benthic.ops import native
 from benthic.parallel.replay import KEY as EXPERT_LOAD
 from benthic.parallel.world import ALONE, World
 from benthic.plan.machine import measure_gemm_gflops
@@ -27,6 +26,7 @@ from benthic.precision.compute import compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import latest, load, reached
+from benthic.train.compute import kernels_in
 from benthic.train.corpus import Corpus
 from benthic.train.identity import identity, renewed, resume_settings
 from benthic.train.incidents import (
@@ -235,7 +235,7 @@ class _Trainer:
         ):
             progress.note(
                 f"{self.stage.name}: {self.stage.steps} steps of {self.work.describe()} in {self.place.compute}, "
-                f"{torch.get_num_threads()} threads, {native.status()}"
+                f"{torch.get_num_threads()} threads, {kernels_in(self.place.compute, self.state.model)}"
             )
             if self.state.step == 0 and self.work.validates_first:
                 self._validate(metrics, progress)

@@ -12,13 +12,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benthic.model.layers import RMSNorm, SwiGLU
 from benthic.model.mla import AttentionContext, LatentAttention
 from benthic.model.moe import Router
 from benthic.model.transformer import Block
 from benthic.ops.norm import rms_norm
+from benthic.ops.product import linear_as_here
 from benthic.ops.rope import rotate_tail
 from benthic.ops.swiglu import swiglu
 
@@ -168,7 +168,7 @@ def _after_linear(tape: _BlockTape, linear: nn.Linear, args: tuple[Tensor], outp
 def _forward_of(linear: nn.Linear) -> _Compute:
     """The linear layer as it multiplies in this pass: FP8 puts another method in the place of ``forward``."""
     replaced = linear.__dict__.get("forward")
-    return replaced if replaced is not None else partial(F.linear, weight=linear.weight.detach())
+    return replaced if replaced is not None else partial(linear_as_here(), weight=linear.weight.detach())
 
 
 def _apply_to_attention(attention: LatentAttention, tape: _BlockTape) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from teachers import FakeTeacher, answer
 
 from benthic.lab import compare
 from benthic.lab.compare import Outcome, Variant
+from benthic.ops import native
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STUDIES = ("dense", "balance", "optimizers", "fp8_loss")
@@ -222,13 +224,18 @@ def test_gains_are_of_each_seed_and_intervals_are_apart_where_all_are():
         ("checkpoint_cost", ["tiny", "precision.compute=fp32"], ["a step in fp32", "every 100 steps"]),
         ("train_vs_transformers", ["tiny", "precision.compute=bf16"], ["in bf16", "times eager"]),
         ("memory_vs_transformers", ["tiny"], ["recomputing", "of transformers'"]),
+        ("train_on_tiles", ["tiny", "--pairs", "1"], ["on tiles", "by the BLAS", "1 pairs"]),
+        ("prefill_on_tiles", ["tiny", "--context", "9", "--pairs", "1"], ["on tiles", "by the BLAS", "1 pairs"]),
         ("pairs", ["train.steps=1", "--ms", "1"], ["one after the other", "in turns", "of the time"]),
         ("rollouts", ["tiny", "--tokens", "3"], ["64 at once", "one at a time", "ratio"]),
     ],
 )
-def test_benchmarks_run(run_script, capfd, name, arguments, said):
+def test_benchmarks_run(run_script, monkeypatch, capfd, name, arguments, said):
     if "transformers" in name:
         pytest.importorskip("transformers")
+    if "tiles" in name and not native.has_tiles():
+        pytest.skip("no tiles")
+    monkeypatch.setenv("BENTHIC_NATIVE", os.environ.get("BENTHIC_NATIVE", "1"))  # which some of them change
     assert run_script(name, *arguments) == 0
     printed = capfd.readouterr().out
     for part in said:
@@ -238,7 +245,7 @@ def test_benchmarks_run(run_script, capfd, name, arguments, said):
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        *((name, ["nosuch"], "recipe 'nosuch'") for name in ("recompute", "checkpoint_cost")),
+        *((name, ["nosuch"], "recipe 'nosuch'") for name in ("recompute", "checkpoint_cost", "train_on_tiles")),
         ("scaling", ["experts", "bench", "model.n_expert=3"], "model.n_expert"),
         ("memory_vs_transformers", ["bench", "precision.compute=fp8"], "precision.compute=fp8: not compared"),
         ("train_vs_transformers", ["bench", "train.optimizer.name=muon"], "train.optimizer.name=muon: not compared"),

@@ -1,6 +1,8 @@
 """Products of fp32 on tiles: as exact as fp32, each number the same in any company, and only for those who ask."""
 
 import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from benthic.config.presets import PRESETS
 from benthic.model import build_model
 from benthic.ops import native
 from benthic.ops.attention import causal_attention, causal_attention_reference
+from benthic.ops.cross_entropy import linear_cross_entropy
 from benthic.ops.experts import routed_experts, routed_experts_reference
 from benthic.ops.product import kernels_on_tiles, on_tiles, tiles_wanted
 
@@ -74,17 +77,27 @@ def test_every_bit_of_a_number_counts() -> None:
         torch.testing.assert_close(found, x, rtol=0, atol=0)
 
 
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the number of threads, for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_a_row_is_the_same_in_any_company(seed: int) -> None:
+def test_a_row_is_the_same_in_any_company_and_on_any_threads(seed: int, threads: Callable[[int], None]) -> None:
+    """With more rows than columns and with fewer, which exchanges the factors."""
     if not native.has_tiles():
         pytest.skip("only tiles promise it")
     generator = torch.Generator().manual_seed(seed)
-    k, n = (int(x) for x in torch.randint(200, 700, (2,), generator=generator))
+    k, n = (int(x) for x in torch.randint(200, 1200, (2,), generator=generator))
     a, weight = torch.randn(900, k, generator=generator), torch.randn(n, k, generator=generator)
     whole = product(a, weight.T)
-    assert torch.equal(product(a, weight.T), whole)
-    for rows in (slice(0, 800), slice(37, 900), slice(100, 868)):  # still more rows than columns
-        assert torch.equal(product(a[rows], weight.T), whole[rows])
+    for count in (1, 2, 3):
+        threads(count)
+        for rows in (slice(0, 900), slice(0, 800), slice(37, 900), slice(0, 300), slice(350, 450)):
+            assert torch.equal(product(a[rows], weight.T), whole[rows])
 
 
 def test_nan_and_infinity_come_out_as_no_number() -> None:
@@ -126,7 +139,7 @@ def test_linear_layers(shape: tuple[int, ...], called: list[tuple[str, object]])
 @torch.no_grad()
 def test_attention_on_tiles(earlier: int, time: int, called: list[tuple[str, object]]) -> None:
     torch.manual_seed(time)
-    q, kv = torch.randn(2, time, 2, 96), torch.randn(2, earlier + time, 2, 128)
+    q, kv = torch.randn(2, time, 2, 160), torch.randn(2, earlier + time, 2, 192)
     k_rope = torch.randn(2, earlier + time, 32)
     with on_tiles(q):
         found = causal_attention(q, kv, k_rope, scale=0.3)
@@ -138,7 +151,7 @@ def test_attention_on_tiles(earlier: int, time: int, called: list[tuple[str, obj
 @torch.no_grad()
 def test_attention_on_tiles_stays_within_documents() -> None:
     torch.manual_seed(0)
-    q, kv, k_rope = torch.randn(1, 300, 2, 96), torch.randn(1, 300, 2, 128), torch.randn(1, 300, 32)
+    q, kv, k_rope = torch.randn(1, 300, 2, 160), torch.randn(1, 300, 2, 192), torch.randn(1, 300, 32)
     document = torch.tensor([0] * 130 + [1] * 3 + [2] * 167)[None]
     with on_tiles(q):
         found = causal_attention(q, kv, k_rope, scale=0.3, document_BT=document)
@@ -159,6 +172,79 @@ def test_experts_on_tiles(tokens: int, called: list[tuple[str, object]]) -> None
     assert ("experts_forward", 1) in called or not native.has_tiles()
 
 
+def gradients_of(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    """The outcome, and gradients of its sum weighted at random, of those inputs that have any."""
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    out = function(*leaves)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    (out * weight).sum().backward()
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+def assert_close_on_tiles(function: Callable[..., Tensor], exact: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Forward on tiles, backward outside of them, against float64."""
+
+    def on_tiles_forward(*leaves: Tensor) -> Tensor:
+        with on_tiles(inputs[0]):
+            return function(*leaves)
+
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    for found, expected in zip(gradients_of(on_tiles_forward, *inputs), gradients_of(exact, *wide), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(120,), (3, 50), (2, 5, 67)])
+def test_gradients_of_linear_layers(shape: tuple[int, ...], called: list[tuple[str, object]]) -> None:
+    torch.manual_seed(sum(shape))
+    x, weight = torch.randn(*shape, 96), torch.randn(130, 96)
+    assert_close_on_tiles(F.linear, F.linear, x, weight)
+    if native.has_tiles():
+        assert [name for name, _ in called] == ["product"] * 3
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_only_gradients_that_are_wanted_are_computed(frozen: str, called: list[tuple[str, object]]) -> None:
+    x, layer = torch.randn(120, 96, requires_grad=frozen != "x"), torch.nn.Linear(96, 130, bias=False)
+    layer.requires_grad_(frozen != "weight")
+    with on_tiles(x):
+        layer(x).sum().backward()
+    assert (x.grad is None, layer.weight.grad is None) == (frozen == "x", frozen == "weight")
+    if native.has_tiles():
+        assert [name for name, _ in called] == ["product"] * 2
+
+
+@pytest.mark.parametrize(("time", "documents"), [(130, False), (300, True), (515, False)])
+def test_gradients_of_attention(time: int, documents: bool, called: list[tuple[str, object]]) -> None:
+    torch.manual_seed(time)
+    q, kv, k_rope = torch.randn(2, time, 2, 160), torch.randn(2, time, 2, 192), torch.randn(2, time, 32)
+    document = torch.rand(2, time).lt(0.02).cumsum(1) if documents else None
+    assert_close_on_tiles(
+        partial(causal_attention, scale=0.3, document_BT=document),
+        partial(causal_attention_reference, scale=0.3, document_BT=document), q, kv, k_rope,
+    )  # fmt: skip
+    assert ("attention_backward", 1) in called or not native.has_tiles()
+
+
+@pytest.mark.parametrize("tokens", [40, 600])
+def test_gradients_of_experts(tokens: int, called: list[tuple[str, object]]) -> None:
+    torch.manual_seed(tokens)
+    x, index = torch.randn(tokens, 128), torch.rand(tokens, 5).topk(2, -1).indices
+    gate, gate_up, down = torch.rand(tokens, 2), torch.randn(5, 256, 128) * 0.1, torch.randn(5, 128, 128) * 0.1
+    assert_close_on_tiles(routed_experts, routed_experts_reference, x, index, gate, gate_up, down)
+    assert ("experts_backward", 1) in called or not native.has_tiles()
+
+
+@pytest.mark.parametrize("positions", [100, 700])
+def test_gradients_of_cross_entropy(positions: int, called: list[tuple[str, object]]) -> None:
+    torch.manual_seed(positions)
+    x, head, target = torch.randn(positions, 128), torch.randn(300, 128) * 0.1, torch.randint(300, (positions,))
+    assert_close_on_tiles(
+        linear_cross_entropy, lambda x, head, target: F.cross_entropy(x @ head.T, target), x, head, target
+    )
+    if native.has_tiles():
+        assert [name for name, _ in called].count("product") == 3 * -(-positions // 512)
+
+
 def gradients(seed: int) -> list[Tensor]:
     """Loss and all gradients of a small model on a batch."""
     config = PRESETS["nano"].model_copy(update={"num_hidden_layers": 2})
@@ -169,21 +255,27 @@ def gradients(seed: int) -> list[Tensor]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-def test_training_is_the_same_bit_for_bit_inside_and_beside_it(called: list[tuple[str, object]]) -> None:
+def test_a_model_s_gradients_are_the_same_up_to_rounding() -> None:
     expected = gradients(seed=2)
-    weight = torch.zeros(1)
-    with on_tiles(weight):
-        inside = gradients(seed=2)
+    with on_tiles(torch.zeros(1)):
+        found, again = gradients(seed=2), gradients(seed=2)
+    for one, same, other in zip(found, again, expected, strict=True):
+        assert torch.equal(one, same)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_another_thread_s_training_is_the_same_bit_for_bit_beside_it(called: list[tuple[str, object]]) -> None:
+    expected = gradients(seed=2)
     beside: list[Tensor] = []
-    with torch.no_grad(), on_tiles(weight):
+    with torch.no_grad(), on_tiles(torch.zeros(1)):
         assert tiles_wanted() == native.has_tiles()
         trainer = threading.Thread(target=lambda: beside.extend(gradients(seed=2)))
         trainer.start()
         trainer.join()
-    for found in (inside, beside):
-        assert len(found) == len(expected)
-        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
-    assert not {("product", 0), ("experts_forward", 1), ("attention_forward", 1)} & set(called)
+    assert len(beside) == len(expected)
+    assert all(torch.equal(*pair) for pair in zip(beside, expected, strict=True))
+    on_them = {("product", 0), ("experts_forward", 1), ("attention_forward", 1)}
+    assert not on_them & set(called)
 
 
 @torch.inference_mode()

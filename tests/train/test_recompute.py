@@ -20,6 +20,10 @@ TINY = PRESETS["tiny"]
 CONFIGS = {
     "tiny": TINY,
     "no query latent": TINY.model_copy(update={"q_lora_rank": None, "num_nextn_predict_layers": 2}),
+    # Products large enough for the processor's tiles, where it has any.
+    "wide": TINY.model_copy(
+        update={"hidden_size": 256, "q_lora_rank": 128, "kv_lora_rank": 128, "intermediate_size": 192, "v_head_dim": 64}
+    ),
     "no shared expert": TINY.model_copy(update={"n_shared_experts": 0, "hidden_size": 48, "v_head_dim": 12}),
 }
 

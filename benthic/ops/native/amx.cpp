@@ -5,7 +5,7 @@
 // those left out are below 2^-21 of the whole each, 2^-24 on average, which is what rounding to fp32 costs anyway.
 // Infinity comes out as NaN, and parts below 2^-126 count as zero.
 //
-// Each element of the result is one chain of sums over k in a fixed order, whatever is computed beside it.
+// Each element of the result is one chain of sums over k in a fixed order, whatever is computed beside it and by whom.
 
 #include "common.h"
 
@@ -232,36 +232,41 @@ inline void load_right(const Word* b, int64_t next) {
     if (wide) _tile_loadd(7, b + next, 4 * kTile);
 }
 
-// Up to 32 x 32 numbers of the product of two packed panels, to `out`.
-template <bool tall, bool wide>
+// Up to 32 x 32 numbers of the product of two packed panels, to `out`. Six products of parts are added one after another.
+// Exchanged factors, `mirrored`, meet in the same pairs in the same order, and so give the same bits.
+template <bool tall, bool wide, bool mirrored>
 void multiply_panels(const Word* a, const Word* b, int64_t steps, float* out, int64_t stride,
                      Background& background) {
+    enum { high, middle, low };
     const int64_t next = line_words(steps);
+    const auto load_first = [&](int64_t part) {
+        mirrored ? load_right<wide>(b + part * kTileWords, next) : load_left<tall>(a + part * kTileWords, next);
+    };
+    const auto load_second = [&](int64_t part) {
+        mirrored ? load_left<tall>(a + part * kTileWords, next) : load_right<wide>(b + part * kTileWords, next);
+    };
+    const auto step_on = [&] {
+        multiply<tall, wide>();
+        background.work();
+    };
     _tile_zero(0);
     if (wide) _tile_zero(1);
     if (tall) _tile_zero(2);
     if (tall && wide) _tile_zero(3);
     for (int64_t step = 0; step < steps; ++step, a += kParts * kTileWords, b += kParts * kTileWords) {
-        const Word *middle = a + kTileWords, *low = a + 2 * kTileWords;
-        load_right<wide>(b + 2 * kTileWords, next);
-        load_left<tall>(a, next);
-        multiply<tall, wide>();
-        background.work();
-        load_right<wide>(b + kTileWords, next);
-        multiply<tall, wide>();
-        background.work();
-        load_left<tall>(middle, next);
-        multiply<tall, wide>();
-        background.work();
-        load_right<wide>(b, next);
-        multiply<tall, wide>();
-        background.work();
-        load_left<tall>(low, next);
-        multiply<tall, wide>();
-        background.work();
-        load_left<tall>(a, next);
-        multiply<tall, wide>();
-        background.work();
+        load_second(low);
+        load_first(high);
+        step_on();
+        load_second(middle);
+        step_on();
+        load_first(middle);
+        step_on();
+        load_second(high);
+        step_on();
+        load_first(low);
+        step_on();
+        load_first(high);
+        step_on();
     }
     const int64_t bytes = stride * sizeof(float);
     _tile_stored(0, out, bytes);
@@ -270,14 +275,15 @@ void multiply_panels(const Word* a, const Word* b, int64_t steps, float* out, in
     if (tall && wide) _tile_stored(3, out + kTile * stride + kTile, bytes);
 }
 
+template <bool mirrored>
 void multiply_panels(const Word* a, const Word* b, int64_t steps, int64_t rows, int64_t columns, float* out,
                      int64_t stride, Background& background) {
     if (rows > kTile)
-        columns > kTile ? multiply_panels<true, true>(a, b, steps, out, stride, background)
-                        : multiply_panels<true, false>(a, b, steps, out, stride, background);
+        columns > kTile ? multiply_panels<true, true, mirrored>(a, b, steps, out, stride, background)
+                        : multiply_panels<true, false, mirrored>(a, b, steps, out, stride, background);
     else
-        columns > kTile ? multiply_panels<false, true>(a, b, steps, out, stride, background)
-                        : multiply_panels<false, false>(a, b, steps, out, stride, background);
+        columns > kTile ? multiply_panels<false, true, mirrored>(a, b, steps, out, stride, background)
+                        : multiply_panels<false, false, mirrored>(a, b, steps, out, stride, background);
 }
 
 struct TileConfig {
@@ -305,12 +311,13 @@ bool pays(int64_t m, int64_t n, int64_t k) {
     return std::min({m, n, k}) >= kStep && m * n + m * k + n * k < m * n * k / kSidesPerVolume;
 }
 
-// c = alpha a b, or its transpose, added to what is there if `add`. The packed b stays in the cache, a passes by.
+// c = alpha a b, or its transpose if `transposed`, added to what is there if `add`. The packed b stays in the cache, a
+// passes by.
+template <bool transposed>
 class Product {
   public:
-    Product(const Operand& a, const Operand& b, int64_t k, float alpha, bool add, bool transposed, float* c,
-            int64_t ldc)
-        : a_(a), b_(b), k_(k), alpha_(alpha), add_(add), transposed_(transposed), c_(c), ldc_(ldc) {}
+    Product(const Operand& a, const Operand& b, int64_t k, float alpha, bool add, float* c, int64_t ldc)
+        : a_(a), b_(b), k_(k), alpha_(alpha), add_(add), c_(c), ldc_(ldc) {}
 
     void run() {
         static const TileConfig config;
@@ -345,15 +352,15 @@ class Product {
             for (int64_t j = 0; j < columns; j += 2 * kTile, block = 1 - block) {
                 const int64_t wide = std::min(2 * kTile, columns - j);
                 const Word* panel_b = packed_b + j / kTile * words;
-                float* to = transposed_ ? c_ + (column + j) * ldc_ + row : c_ + row * ldc_ + column + j;
+                float* to = transposed ? c_ + (column + j) * ldc_ + row : c_ + row * ldc_ + column + j;
                 const bool adds = add_ || at_k > 0;
-                if (!transposed_ && !adds && alpha_ == 1.0f && rows % kTile == 0 && wide % kTile == 0) {
-                    multiply_panels(here, panel_b, steps, rows, wide, to, ldc_, background);
+                if (!transposed && !adds && alpha_ == 1.0f && rows % kTile == 0 && wide % kTile == 0) {
+                    multiply_panels<transposed>(here, panel_b, steps, rows, wide, to, ldc_, background);
                     continue;
                 }
-                multiply_panels(here, panel_b, steps, rows, wide, blocks[block], 2 * kTile, background);
+                multiply_panels<transposed>(here, panel_b, steps, rows, wide, blocks[block], 2 * kTile, background);
                 background.settle();
-                background.settler = Settler(blocks[block], rows, wide, alpha_, adds, transposed_, to, ldc_);
+                background.settler = Settler(blocks[block], rows, wide, alpha_, adds, transposed, to, ldc_);
             }
         }
         background.settle();
@@ -368,7 +375,7 @@ class Product {
     Operand a_, b_;
     int64_t k_;
     float alpha_;
-    bool add_, transposed_;
+    bool add_;
     float* c_;
     int64_t ldc_;
 };
@@ -383,9 +390,9 @@ bool tile_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, floa
     const Operand left = trans_a == 'N' ? Operand{a, m, lda, 1} : Operand{a, m, 1, lda};
     const Operand right = trans_b == 'N' ? Operand{b, n, 1, ldb} : Operand{b, n, ldb, 1};
     if (m < n)
-        Product(right, left, k, alpha, beta != 0.0f, true, c, ldc).run();
+        Product<true>(right, left, k, alpha, beta != 0.0f, c, ldc).run();
     else
-        Product(left, right, k, alpha, beta != 0.0f, false, c, ldc).run();
+        Product<false>(left, right, k, alpha, beta != 0.0f, c, ldc).run();
     return true;
 }
 

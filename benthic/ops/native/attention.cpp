@@ -13,13 +13,14 @@ using namespace benthic;
 namespace {
 
 constexpr int64_t kQueries = 64, kKeys = 512, kLanes = 16;
+constexpr int64_t kWideForTiles = 128;    // heads narrower than that gain nothing from tiles
 constexpr int64_t kQueriesOnTiles = 128;  // what lays keys and values out as tiles is done once for so many
 
 struct Shape {
     int64_t time, heads, nope, rope, value;
     float scale;
     int64_t start = 0;  // keys before the first query; the backward pass has none
-    bool tiles = false;  // for the forward pass's products, if wanted
+    bool tiles = false;  // for products
     int64_t keys() const { return start + time; }
     int64_t queries() const { return tiles ? kQueriesOnTiles : kQueries; }  // a block of them
     int64_t q_stride() const { return heads * (nope + rope); }
@@ -166,15 +167,16 @@ template <typename T>
 void backward_head(const Shape& s, const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first,
                    const T* out, const float* lse, T* dq, T* dkv, float* dk_rope) {
     const int64_t wide_q = s.nope + s.rope, wide_kv = s.nope + s.value;
-    float *x = scratch<float>(0, kQueries * kKeys), *dx = scratch<float>(1, kQueries * kKeys);
-    T *p = scratch<T>(2, kQueries * kKeys), *ds = scratch<T>(3, kQueries * kKeys);
-    float *dq_sum = scratch<float>(4, kQueries * wide_q), *dkv_sum = scratch<float>(5, s.time * wide_kv);
+    const int64_t block = s.queries();
+    float *x = scratch<float>(0, block * kKeys), *dx = scratch<float>(1, block * kKeys);
+    T *p = scratch<T>(2, block * kKeys), *ds = scratch<T>(3, block * kKeys);
+    float *dq_sum = scratch<float>(4, block * wide_q), *dkv_sum = scratch<float>(5, s.time * wide_kv);
     std::fill(dkv_sum, dkv_sum + s.time * wide_kv, 0.0f);
     std::fill(dk_rope, dk_rope + s.time * s.rope, 0.0f);
-    for (int64_t query = 0; query < s.time; query += kQueries) {
-        const int64_t rows = std::min(kQueries, s.time - query);
+    for (int64_t query = 0; query < s.time; query += block) {
+        const int64_t rows = std::min(block, s.time - query);
         const T *qb = q + query * s.q_stride(), *db = dout + query * s.out_stride();
-        float delta[kQueries];
+        float delta[kQueriesOnTiles];
         for (int64_t r = 0; r < rows; ++r)
             delta[r] = dot(db + r * s.out_stride(), out + (query + r) * s.out_stride(), s.value);
         for (int64_t key = 0; key < query + rows; key += kKeys) {
@@ -182,17 +184,17 @@ void backward_head(const Shape& s, const T* dout, const T* q, const T* kv, const
             const T *k = kv + key * s.kv_stride(), *kr = k_rope + key * s.rope;
             float *dk = dkv_sum + key * wide_kv, beta = key > 0 ? 1.0f : 0.0f;
             scores(s, qb, k, kr, rows, keys, x);
-            gemm('N', 'T', rows, keys, s.value, 1.0f, db, s.out_stride(), k + s.nope, s.kv_stride(), 0.0f, dx, keys);
+            gemm(s.tiles, 'N', 'T', rows, keys, s.value, 1.0f, db, s.out_stride(), k + s.nope, s.kv_stride(), 0.0f, dx, keys);
             for (int64_t r = 0; r < rows; ++r)
                 softmax_backward(x + r * keys, dx + r * keys, p + r * keys, ds + r * keys, keys,
                                  Range(first, query + r, key, keys), lse[query + r], delta[r], s.scale);
-            gemm('T', 'N', keys, s.value, rows, 1.0f, p, keys, db, s.out_stride(), 1.0f, dk + s.nope, wide_kv);
-            gemm('T', 'N', keys, s.nope, rows, 1.0f, ds, keys, qb, s.q_stride(), 1.0f, dk, wide_kv);
-            gemm('N', 'N', rows, s.nope, keys, 1.0f, ds, keys, k, s.kv_stride(), beta, dq_sum, wide_q);
+            gemm(s.tiles, 'T', 'N', keys, s.value, rows, 1.0f, p, keys, db, s.out_stride(), 1.0f, dk + s.nope, wide_kv);
+            gemm(s.tiles, 'T', 'N', keys, s.nope, rows, 1.0f, ds, keys, qb, s.q_stride(), 1.0f, dk, wide_kv);
+            gemm(s.tiles, 'N', 'N', rows, s.nope, keys, 1.0f, ds, keys, k, s.kv_stride(), beta, dq_sum, wide_q);
             if (s.rope == 0) continue;
-            gemm('T', 'N', keys, s.rope, rows, 1.0f, ds, keys, qb + s.nope, s.q_stride(), 1.0f,
+            gemm(s.tiles, 'T', 'N', keys, s.rope, rows, 1.0f, ds, keys, qb + s.nope, s.q_stride(), 1.0f,
                  dk_rope + key * s.rope, s.rope);
-            gemm('N', 'N', rows, s.rope, keys, 1.0f, ds, keys, kr, s.rope, beta, dq_sum + s.nope, wide_q);
+            gemm(s.tiles, 'N', 'N', rows, s.rope, keys, 1.0f, ds, keys, kr, s.rope, beta, dq_sum + s.nope, wide_q);
         }
         store_rows(dq_sum, dq + query * s.q_stride(), rows, wide_q, s.q_stride());
     }
@@ -203,7 +205,7 @@ template <typename T>
 void attention_forward(const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse,
                        int64_t batch, int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value,
                        float scale, int64_t start, int64_t tiles) {
-    const Shape s{time, heads, nope, rope, value, scale, start, tiles != 0};
+    const Shape s{time, heads, nope, rope, value, scale, start, tiles && nope >= kWideForTiles};
     const int64_t queries = s.queries();
     const int64_t blocks = (time + queries - 1) / queries;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
@@ -221,8 +223,8 @@ void attention_forward(const T* q, const T* kv, const T* k_rope, const int64_t* 
 template <typename T>
 void attention_backward(const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first, const T* out,
                         const float* lse, T* dq, T* dkv, float* dk_rope_h, int64_t batch, int64_t time, int64_t heads,
-                        int64_t nope, int64_t rope, int64_t value, float scale) {
-    const Shape s{time, heads, nope, rope, value, scale};
+                        int64_t nope, int64_t rope, int64_t value, float scale, int64_t tiles) {
+    const Shape s{time, heads, nope, rope, value, scale, 0, tiles && nope >= kWideForTiles};
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t index = 0; index < batch * heads; ++index) {
         const Head at(s, index);
@@ -242,8 +244,9 @@ BENTHIC_EXPORT(attention_forward, ARGS,
 #undef ARGS
 #define ARGS(T) (const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first, const T* out,       \
                  const float* lse, T* dq, T* dkv, float* dk_rope_h, int64_t batch, int64_t time, int64_t heads,     \
-                 int64_t nope, int64_t rope, int64_t value, float scale)
+                 int64_t nope, int64_t rope, int64_t value, float scale,             \
+                 int64_t tiles)
 BENTHIC_EXPORT(attention_backward, ARGS,
                (dout, q, kv, k_rope, first, out, lse, dq, dkv, dk_rope_h, batch, time, heads, nope, rope, value,
-                scale))
+                scale, tiles))
 #undef ARGS

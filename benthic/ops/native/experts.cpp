@@ -64,11 +64,12 @@ void experts_forward(const T* x, const int64_t* token, const int64_t* slot, cons
 }
 
 // dgate (s) in sorted order; dx_s (s, d) is working space. Experts without rows get zero gradients. Without dx, or
-// without dgate_up and ddown, those are not computed.
+// without dgate_up and ddown, those are not computed. Products are on tiles if wanted.
 template <typename T>
 void experts_backward(const T* dout, const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset,
                       const float* gate, const T* gate_up_s, const T* gate_up, const T* down, T* dx_s, T* dx,
-                      float* dgate, T* dgate_up, T* ddown, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k) {
+                      float* dgate, T* dgate_up, T* ddown, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k,
+                      int64_t tiles) {
 #pragma omp parallel
     {
         T *xb = scratch<T>(0, kBlock * d), *dy = scratch<T>(1, kBlock * d);
@@ -91,18 +92,18 @@ void experts_backward(const T* dout, const T* x, const int64_t* token, const int
                 const int64_t rows = std::min(kBlock, offset[expert + 1] - at);
                 const float beta = at == offset[expert] ? 0.0f : 1.0f;
                 gather(dout, token + at, rows, d, dy);
-                gemm('N', 'N', rows, f, d, 1.0f, dy, d, wd, f, 0.0f, dhidden, f);
+                gemm(tiles, 'N', 'N', rows, f, d, 1.0f, dy, d, wd, f, 0.0f, dhidden, f);
                 for (int64_t r = 0; r < rows; ++r)
                     dgate[at + r] = swiglu_row_backward(gate_up_s + (at + r) * 2 * f, gate[at + r], dhidden + r * f,
                                                         hidden + r * f, dgu + r * 2 * f, f);
                 if (dgate_up) {
                     gather(x, token + at, rows, d, xb);
-                    gemm('T', 'N', d, f, rows, 1.0f, dy, d, hidden, f, beta, dwd, f);
-                    gemm('T', 'N', 2 * f, d, rows, 1.0f, dgu, 2 * f, xb, d, beta, dwgu, d);
+                    gemm(tiles, 'T', 'N', d, f, rows, 1.0f, dy, d, hidden, f, beta, dwd, f);
+                    gemm(tiles, 'T', 'N', 2 * f, d, rows, 1.0f, dgu, 2 * f, xb, d, beta, dwgu, d);
                 }
                 if (!dx) continue;
                 float* dxb = product(dx_s + at * d, 7, kBlock * d);
-                gemm('N', 'N', rows, d, 2 * f, 1.0f, dgu, 2 * f, wgu, d, 0.0f, dxb, d);
+                gemm(tiles, 'N', 'N', rows, d, 2 * f, 1.0f, dgu, 2 * f, wgu, d, 0.0f, dxb, d);
                 settle(dxb, dx_s + at * d, rows * d);
             }
             if (dgate_up) {
@@ -171,8 +172,9 @@ BENTHIC_EXPORT(experts_forward, ARGS,
 #undef ARGS
 #define ARGS(T) (const T* dout, const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset,       \
                  const float* gate, const T* gate_up_s, const T* gate_up, const T* down, T* dx_s, T* dx,            \
-                 float* dgate, T* dgate_up, T* ddown, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k)
+                 float* dgate, T* dgate_up, T* ddown, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k,        \
+                 int64_t tiles)
 BENTHIC_EXPORT(experts_backward, ARGS,
                (dout, x, token, slot, offset, gate, gate_up_s, gate_up, down, dx_s, dx, dgate, dgate_up, ddown, n, e,
-                d, f, k))
+                d, f, k, tiles))
 #undef ARGS

@@ -1,0 +1,41 @@
+"""The same work on bf16 tiles and by the BLAS in turn, as shares of the GEMM peak of the moment.
+
+Before each pair the rate of a large fp32 product by the BLAS is measured: machines have slow moments, and shares are of
+the rate at theirs.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+from benthic.ops import native
+from benthic.plan.machine import gemm_gflops
+
+
+def print_pairs(work: Callable[[], object], flops: float, tokens: int, pairs: int) -> None:
+    """Medians over so many pairs, after one to warm up, of tokens per second and shares; ``flops`` are of one piece of
+    work, which is ``tokens``. Ends the script where there are no tiles.
+    """
+    if not native.has_tiles():
+        sys.exit("this processor has no tiles, or BENTHIC_NATIVE leaves them out")
+    measured = [_pair(work) for _ in range(1 + pairs)][1:]
+    for place, name in enumerate(("on tiles", "by the BLAS")):
+        rate = statistics.median(tokens / seconds[place] for _, *seconds in measured)
+        share = statistics.median(flops / seconds[place] / (gflops * 1e9) for gflops, *seconds in measured)
+        print(f"{name}: {rate:,.0f} tokens/s, {share:.2f} of the GEMM peak")
+    ratios = sorted(blas / tiles for _, tiles, blas in measured)
+    print(f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}), {pairs} pairs")
+
+
+def _pair(work: Callable[[], object]) -> tuple[float, float, float]:
+    """The BLAS's rate in GFLOP/s, and seconds of the work on tiles and without."""
+
+    def seconds(setting: str) -> float:
+        os.environ["BENTHIC_NATIVE"] = setting
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return gemm_gflops(), seconds("1"), seconds("blas")
