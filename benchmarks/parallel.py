@@ -50,8 +50,8 @@ class Workers:
     def end(self) -> None:
         """Leave nothing behind."""
         for process in self._running:
-            process.kill()
-            process.wait()
+            with process:  # closes its pipes, and waits
+                process.kill()
 
     def _told(self) -> None:
         for process in self._running:

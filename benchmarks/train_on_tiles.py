@@ -18,7 +18,7 @@ def main() -> None:
     parser = recipe_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     given = parser.parse_args()
-    config = config_of(given, "precision.compute=fp32")
+    config = config_of(given, "precision.compute=fp32-tiles")
     train = config.train
     settle_memory()
     tokens = train.batch_size * train.sequence_length

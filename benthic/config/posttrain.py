@@ -145,7 +145,7 @@ class RlConfig(Settings):
     to draft what the model says there by now."""
     reward_seconds: Annotated[float, Field(gt=0)] = 30.0
     """For one reward of one answer."""
-    compute: Literal["fp32", "bf16", "fp8"] = "fp32"
+    compute: Literal["fp32", "fp32-tiles", "bf16", "fp8"] = "fp32"
     """Arithmetic of training; the sampler's is fp32, and what differs is logged as ``mismatch``."""
     held_out: Positive = 500
     """Problems of each source that are kept for validation and never trained on."""
@@ -180,7 +180,7 @@ class RewardModelConfig(Settings):
     """AdamW's; small models need more."""
     held_out: Positive = 100
     """Pairs, the last ones, that are kept for validation."""
-    compute: Literal["fp32", "bf16", "fp8"] = "fp32"
+    compute: Literal["fp32", "fp32-tiles", "bf16", "fp8"] = "fp32"
     validate_every: Positive | None = None
     checkpoint_every: Positive | None = None
     seed: Natural = 0

@@ -2,8 +2,8 @@
 
 A number of fp32 is the sum of three of bf16; of the nine products of two such sums, the six that matter in fp32 are
 computed (``native/amx.cpp``). Results differ from PyTorch's in the last bits, and on machines shared with others the
-tiles are slow at times, so nothing is multiplied so unless it runs inside of :func:`on_tiles`, as training in fp32 and
-the engine's prompts do.
+tiles are slow at times, so nothing is multiplied so unless it runs inside of :func:`on_tiles`, as the engine's prompts
+do, and training where ``precision.compute`` says so.
 
 Dimensions: T rows, D in, F out; M, N and K of any product.
 """

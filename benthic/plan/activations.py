@@ -22,7 +22,7 @@ _EXACT = 4
 class Arithmetic:
     """How a step computes."""
 
-    compute: Literal["fp32", "bf16", "fp8"]
+    compute: Literal["fp32", "fp32-tiles", "bf16", "fp8"]
     recompute: bool = False
     fused: bool = False
     """By kernels of Benthic's own rather than by PyTorch's operations."""
@@ -133,7 +133,7 @@ def moe_bytes(config: ModelConfig, arithmetic: Arithmetic, messages: float | Non
 def _router_bytes(config: ModelConfig, arithmetic: Arithmetic) -> float:
     """Affinities, chosen experts and their weights; besides, unless computed again, the input as it is and in fp32."""
     chosen, width = config.num_experts_per_tok, config.hidden_size
-    inputs = {"fp32": (_EXACT,), "bf16": (_EXACT, arithmetic.number), "fp8": (_EXACT,)}[arithmetic.compute]
+    inputs = (_EXACT, arithmetic.number) if arithmetic.compute == "bf16" else (_EXACT,)
     copies = 0 if arithmetic.recompute else sum(inputs) * width
     weights = _EXACT * (chosen + 1) if config.norm_topk_prob else 0
     balance = _EXACT  # the sum of a token's affinities

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 Cast = Literal["fp32", "bf16"]
-Compute = Literal[Cast, "fp8"]
+Compute = Literal[Cast, "fp32-tiles", "fp8"]
 
 
 def compute_dtype(compute: Compute) -> torch.dtype:

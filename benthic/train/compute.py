@@ -12,23 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benthic.errors import InputError
 from benthic.model import Trunk
 from benthic.model.layers import SwiGLU
 from benthic.model.mla import LatentAttention
 from benthic.model.moe import Experts, MoE, Router
 from benthic.ops import native
-from benthic.ops.product import kernels_on_tiles, on_tiles
+from benthic.ops.product import on_tiles
 from benthic.parallel.experts import senders_of
 from benthic.parallel.shard import names_rounded_when_gathered
 from benthic.precision.compute import Compute, call_rounded
 from benthic.precision.fp8_experts import fp8_experts, fp8_swiglu
 from benthic.precision.fp8_linear import fp8_linear
 from benthic.precision.weight_copies import WeightCopies, copies_of_step
-
-_WIDE = 256
-"""Model width from which fp32 is on tiles: what narrower products gain at best, they lose in moments in which tiles are
-slow.
-"""
 
 
 def compute_in(compute: Compute, module: nn.Module, *args: Any) -> Any:
@@ -38,19 +34,17 @@ def compute_in(compute: Compute, module: nn.Module, *args: Any) -> Any:
             return module(*args)
     if compute == "bf16":
         return call_rounded(module, *args, keep=router_weights(module) | names_rounded_when_gathered(module))
-    with on_tiles(next(module.parameters())) if _on_tiles(module) else nullcontext():
+    with on_tiles(next(module.parameters())) if compute == "fp32-tiles" else nullcontext():
         return module(*args)
 
 
-def kernels_in(compute: Compute, module: nn.Module) -> str:
-    """For reports: which kernels :func:`compute_in` runs on."""
-    if compute == "fp32" and _on_tiles(module):
-        return kernels_on_tiles(next(module.parameters()))
-    return native.status()
-
-
-def _on_tiles(module: nn.Module) -> bool:
-    return next(module.parameters()).shape[-1] >= _WIDE
+def refuse_without_tiles(compute: str) -> None:
+    """Raises InputError where ``fp32-tiles`` is asked for and cannot be had."""
+    if compute == "fp32-tiles" and not native.has_tiles():
+        raise InputError(
+            f"precision.compute={compute}: needs a processor with bf16 tiles (AMX) and native kernels, here there are "
+            f"{native.status()}; fp32 is as exact"
+        )
 
 
 def moments_dtype(compute: Compute) -> torch.dtype:

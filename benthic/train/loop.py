@@ -19,6 +19,7 @@ from benthic.config.stages import Stage, stages
 from benthic.errors import InputError
 from benthic.files import write_atomically
 from benthic.model import Trainable
+from benthic.ops import native
 from benthic.parallel.replay import KEY as EXPERT_LOAD
 from benthic.parallel.world import ALONE, World
 from benthic.plan.machine import measure_gemm_gflops
@@ -26,7 +27,7 @@ from benthic.precision.compute import compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import latest, load, reached
-from benthic.train.compute import kernels_in
+from benthic.train.compute import refuse_without_tiles
 from benthic.train.corpus import Corpus
 from benthic.train.identity import identity, renewed, resume_settings
 from benthic.train.incidents import (
@@ -97,6 +98,8 @@ def train(
         config, found = one.prepare(config)
         hashes |= found
     planned = _stages(config, kinds)
+    for stage in planned:
+        refuse_without_tiles(stage.config.precision.compute)
     _refuse_to_spread(planned, world)
     names = [stage.name for stage in planned]
     _refuse_to_forget(out, names)
@@ -235,7 +238,7 @@ class _Trainer:
         ):
             progress.note(
                 f"{self.stage.name}: {self.stage.steps} steps of {self.work.describe()} in {self.place.compute}, "
-                f"{torch.get_num_threads()} threads, {kernels_in(self.place.compute, self.state.model)}"
+                f"{torch.get_num_threads()} threads, {native.status()}"
             )
             if self.state.step == 0 and self.work.validates_first:
                 self._validate(metrics, progress)

@@ -1,28 +1,42 @@
-"""Precision for the length of a call: which products of a training step run on tiles, and what its reports say."""
+"""Precision for the length of a call: which training steps run on tiles, and where that is refused."""
 
 import pytest
 import torch
+from spread import settings
 
 from benthic.config.presets import PRESETS
+from benthic.errors import InputError
+from benthic.lab.bench_train import bench_train
 from benthic.model import build_model
 from benthic.ops import native
-from benthic.train.compute import compute_in, kernels_in
+from benthic.train.compute import compute_in, refuse_without_tiles
 
 WIDE = PRESETS["tiny"].model_copy(update={"hidden_size": 256})
 
 
-@pytest.mark.parametrize(("config", "compute", "wanted"), [
-    (WIDE, "fp32", True), (PRESETS["tiny"], "fp32", False), (WIDE, "bf16", False), (WIDE, "fp8", False),
-])  # fmt: skip
-def test_wide_models_in_fp32_are_on_tiles(monkeypatch, config, compute, wanted):
-    on_tiles = wanted and native.has_tiles()
-    model, calls, call = build_model(config), [], native.call
+def gradients(compute):
+    model = build_model(WIDE).transformer
+    compute_in(compute, model, torch.arange(120)[None]).float().square().sum().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("compute", ["fp32", "fp32-tiles", "bf16", "fp8"])
+def test_training_is_on_tiles_where_it_is_asked_for(monkeypatch, compute):
+    calls, call = [], native.call
     monkeypatch.setattr(native, "call", lambda name, *args: calls.append(name) or call(name, *args))
-    compute_in(compute, model.transformer, torch.arange(120)[None]).float().sum().backward()
-    assert ("product" in calls) == on_tiles
-    assert ("tiles" in kernels_in(compute, model)) == on_tiles
+    gradients(compute)
+    assert ("product" in calls) == (compute == "fp32-tiles" and native.has_tiles())
 
 
-def test_without_tiles_there_are_none(monkeypatch):
+def test_it_is_fp32():
+    for one, other in zip(gradients("fp32-tiles"), gradients("fp32"), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * float(other.abs().max()))
+
+
+def test_it_is_refused_without_tiles(monkeypatch):
     monkeypatch.setenv("BENTHIC_NATIVE", "blas")
-    assert kernels_in("fp32", build_model(WIDE)) == native.status()
+    refuse_without_tiles("fp32")
+    config = settings(compute="fp32-tiles")
+    for refused in (lambda: bench_train(config), lambda: refuse_without_tiles("fp32-tiles")):
+        with pytest.raises(InputError, match=r"precision\.compute=fp32-tiles: .*fp32 is as exact"):
+            refused()
