@@ -15,7 +15,7 @@ from benthic.parallel.pipeline import layers_of_stages
 from benthic.parallel.stage_ranks import ranks_of_stages
 from benthic.parallel.stages import Stage
 from benthic.precision.compute import Compute
-from benthic.train.compute import compute_in
+from benthic.train.compute import compute_in, refuse_without_tiles
 from benthic.train.objective import cross_entropies
 from benthic.train.trial import heaviest_mtp
 
@@ -68,6 +68,7 @@ def bench_stages(config: RunConfig) -> StageCosts:
 def _measure(config: RunConfig, *, mtp: bool) -> dict[str, float]:
     """Of a model with one layer of each kind, for all of a kind cost the same."""
     compute: Compute = "fp32" if config.precision.compute == "auto" else config.precision.compute
+    refuse_without_tiles(compute)
     sizes = _one_of_each(config.model)
     model = build_model(sizes)
     dense = sizes.first_k_dense_replace

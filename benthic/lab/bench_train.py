@@ -9,7 +9,6 @@ from benthic.errors import InputError
 from benthic.plan.flops import training_flops
 from benthic.plan.machine import measure_gemm_gflops
 from benthic.precision.compute import Compute, compute_dtype
-from benthic.train.compute import refuse_without_tiles
 from benthic.train.memory import settle_memory
 from benthic.train.trial import RandomSequences, Trial, heaviest_mtp
 
@@ -41,7 +40,6 @@ def bench_train(config: RunConfig) -> TrainSpeed:
     compute = config.precision.compute
     if compute == "auto":
         raise InputError("precision.compute=auto: a benchmark measures one precision; give fp32, fp32-tiles or bf16")
-    refuse_without_tiles(compute)
     settle_memory()
     seconds = _step_seconds(config, config.train.steps, compute)
     train = config.train

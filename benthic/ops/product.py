@@ -96,7 +96,12 @@ class _LinearOnTiles(TorchFunctionMode):
 def _linear_on_tiles(x: Tensor, weight: Tensor) -> Tensor:
     """On tiles if that is of use for such sizes."""
     rows = x.numel() // max(x.shape[-1], 1)
-    if min(rows, *weight.shape) < _FEWEST or not native.usable(x, weight) or x.dtype != torch.float32:
+    if (
+        weight.ndim != 2
+        or min(rows, *weight.shape) < _FEWEST
+        or not native.usable(x, weight)
+        or x.dtype != torch.float32
+    ):
         return F.linear(x, weight)
     out_TF: Tensor = _Linear.apply(x.reshape(rows, -1), weight.contiguous())
     return out_TF.view(*x.shape[:-1], -1)
@@ -127,10 +132,15 @@ def _has_use(weight: Tensor) -> bool:
 def _fit(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> bool:
     three = a_MK, b_KN, out_MN
     return (
-        all(x.dtype == torch.float32 and 1 in x.stride() for x in three)
-        and out_MN.stride(1) == 1
+        all(x.dtype == torch.float32 and (_dense(x) or _dense(x.T)) for x in three)
+        and _dense(out_MN)
         and native.usable(*three)
     )
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether rows lie one after another, perhaps with gaps between."""
+    return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
 def _product_on_tiles(a_MK: Tensor, b_KN: Tensor) -> Tensor:

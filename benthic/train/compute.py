@@ -42,8 +42,8 @@ def refuse_without_tiles(compute: str) -> None:
     """Raises InputError where ``fp32-tiles`` is asked for and cannot be had."""
     if compute == "fp32-tiles" and not native.has_tiles():
         raise InputError(
-            f"precision.compute={compute}: needs a processor with bf16 tiles (AMX) and native kernels, here there are "
-            f"{native.status()}; fp32 is as exact"
+            f"precision.compute={compute}: needs bf16 tiles (AMX), which this processor lacks, or which go unused for "
+            "want of a compiler or by BENTHIC_NATIVE; fp32 is as exact"
         )
 
 

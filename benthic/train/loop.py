@@ -91,6 +91,8 @@ def train(
     """
     require_trackers(config.train.track)
     settle_memory()
+    for stage in _stages(config, kinds):
+        refuse_without_tiles(stage.config.precision.compute)
     out = Path(out)
     known = {kind: kinds[kind](out) for kind in _kinds_of(config, kinds)}
     hashes: dict[str, str] = {}
@@ -98,8 +100,6 @@ def train(
         config, found = one.prepare(config)
         hashes |= found
     planned = _stages(config, kinds)
-    for stage in planned:
-        refuse_without_tiles(stage.config.precision.compute)
     _refuse_to_spread(planned, world)
     names = [stage.name for stage in planned]
     _refuse_to_forget(out, names)

@@ -15,6 +15,7 @@ from benthic.data.batches import Batch
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
+from benthic.train.compute import refuse_without_tiles
 from benthic.train.schedule import StepSettings
 from benthic.train.state import TrainState
 from benthic.train.step import accumulate_gradients, train_step
@@ -56,6 +57,7 @@ class Trial:
         architecture: Architecture = DEEPSEEK_V3,
         world: World = ALONE,
     ) -> None:
+        refuse_without_tiles(compute)
         train = config.train
         if train.ema_span is not None:
             train = train.model_copy(update={"ema_decay": _ANY_DECAY, "ema_span": None})

@@ -15,7 +15,7 @@ from benthic.ops import native
 from benthic.ops.attention import causal_attention, causal_attention_reference
 from benthic.ops.cross_entropy import linear_cross_entropy
 from benthic.ops.experts import routed_experts, routed_experts_reference
-from benthic.ops.product import kernels_on_tiles, on_tiles, tiles_wanted
+from benthic.ops.product import kernels_on_tiles, multiply, on_tiles, tiles_wanted
 
 
 def laid_out(x: Tensor, *, across: bool, spare: int) -> Tensor:
@@ -193,13 +193,25 @@ def assert_close_on_tiles(function: Callable[..., Tensor], exact: Callable[..., 
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("shape", [(120,), (3, 50), (2, 5, 67)])
+@pytest.mark.parametrize("shape", [(240,), (3, 90), (2, 5, 67)])
 def test_gradients_of_linear_layers(shape: tuple[int, ...], called: list[tuple[str, object]]) -> None:
     torch.manual_seed(sum(shape))
     x, weight = torch.randn(*shape, 96), torch.randn(130, 96)
     assert_close_on_tiles(F.linear, F.linear, x, weight)
     if native.has_tiles():
         assert [name for name, _ in called] == ["product"] * 3
+
+
+def test_what_does_not_lie_in_rows_or_columns_is_multiplied_too() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 96), torch.randn(130, 96)
+    spread, narrow = torch.randn(1, 96).expand(64, 96), torch.randn(64, 1).T
+    with torch.no_grad(), on_tiles(x):
+        for a, b in ((spread, weight.T), (x, spread.T), (weight[:, :64], narrow.T), (x[::2, ::3], weight[:, ::3].T)):
+            out = torch.full((a.shape[0], b.shape[1]), float("nan"))
+            multiply(a, b, out)
+            torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(F.linear(x, weight[0]), x @ weight[0])
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
@@ -255,10 +267,12 @@ def gradients(seed: int) -> list[Tensor]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-def test_a_model_s_gradients_are_the_same_up_to_rounding() -> None:
+def test_a_model_s_gradients_are_the_same_up_to_rounding(called: list[tuple[str, object]]) -> None:
     expected = gradients(seed=2)
+    assert "product" not in [name for name, _ in called]
     with on_tiles(torch.zeros(1)):
         found, again = gradients(seed=2), gradients(seed=2)
+    assert ("product" in [name for name, _ in called]) == native.has_tiles()
     for one, same, other in zip(found, again, expected, strict=True):
         assert torch.equal(one, same)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))

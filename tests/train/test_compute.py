@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from spread import settings
+from spread import settings, spread_over
 
 from benthic.config.presets import PRESETS
 from benthic.errors import InputError
+from benthic.lab.bench_stages import bench_stages
 from benthic.lab.bench_train import bench_train
 from benthic.model import build_model
 from benthic.ops import native
 from benthic.train.compute import compute_in, refuse_without_tiles
+from benthic.train.loop import train
 
 WIDE = PRESETS["tiny"].model_copy(update={"hidden_size": 256})
 
@@ -33,10 +35,12 @@ def test_it_is_fp32():
         torch.testing.assert_close(one, other, rtol=0, atol=2e-5 * float(other.abs().max()))
 
 
-def test_it_is_refused_without_tiles(monkeypatch):
+def test_it_is_refused_without_tiles_before_anything_is_done(monkeypatch, tmp_path):
     monkeypatch.setenv("BENTHIC_NATIVE", "blas")
     refuse_without_tiles("fp32")
     config = settings(compute="fp32-tiles")
-    for refused in (lambda: bench_train(config), lambda: refuse_without_tiles("fp32-tiles")):
+    staged = spread_over(config, pipeline=2)
+    for refused in (lambda: bench_train(config), lambda: bench_stages(staged), lambda: train(config, tmp_path / "run")):
         with pytest.raises(InputError, match=r"precision\.compute=fp32-tiles: .*fp32 is as exact"):
             refused()
+    assert list(tmp_path.iterdir()) == []

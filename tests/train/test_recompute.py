@@ -53,7 +53,7 @@ def gradients(model: LanguageModel, compute: str, **kinds) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("compute", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize("compute", ["fp32", "fp32-tiles", "bf16", "fp8"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_equal_bit_for_bit(kernels, name, compute, masked):
     for seed in range(2):
@@ -93,7 +93,7 @@ def outputs_alive(model: LanguageModel, compute: str, monkeypatch: pytest.Monkey
     return alive
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("compute", ["fp32", "fp32-tiles", "bf16"])
 def test_what_is_recomputed_is_not_kept(kernels, compute, monkeypatch):
     plain, saving = build_model(TINY), build_model(TINY)
     recompute_activations(saving)

@@ -5,7 +5,7 @@
 // those left out are below 2^-21 of the whole each, 2^-24 on average, which is what rounding to fp32 costs anyway.
 // Infinity comes out as NaN, and parts below 2^-126 count as zero.
 //
-// Each element of the result is one chain of sums over k in a fixed order, whatever is computed beside it and by whom.
+// Each element of the result is one chain of sums over k in a fixed order, whatever is computed beside it.
 
 #include "common.h"
 
