@@ -13,8 +13,9 @@ from benthic.train.metrics import read_metrics
 
 MEASURED = (
     "tokens_per_s", "share_of_gemm_peak", "seconds", "processor_seconds", "rollout_seconds", "reward_seconds",
+    "bytes_sent",
 )  # fmt: skip
-"""Keys of a row that a clock measured."""
+"""Keys of a row that a clock measured; and bytes, of which a pipeline's first step in a process sends more."""
 
 
 class Killed(BaseException):
