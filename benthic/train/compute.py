@@ -4,7 +4,7 @@ FP8 replaces the products of linear layers and experts. As published (V3 report 
 routers, norms and the core of attention stay as they are.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benthic.config.stages import Stage
 from benthic.errors import InputError
 from benthic.model import Trunk
 from benthic.model.layers import SwiGLU
@@ -38,11 +39,19 @@ def compute_in(compute: Compute, module: nn.Module, *args: Any) -> Any:
         return module(*args)
 
 
-def refuse_without_tiles(compute: str) -> None:
+def refuse_stages_without_tiles(stages: Iterable[Stage]) -> None:
+    """:func:`refuse_without_tiles` for each stage, naming the setting that asks for it."""
+    for stage in stages:
+        own = stage.kind in ("rl", "reward")
+        key = f"posttrain.{stage.kind}.compute" if own else "precision.compute"
+        refuse_without_tiles(stage.config.precision.compute, key)
+
+
+def refuse_without_tiles(compute: str, key: str = "precision.compute") -> None:
     """Raises InputError where ``fp32-tiles`` is asked for and cannot be had."""
     if compute == "fp32-tiles" and not native.has_tiles():
         raise InputError(
-            f"precision.compute={compute}: needs bf16 tiles (AMX), which this processor lacks, or which go unused for "
+            f"{key}={compute}: needs bf16 tiles (AMX), which this processor lacks, or which go unused for "
             "want of a compiler or by BENTHIC_NATIVE; fp32 is as exact"
         )
 

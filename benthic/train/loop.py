@@ -27,7 +27,7 @@ from benthic.precision.compute import compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import latest, load, reached
-from benthic.train.compute import refuse_without_tiles
+from benthic.train.compute import refuse_stages_without_tiles
 from benthic.train.corpus import Corpus
 from benthic.train.identity import identity, renewed, resume_settings
 from benthic.train.incidents import (
@@ -91,8 +91,7 @@ def train(
     """
     require_trackers(config.train.track)
     settle_memory()
-    for stage in _stages(config, kinds):
-        refuse_without_tiles(stage.config.precision.compute)
+    refuse_stages_without_tiles(_stages(config, kinds))
     out = Path(out)
     known = {kind: kinds[kind](out) for kind in _kinds_of(config, kinds)}
     hashes: dict[str, str] = {}

@@ -4,12 +4,14 @@ import pytest
 import torch
 from spread import settings, spread_over
 
+from benthic.config.load import load_run_config
 from benthic.config.presets import PRESETS
 from benthic.errors import InputError
 from benthic.lab.bench_stages import bench_stages
 from benthic.lab.bench_train import bench_train
 from benthic.model import build_model
 from benthic.ops import native
+from benthic.run.whole import plan, run
 from benthic.train.compute import compute_in, refuse_without_tiles
 from benthic.train.loop import train
 
@@ -43,4 +45,12 @@ def test_it_is_refused_without_tiles_before_anything_is_done(monkeypatch, tmp_pa
     for refused in (lambda: bench_train(config), lambda: bench_stages(staged), lambda: train(config, tmp_path / "run")):
         with pytest.raises(InputError, match=r"precision\.compute=fp32-tiles: .*fp32 is as exact"):
             refused()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_setting_that_asks_for_tiles_is_named_before_the_first_stage(monkeypatch, tmp_path):
+    monkeypatch.setenv("BENTHIC_NATIVE", "blas")
+    config = load_run_config("quickstart", ["posttrain.rl.compute=fp32-tiles"])
+    with pytest.raises(InputError, match=r"^posttrain\.rl\.compute=fp32-tiles: "):
+        run(plan(config, tmp_path / "run"), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
