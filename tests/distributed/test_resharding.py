@@ -57,24 +57,29 @@ class _Model:
         return LanguageModel(config)
 
 
-def spoilt_state(parallel) -> tuple[TrainState, Group]:
-    """A state that has nothing right."""
+def state_of(parallel) -> tuple[TrainState, Group]:
     config = config_of(**parallel)
     world = Group(config.parallel)
-    state = TrainState(config, world=world)
-    for tensor in state.model.state_dict().values():
-        local(tensor.detach()).fill_(torch.nan)
-    assert state.average is not None
-    for tensor in state.average.tensors.values():
-        tensor.fill_(torch.nan)
-    return state, world
+    return TrainState(config, world=world), world
+
+
+def spoil(state: TrainState) -> None:
+    """Leave nothing in it right."""
+    found = state.to_checkpoint({}, on_schedule=True)
+    assert found.tensors.keys() == {"model", "optimizer", "average"}
+    for tensors in found.tensors.values():
+        for tensor in tensors.values():
+            local(tensor.detach()).fill_(torch.nan)
+    state.step = state.sequences_passed_over = -1
+    state.bits_per_byte = torch.nan
 
 
 def save_under(rank: int, folder: str, source: str, layouts: list) -> int:
     """Load one checkpoint under each layout, and save it again; how many names a rank holds at most."""
     names = 0
     for parallel in layouts:
-        state, world = spoilt_state(parallel)
+        state, world = state_of(parallel)
+        spoil(state)
         state.restore(state.load(Path(source)), source)
         saves = JointSaves(world.board())
         checkpoint = state.to_checkpoint({"of": "this run"}, on_schedule=True)
@@ -90,8 +95,9 @@ def load_under(rank: int, folder: str, reference: str, pairs: list) -> tuple[int
     """
     whole, compared, following = load(Path(reference)), 0, []
     for parallel, sources in pairs:
+        state, world = state_of(parallel)
         for source in sources:
-            state, world = spoilt_state(parallel)
+            spoil(state)
             path = Path(folder, source, f"step-{STEP}")
             state.restore(state.load(path), str(path))
             found = state.to_checkpoint({"of": "this run"}, on_schedule=True)

@@ -74,6 +74,8 @@ def test_a_layout_trains_what_one_process_does(layout):
     outcomes, *_ = run_processes(spread_all, processes, cases, timeout=3500)
     for size, outcome in zip(sizes, outcomes, strict=True):
         *_, compute, dtype = size
-        # FP8 makes steps of roundings in fp32, which add up in a gradient's norm more than in losses and weights.
-        norms = (compute, dtype) != ("fp8", "float32")
-        assert largest_difference(alone(*size), outcome, norms=norms) < TOLERANCE[dtype], size
+        # FP8 makes steps of roundings in fp32, which add up in a gradient's norm, and in its moments, which are kept in
+        # bf16, more than in losses and weights.
+        exact = (compute, dtype) != ("fp8", "float32")
+        assert largest_difference(alone(*size), outcome, norms=exact, moments=exact) < TOLERANCE[dtype], size
+        assert largest_difference(alone(*size), outcome, norms=exact) < 10 * TOLERANCE[dtype], size

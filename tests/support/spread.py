@@ -132,8 +132,8 @@ def spread_over(config: RunConfig, **parallel: Any) -> RunConfig:
     return RunConfig.model_validate(config.model_dump(mode="json") | {"parallel": parallel})
 
 
-def largest_difference(one: Outcome, other: Outcome, *, norms: bool = True) -> float:
-    """Of any loss in any step, with ``norms`` any gradient norm, and any number in any tensor.
+def largest_difference(one: Outcome, other: Outcome, *, norms: bool = True, moments: bool = True) -> float:
+    """Of any loss in any step, any gradient norm, and any number in any tensor, the optimizer's ``moments`` too.
 
     The balance loss, in fp32 always, is left to others.
     """
@@ -144,7 +144,11 @@ def largest_difference(one: Outcome, other: Outcome, *, norms: bool = True) -> f
         )
         for run in (one, other)
     )
-    tensors = [(one.tensors[name] - tensor).abs().max().item() for name, tensor in other.tensors.items()]
+    tensors = [
+        (one.tensors[name] - tensor).abs().max().item()
+        for name, tensor in other.tensors.items()
+        if moments or not name.startswith("optimizer: ")
+    ]
     return max((left - right).abs().max().item(), *tensors)
 
 
