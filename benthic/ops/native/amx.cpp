@@ -21,9 +21,13 @@ constexpr int64_t kTile = 16;           // rows of a tile, and numbers of 32 bit
 constexpr int64_t kStep = 2 * kTile;    // k that one tile product covers: number j of a tile's row is k = j and j + 16
 constexpr int64_t kParts = 3;           // high, middle, low
 constexpr int64_t kTileWords = kTile * kTile;
+constexpr int64_t kRows = 4;            // of a tile, packed at a time
+constexpr int64_t kSlots = 6;           // of a step, one behind each product of parts, for what the vector units do
 constexpr int64_t kBlockK = 512;        // k of a packed panel
+constexpr int64_t kWholeK = 1024;       // k up to which one panel has all of it, if both operands lie along k
 constexpr int64_t kResident = 1 << 20;  // bytes of the packed operand that stays in the second cache
 constexpr int64_t kSidesPerVolume = 32; // what packing and storing a number costs, in multiplications
+constexpr int64_t kLinesPerVolume = 12; // the same where most of it lies as tiles have it
 
 using Word = uint32_t;
 
@@ -58,10 +62,9 @@ inline void split(__m512 even, __m512 odd, Word* out, int64_t part_stride) {
 
 inline __mmask16 first(int64_t count) { return count >= kTile ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1; }
 
-// 16 x 16 numbers, transposed where they lie.
-void transpose(Word* tile) {
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile + 16 * i);
+// 16 x 16 numbers, transposed.
+inline void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -77,75 +80,100 @@ void transpose(Word* tile) {
             t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
         }
     for (int j = 0; j < 8; ++j) {
-        _mm512_store_si512(tile + 16 * j, _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88));
-        _mm512_store_si512(tile + 16 * (j + 8), _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd));
+        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
     }
 }
 
-// Packs lines of an operand a little at a time. 16 lines and 32 k become three tiles, one for each part, and such
-// triples follow each other along k, then along lines; what lies beyond the operand's end is zero. Tiles of a left
-// factor have a line a row, tiles of a right one a line a column.
-class Packer {
+// 16 lines of an operand as tiles: 32 k, a step, become three tiles, one for each part, and such triples follow each
+// other along k; what lies beyond the operand's end is zero. Tiles of a left factor have a line a row, tiles of a right
+// one a line a column. Where the numbers do not lie so, tiles are filled as they lie and transposed.
+class Lines {
   public:
-    Packer() = default;
-    Packer(const Operand& x, int64_t lines, int64_t depth, bool left, Word* out)
-        : x_(x), lines_(lines), depth_(depth), out_(out), ahead_(2 * kTile * x.line_stride),
-          units_((x.k_stride == 1) == left ? kTile : kTile + kParts) {}
+    Lines() = default;
+    Lines(const Operand& x, int64_t depth, bool left, Word* out)
+        : x_(x), depth_(depth), out_(out), along_k_(x.k_stride == 1), transposed_(along_k_ != left),
+          whole_(x.lines >= kTile ? depth / kStep : 0) {}
 
-    // Units of work that the whole takes; each is a row of three tiles, or the transposition of one tile.
-    int64_t units() const { return (lines_ + kTile - 1) / kTile * ((depth_ + kStep - 1) / kStep) * units_; }
-
-    void advance(int64_t units) {
-        for (; units > 0 && line_ < lines_; --units) {
-            if (unit_ < kTile)
-                pack_row(unit_);
-            else
-                transpose(out_ + (unit_ - kTile) * kTileWords);
-            if (++unit_ == units_) next_tiles();
+    // All of it.
+    void pack() const {
+        for (int64_t step = 0; step < whole_; ++step) {
+            for (int64_t quarter = 0; quarter < kTile / kRows; ++quarter) pack_rows(step, quarter);
+            if (transposed_) transpose_tiles(step);
         }
+        pack_edge();
     }
 
-    void finish() { advance(units()); }
+    // A slot's share of a step: four rows of each tile, then a tile of the step before to be transposed.
+    void work(int64_t step, int64_t slot) const {
+        if (slot < kTile / kRows && step < whole_) pack_rows(step, slot);
+        if (transposed_ && slot >= kSlots - kParts && step > 0 && step <= whole_)
+            transpose_tile(tiles(step - 1) + (slot - (kSlots - kParts)) * kTileWords);
+    }
+
+    // What the slots of all steps have left.
+    void finish() const {
+        if (transposed_ && whole_ > 0 && whole_ * kStep >= depth_) transpose_tiles(whole_ - 1);
+        pack_edge();
+    }
 
   private:
-    void pack_row(int64_t i) {
-        __m512 even, odd;
-        if (x_.k_stride == 1) {
-            const float* line = x_.data + (line_ + i) * x_.line_stride + k_;
-            const bool there = line_ + i < lines_;
-            _mm_prefetch(line + ahead_, _MM_HINT_T1);
-            _mm_prefetch(line + ahead_ + kTile, _MM_HINT_T1);
-            even = _mm512_maskz_loadu_ps(there ? first(depth_ - k_) : 0, line);
-            odd = _mm512_maskz_loadu_ps(there ? first(depth_ - k_ - kTile) : 0, line + kTile);
-        } else {
-            const float* numbers = x_.data + (k_ + i) * x_.k_stride + line_;
-            const __mmask16 mask = first(lines_ - line_);
-            _mm_prefetch(numbers + ahead_, _MM_HINT_T1);
-            _mm_prefetch(numbers + ahead_ + kTile * x_.k_stride, _MM_HINT_T1);
-            even = _mm512_maskz_loadu_ps(k_ + i < depth_ ? mask : 0, numbers);
-            odd = _mm512_maskz_loadu_ps(k_ + i + kTile < depth_ ? mask : 0, numbers + kTile * x_.k_stride);
+    Word* tiles(int64_t step) const { return out_ + step * kParts * kTileWords; }
+
+    // Of a step whose numbers are all there.
+    void pack_rows(int64_t step, int64_t quarter) const {
+        along_k_ ? pack_rows(step, quarter, x_.line_stride, kTile)
+                 : pack_rows(step, quarter, x_.k_stride, kTile * x_.k_stride);
+    }
+    void pack_rows(int64_t step, int64_t quarter, int64_t row_stride, int64_t apart) const {
+        const int64_t ahead = 2 * kTile * x_.line_stride;  // the same place in the lines that are packed next
+        const float* from = x_.data + step * kStep * x_.k_stride + quarter * kRows * row_stride;
+        Word* to = tiles(step) + quarter * kRows * kTile;
+        for (int64_t r = 0; r < kRows; ++r, from += row_stride, to += kTile) {
+            _mm_prefetch(from + ahead, _MM_HINT_T1);
+            _mm_prefetch(from + ahead + apart, _MM_HINT_T1);
+            split(_mm512_loadu_ps(from), _mm512_loadu_ps(from + apart), to, kTileWords);
         }
-        split(even, odd, out_ + i * kTile, kTileWords);
     }
 
-    void next_tiles() {
-        unit_ = 0;
-        out_ += kParts * kTileWords;
-        k_ += kStep;
-        if (k_ >= depth_) {
-            k_ = 0;
-            line_ += kTile;
+    // Steps, or a last step, of which some numbers are not there.
+    void pack_edge() const {
+        for (int64_t step = whole_; step * kStep < depth_; ++step) {
+            const float* from = x_.data + step * kStep * x_.k_stride;
+            for (int64_t i = 0; i < kTile; ++i) {
+                const int64_t k = step * kStep + (along_k_ ? 0 : i);
+                const int64_t apart = along_k_ ? kTile : kTile * x_.k_stride;
+                const __mmask16 even = along_k_ ? first(depth_ - k) : first(x_.lines);
+                const __mmask16 odd = along_k_ ? first(depth_ - k - kTile) : even;
+                const bool has_even = along_k_ ? i < x_.lines : k < depth_;
+                const bool has_odd = along_k_ ? i < x_.lines : k + kTile < depth_;
+                split(_mm512_maskz_loadu_ps(has_even ? even : 0, from),
+                      _mm512_maskz_loadu_ps(has_odd ? odd : 0, from + apart), tiles(step) + i * kTile, kTileWords);
+                from += along_k_ ? x_.line_stride : x_.k_stride;
+            }
+            if (transposed_) transpose_tiles(step);
         }
+    }
+
+    void transpose_tiles(int64_t step) const {
+        for (int64_t part = 0; part < kParts; ++part) transpose_tile(tiles(step) + part * kTileWords);
+    }
+    static void transpose_tile(Word* tile) {
+        __m512i r[kTile];
+        for (int i = 0; i < kTile; ++i) r[i] = _mm512_load_si512(tile + kTile * i);
+        transpose(r);
+        for (int i = 0; i < kTile; ++i) _mm512_store_si512(tile + kTile * i, r[i]);
     }
 
     Operand x_{};
-    int64_t lines_ = 0, depth_ = 0;
+    int64_t depth_ = 0;
     Word* out_ = nullptr;
-    int64_t ahead_ = 0;  // the same place in the lines that come after the next 32
-    int64_t units_ = 0, line_ = 0, k_ = 0, unit_ = 0;
+    bool along_k_ = false, transposed_ = false;
+    int64_t whole_ = 0;  // steps whose numbers are all there
 };
 
-// Writes or adds alpha times a computed block of up to 32 x 32 to the rows and columns of c that exist, a quarter at a time.
+// Writes or adds alpha times a computed block of up to 32 x 32 to the rows and columns of c that exist, a quarter at a
+// time.
 class Settler {
   public:
     Settler() = default;
@@ -160,14 +188,13 @@ class Settler {
         if (done()) return;
         const float* from = block_ + row_ * 2 * kTile + column_;
         const int64_t rows = std::min(kTile, rows_ - row_), columns = std::min(kTile, columns_ - column_);
+        __m512i r[kTile];
+        for (int i = 0; i < kTile; ++i) r[i] = _mm512_load_si512(from + i * 2 * kTile);
         if (transposed_) {
-            alignas(64) Word tile[kTileWords];
-            for (int64_t i = 0; i < kTile; ++i)
-                _mm512_store_ps(tile + i * kTile, _mm512_loadu_ps(from + i * 2 * kTile));
-            transpose(tile);
-            settle(reinterpret_cast<float*>(tile), kTile, columns, rows, c_ + column_ * ldc_ + row_);
+            transpose(r);
+            settle(r, columns, rows, c_ + column_ * ldc_ + row_);
         } else {
-            settle(from, 2 * kTile, rows, columns, c_ + row_ * ldc_ + column_);
+            settle(r, rows, columns, c_ + row_ * ldc_ + column_);
         }
         column_ += kTile;
         if (column_ >= columns_) {
@@ -177,10 +204,11 @@ class Settler {
     }
 
   private:
-    void settle(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to) const {
-        const __mmask16 mask = first(columns);
-        for (int64_t r = 0; r < rows; ++r, from += stride, to += ldc_) {
-            __m512 value = _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(alpha_));
+    void settle(const __m512i (&lines)[16], int64_t rows, int64_t columns, float* to) const {
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kTile; ++r, to += ldc_) {
+            const __mmask16 mask = r < rows ? first(columns) : 0;
+            __m512 value = _mm512_mul_ps(_mm512_castsi512_ps(lines[r]), _mm512_set1_ps(alpha_));
             if (add_) value = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), value);
             _mm512_mask_storeu_ps(to, mask, value);
         }
@@ -194,19 +222,19 @@ class Settler {
     int64_t ldc_ = 0, row_ = 0, column_ = 0;
 };
 
-// What the vector units do while the tiles multiply: store what is computed, prepare what comes next.
+// What the vector units do while the tiles multiply a block: store the block before, pack lines of the next panel.
 struct Background {
     Settler settler;
-    Packer packer;
-    int64_t rate = 0;
+    Lines lines[2];
+    int64_t count = 0;
 
-    void work() {
-        if (!settler.done())
-            settler.advance();
-        else
-            packer.advance(rate);
+    void work(int64_t step, int64_t slot) {
+        for (int64_t i = 0; i < count; ++i) lines[i].work(step, slot);
+        if (slot >= kTile / kRows && !settler.done()) settler.advance();
     }
-    void settle() {
+    // What is left when the block is multiplied.
+    void finish() {
+        for (; count > 0; --count) lines[count - 1].finish();
         while (!settler.done()) settler.advance();
     }
 };
@@ -232,7 +260,8 @@ inline void load_right(const Word* b, int64_t next) {
     if (wide) _tile_loadd(7, b + next, 4 * kTile);
 }
 
-// Up to 32 x 32 numbers of the product of two packed panels, to `out`. Six products of parts are added one after another.
+// Up to 32 x 32 numbers of the product of two packed panels, to `out`. Six products of parts are added one after
+// another.
 // Exchanged factors, `mirrored`, meet in the same pairs in the same order, and so give the same bits.
 template <bool tall, bool wide, bool mirrored>
 void multiply_panels(const Word* a, const Word* b, int64_t steps, float* out, int64_t stride,
@@ -245,9 +274,9 @@ void multiply_panels(const Word* a, const Word* b, int64_t steps, float* out, in
     const auto load_second = [&](int64_t part) {
         mirrored ? load_left<tall>(a + part * kTileWords, next) : load_right<wide>(b + part * kTileWords, next);
     };
-    const auto step_on = [&] {
+    const auto step_on = [&](int64_t step, int64_t slot) {
         multiply<tall, wide>();
-        background.work();
+        background.work(step, slot);
     };
     _tile_zero(0);
     if (wide) _tile_zero(1);
@@ -256,18 +285,19 @@ void multiply_panels(const Word* a, const Word* b, int64_t steps, float* out, in
     for (int64_t step = 0; step < steps; ++step, a += kParts * kTileWords, b += kParts * kTileWords) {
         load_second(low);
         load_first(high);
-        step_on();
+        step_on(step, 0);
         load_second(middle);
-        step_on();
+        step_on(step, 1);
         load_first(middle);
-        step_on();
+        step_on(step, 2);
         load_second(high);
-        step_on();
+        step_on(step, 3);
         load_first(low);
-        step_on();
+        step_on(step, 4);
         load_first(high);
-        step_on();
+        step_on(step, 5);
     }
+    background.finish();
     const int64_t bytes = stride * sizeof(float);
     _tile_stored(0, out, bytes);
     if (wide) _tile_stored(1, out + kTile, bytes);
@@ -306,10 +336,38 @@ Word* buffer(int slot, int64_t words) {
     return reinterpret_cast<Word*>(benthic::scratch<float>(slot, words));
 }
 
-// Packing and storing grow with the sides of a product, multiplying with its volume.
-bool pays(int64_t m, int64_t n, int64_t k) {
-    return std::min({m, n, k}) >= kStep && m * n + m * k + n * k < m * n * k / kSidesPerVolume;
+// Packing and storing grow with the sides of a product, multiplying with its volume. Least is to be done where few rows
+// meet weights whose lines lie along k.
+bool pays(int64_t m, int64_t n, int64_t k, bool lines_along_k) {
+    const int64_t cost = m < n && lines_along_k ? kLinesPerVolume : kSidesPerVolume;
+    return std::min(n, k) >= kStep && m * n + m * k + n * k < m * n * k / cost;
 }
+
+// The next 32 lines of a, packed in the background of blocks.
+class Panel {
+  public:
+    Panel() = default;
+    Panel(const Operand& a, int64_t row, int64_t at_k, int64_t depth, Word* out) {
+        for (; count_ < 2 && row < a.lines; ++count_, row += kTile, out += line_words((depth + kStep - 1) / kStep))
+            lines_[count_] = Lines(a.from(row, at_k), depth, true, out);
+    }
+
+    // 16 lines to be packed while the next block is multiplied; all that are left if that is the last.
+    void give(Background& background, bool last) {
+        while (given_ < count_) {
+            background.lines[background.count++] = lines_[given_++];
+            if (!last) return;
+        }
+    }
+
+    void pack() const {
+        for (int64_t i = 0; i < count_; ++i) lines_[i].pack();
+    }
+
+  private:
+    Lines lines_[2];
+    int64_t count_ = 0, given_ = 0;
+};
 
 // c = alpha a b, or its transpose if `transposed`, added to what is there if `add`. The packed b stays in the cache, a
 // passes by.
@@ -322,9 +380,9 @@ class Product {
     void run() {
         static const TileConfig config;
         _tile_loadconfig(config.bytes);
-        for (int64_t at_k = 0; at_k < k_; at_k += kBlockK) {
-            const int64_t depth = std::min(kBlockK, k_ - at_k), words = line_words((depth + kStep - 1) / kStep);
-            const int64_t most = std::max<int64_t>(kResident / (words * 4) / 2, 1) * 2 * kTile;
+        const int64_t block_k = a_.k_stride == 1 && b_.k_stride == 1 && k_ <= kWholeK ? kWholeK : kBlockK;
+        for (int64_t at_k = 0; at_k < k_; at_k += block_k) {
+            const int64_t depth = std::min(block_k, k_ - at_k), most = columns_at_once(depth);
             for (int64_t column = 0; column < b_.lines; column += most)
                 multiply_block(at_k, depth, column, std::min(most, b_.lines - column));
         }
@@ -332,44 +390,43 @@ class Product {
     }
 
   private:
+    // So many columns of b that their tiles stay in the cache and that passes over a are alike.
+    int64_t columns_at_once(int64_t depth) const {
+        const int64_t wide = 2 * kTile, bytes = 2 * line_words((depth + kStep - 1) / kStep) * sizeof(Word);
+        const int64_t most = std::max<int64_t>(kResident / bytes, 1), blocks = (b_.lines + wide - 1) / wide;
+        const int64_t passes = (blocks + most - 1) / most;
+        return (blocks + passes - 1) / passes * wide;
+    }
+
     // All of a times some columns of b, over a part of k.
     void multiply_block(int64_t at_k, int64_t depth, int64_t column, int64_t columns) {
         const int64_t steps = (depth + kStep - 1) / kStep, words = line_words(steps);
         Word *panels_a = buffer(8, 4 * words), *packed_b = buffer(9, (columns + kTile - 1) / kTile * words);
-        Packer(b_.from(column, at_k), columns, depth, false, packed_b).finish();
+        for (int64_t line = 0; line < columns; line += kTile)
+            Lines(b_.from(column + line, at_k), depth, false, packed_b + line / kTile * words).pack();
+        Panel(a_, 0, at_k, depth, panels_a).pack();
         Background background;
-        background.packer = panel(0, at_k, depth, panels_a);
         alignas(64) float blocks[2][4 * kTileWords];
         int64_t block = 0;
+        const bool adds = add_ || at_k > 0;
         for (int64_t row = 0; row < a_.lines; row += 2 * kTile) {
-            background.packer.finish();
-            const int64_t side = row / (2 * kTile) % 2;
-            Word *here = panels_a + side * 2 * words, *next = panels_a + (1 - side) * 2 * words;
-            background.packer = panel(row + 2 * kTile, at_k, depth, next);
-            const int64_t slots = (columns + 2 * kTile - 1) / (2 * kTile) * (6 * steps - 4);
-            background.rate = (background.packer.units() + slots - 1) / slots;
-            const int64_t rows = std::min(2 * kTile, a_.lines - row);
+            const int64_t rows = std::min(2 * kTile, a_.lines - row), side = row / (2 * kTile) % 2;
+            Word *here = panels_a + side * 2 * words, *there = panels_a + (1 - side) * 2 * words;
+            Panel next(a_, row + 2 * kTile, at_k, depth, there);
             for (int64_t j = 0; j < columns; j += 2 * kTile, block = 1 - block) {
                 const int64_t wide = std::min(2 * kTile, columns - j);
                 const Word* panel_b = packed_b + j / kTile * words;
                 float* to = transposed ? c_ + (column + j) * ldc_ + row : c_ + row * ldc_ + column + j;
-                const bool adds = add_ || at_k > 0;
+                next.give(background, j + 2 * kTile >= columns);
                 if (!transposed && !adds && alpha_ == 1.0f && rows % kTile == 0 && wide % kTile == 0) {
                     multiply_panels<transposed>(here, panel_b, steps, rows, wide, to, ldc_, background);
                     continue;
                 }
                 multiply_panels<transposed>(here, panel_b, steps, rows, wide, blocks[block], 2 * kTile, background);
-                background.settle();
                 background.settler = Settler(blocks[block], rows, wide, alpha_, adds, transposed, to, ldc_);
             }
         }
-        background.settle();
-    }
-
-    // The lines of a from `row` on, to be packed; none at its end.
-    Packer panel(int64_t row, int64_t at_k, int64_t depth, Word* out) const {
-        const int64_t lines = std::min(2 * kTile, a_.lines - row);
-        return lines > 0 ? Packer(a_.from(row, at_k), lines, depth, true, out) : Packer();
+        background.finish();
     }
 
     Operand a_, b_;
@@ -386,7 +443,7 @@ namespace benthic {
 
 bool tile_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
                const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
-    if ((beta != 0.0f && beta != 1.0f) || !pays(m, n, k) || !allowed()) return false;
+    if ((beta != 0.0f && beta != 1.0f) || !pays(m, n, k, trans_b == 'T') || !allowed()) return false;
     const Operand left = trans_a == 'N' ? Operand{a, m, lda, 1} : Operand{a, m, 1, lda};
     const Operand right = trans_b == 'N' ? Operand{b, n, 1, ldb} : Operand{b, n, ldb, 1};
     if (m < n)

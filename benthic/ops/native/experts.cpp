@@ -4,6 +4,9 @@
 //
 // n tokens, s rows sorted by expert, e experts, d model width, f expert width, k experts per token.
 
+#include <numeric>
+#include <vector>
+
 #include "swiglu.h"
 
 using namespace benthic;
@@ -15,6 +18,15 @@ constexpr int64_t kBlock = 256;
 template <typename T>
 void gather(const T* x, const int64_t* token, int64_t rows, int64_t d, T* out) {
     for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * d, x + token[r] * d, d * sizeof(T));
+}
+
+// Experts by their number of rows, most first: a thread that takes a large one last would let the others wait.
+std::vector<int64_t> by_load(const int64_t* offset, int64_t e) {
+    std::vector<int64_t> order(e);
+    std::iota(order.begin(), order.end(), 0);
+    const auto rows = [&](int64_t expert) { return offset[expert + 1] - offset[expert]; };
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return rows(a) > rows(b); });
+    return order;
 }
 
 // out[token] = sum over its k rows.
@@ -40,11 +52,12 @@ template <typename T>
 void experts_forward(const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset, const float* gate,
                      const T* gate_up, const T* down, T* gate_up_s, T* y, T* out, int64_t n, int64_t e, int64_t d,
                      int64_t f, int64_t k, int64_t tiles) {
+    const std::vector<int64_t> order = by_load(offset, e);
 #pragma omp parallel
     {
         T *xb = scratch<T>(0, kBlock * d), *hidden = scratch<T>(1, kBlock * f);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t expert = 0; expert < e; ++expert) {
+        for (const int64_t expert : order) {
             const T *wgu = gate_up + expert * 2 * f * d, *wd = down + expert * d * f;
             for (int64_t at = offset[expert]; at < offset[expert + 1]; at += kBlock) {
                 const int64_t rows = std::min(kBlock, offset[expert + 1] - at);
@@ -70,13 +83,14 @@ void experts_backward(const T* dout, const T* x, const int64_t* token, const int
                       const float* gate, const T* gate_up_s, const T* gate_up, const T* down, T* dx_s, T* dx,
                       float* dgate, T* dgate_up, T* ddown, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k,
                       int64_t tiles) {
+    const std::vector<int64_t> order = by_load(offset, e);
 #pragma omp parallel
     {
         T *xb = scratch<T>(0, kBlock * d), *dy = scratch<T>(1, kBlock * d);
         T *hidden = scratch<T>(2, kBlock * f), *dgu = scratch<T>(3, kBlock * 2 * f);
         float* dhidden = scratch<float>(4, kBlock * f);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t expert = 0; expert < e; ++expert) {
+        for (const int64_t expert : order) {
             const T *wgu = gate_up + expert * 2 * f * d, *wd = down + expert * d * f;
             T *dwgu_out = nullptr, *dwd_out = nullptr;
             float *dwgu = nullptr, *dwd = nullptr;
