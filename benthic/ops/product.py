@@ -23,7 +23,7 @@ from benthic.ops import native
 from benthic.ops.wanted import wanted
 
 _FEWEST = 32
-"""Rows, columns and numbers summed over that a product on tiles has at least."""
+"""Rows, columns and numbers summed over that a linear layer on tiles has at least."""
 
 
 class _Wanted(threading.local):

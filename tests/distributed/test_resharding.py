@@ -45,7 +45,8 @@ def one_process(folder: Path) -> Path:
     for name, tensor in outcome.tensors.items():
         group, _, name = name.partition(": ")
         checkpoint.tensors[group][name] = tensor if not tensor.ndim else torch.randn(tensor.shape).to(tensor.dtype)
-    checkpoint.state.update(step=STEP, bits_per_byte=1.5, sequences_passed_over=3)
+    health = {"losses": [2.5, 2.25], "grad_norms": [0.5], "skipped": 2}
+    checkpoint.state.update(step=STEP, bits_per_byte=1.5, sequences_passed_over=3, health=health)
     assert {"model", "optimizer", "average"} == checkpoint.tensors.keys()
     return save(folder / "one", STEP, checkpoint, keep=None)
 
@@ -72,6 +73,7 @@ def spoil(state: TrainState) -> None:
             local(tensor.detach()).fill_(torch.nan)
     state.step = state.sequences_passed_over = -1
     state.bits_per_byte = torch.nan
+    state.health.restore({"losses": [], "grad_norms": [], "skipped": -1}, "nothing")
 
 
 def save_under(rank: int, folder: str, source: str, layouts: list) -> int:

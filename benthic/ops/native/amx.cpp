@@ -27,7 +27,7 @@ constexpr int64_t kBlockK = 512;        // k of a packed panel
 constexpr int64_t kWholeK = 1024;       // k up to which one panel has all of it, if both operands lie along k
 constexpr int64_t kResident = 1 << 20;  // bytes of the packed operand that stays in the second cache
 constexpr int64_t kSidesPerVolume = 32; // what packing and storing a number costs, in multiplications
-constexpr int64_t kLinesPerVolume = 12; // the same where most of it lies as tiles have it
+constexpr int64_t kLinesPerVolume = 12; // the same where both operands lie along k
 
 using Word = uint32_t;
 
@@ -126,7 +126,7 @@ class Lines {
                  : pack_rows(step, quarter, x_.k_stride, kTile * x_.k_stride);
     }
     void pack_rows(int64_t step, int64_t quarter, int64_t row_stride, int64_t apart) const {
-        const int64_t ahead = 2 * kTile * x_.line_stride;  // the same place in the lines that are packed next
+        const int64_t ahead = 2 * kTile * x_.line_stride;  // the same place in a later panel
         const float* from = x_.data + step * kStep * x_.k_stride + quarter * kRows * row_stride;
         Word* to = tiles(step) + quarter * kRows * kTile;
         for (int64_t r = 0; r < kRows; ++r, from += row_stride, to += kTile) {
@@ -232,7 +232,7 @@ struct Background {
         for (int64_t i = 0; i < count; ++i) lines[i].work(step, slot);
         if (slot >= kTile / kRows && !settler.done()) settler.advance();
     }
-    // What is left when the block is multiplied.
+    // What is left when the block is multiplied: the memory of the block before is free again.
     void finish() {
         for (; count > 0; --count) lines[count - 1].finish();
         while (!settler.done()) settler.advance();
@@ -261,8 +261,7 @@ inline void load_right(const Word* b, int64_t next) {
 }
 
 // Up to 32 x 32 numbers of the product of two packed panels, to `out`. Six products of parts are added one after
-// another.
-// Exchanged factors, `mirrored`, meet in the same pairs in the same order, and so give the same bits.
+// another. Exchanged factors, `mirrored`, meet in the same pairs in the same order, and so give the same bits.
 template <bool tall, bool wide, bool mirrored>
 void multiply_panels(const Word* a, const Word* b, int64_t steps, float* out, int64_t stride,
                      Background& background) {
@@ -336,17 +335,16 @@ Word* buffer(int slot, int64_t words) {
     return reinterpret_cast<Word*>(benthic::scratch<float>(slot, words));
 }
 
-// Packing and storing grow with the sides of a product, multiplying with its volume. Least is to be done where few rows
-// meet weights whose lines lie along k.
-bool pays(int64_t m, int64_t n, int64_t k, bool lines_along_k) {
-    const int64_t cost = m < n && lines_along_k ? kLinesPerVolume : kSidesPerVolume;
+// Packing and storing grow with the sides of a product, multiplying with its volume. Less is to be done where both
+// operands lie along k.
+bool pays(int64_t m, int64_t n, int64_t k, bool along_k) {
+    const int64_t cost = along_k ? kLinesPerVolume : kSidesPerVolume;
     return std::min(n, k) >= kStep && m * n + m * k + n * k < m * n * k / cost;
 }
 
 // The next 32 lines of a, packed in the background of blocks.
 class Panel {
   public:
-    Panel() = default;
     Panel(const Operand& a, int64_t row, int64_t at_k, int64_t depth, Word* out) {
         for (; count_ < 2 && row < a.lines; ++count_, row += kTile, out += line_words((depth + kStep - 1) / kStep))
             lines_[count_] = Lines(a.from(row, at_k), depth, true, out);
@@ -405,15 +403,15 @@ class Product {
         for (int64_t line = 0; line < columns; line += kTile)
             Lines(b_.from(column + line, at_k), depth, false, packed_b + line / kTile * words).pack();
         Panel(a_, 0, at_k, depth, panels_a).pack();
+        asm volatile("" ::: "memory");  // compilers do not know that loading a tile reads memory
         Background background;
-        alignas(64) float blocks[2][4 * kTileWords];
-        int64_t block = 0;
+        alignas(64) float block[4 * kTileWords];
         const bool adds = add_ || at_k > 0;
         for (int64_t row = 0; row < a_.lines; row += 2 * kTile) {
             const int64_t rows = std::min(2 * kTile, a_.lines - row), side = row / (2 * kTile) % 2;
             Word *here = panels_a + side * 2 * words, *there = panels_a + (1 - side) * 2 * words;
             Panel next(a_, row + 2 * kTile, at_k, depth, there);
-            for (int64_t j = 0; j < columns; j += 2 * kTile, block = 1 - block) {
+            for (int64_t j = 0; j < columns; j += 2 * kTile) {
                 const int64_t wide = std::min(2 * kTile, columns - j);
                 const Word* panel_b = packed_b + j / kTile * words;
                 float* to = transposed ? c_ + (column + j) * ldc_ + row : c_ + row * ldc_ + column + j;
@@ -422,8 +420,8 @@ class Product {
                     multiply_panels<transposed>(here, panel_b, steps, rows, wide, to, ldc_, background);
                     continue;
                 }
-                multiply_panels<transposed>(here, panel_b, steps, rows, wide, blocks[block], 2 * kTile, background);
-                background.settler = Settler(blocks[block], rows, wide, alpha_, adds, transposed, to, ldc_);
+                multiply_panels<transposed>(here, panel_b, steps, rows, wide, block, 2 * kTile, background);
+                background.settler = Settler(block, rows, wide, alpha_, adds, transposed, to, ldc_);
             }
         }
         background.finish();
@@ -443,7 +441,7 @@ namespace benthic {
 
 bool tile_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
                const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
-    if ((beta != 0.0f && beta != 1.0f) || !pays(m, n, k, trans_b == 'T') || !allowed()) return false;
+    if ((beta != 0.0f && beta != 1.0f) || !pays(m, n, k, trans_a == 'N' && trans_b == 'T') || !allowed()) return false;
     const Operand left = trans_a == 'N' ? Operand{a, m, lda, 1} : Operand{a, m, 1, lda};
     const Operand right = trans_b == 'N' ? Operand{b, n, 1, ldb} : Operand{b, n, ldb, 1};
     if (m < n)
