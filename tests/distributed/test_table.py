@@ -78,3 +78,5 @@ def test_a_layout_trains_what_one_process_does(layout):
         # bf16, more than in losses and weights.
         exact = (compute, dtype) != ("fp8", "float32")
         assert largest_difference(alone(*size), outcome, norms=exact, moments=exact) < TOLERANCE[dtype], size
+        if not exact:
+            assert largest_difference(alone(*size), outcome, norms=False) < 2 * TOLERANCE[dtype], size
