@@ -17,7 +17,7 @@ from benthic.inference.decoded import Ahead
 from benthic.inference.job import Job
 from benthic.inference.paged_cache import PagedCache, PagedView
 from benthic.model import LanguageModel
-from benthic.ops.product import on_tiles
+from benthic.ops.product import own_products
 
 FEW = 8
 """Rows of one request up to which they are read as decoding does; more are read in one pass."""
@@ -134,7 +134,7 @@ class Drafter:
         hidden_TD = torch.stack([job.drafting.waiting[module][i] for i in positions])
         tokens_T = self._tensor(_tokens_after(job, drafts, module, positions))
         view = PagedView(self._cache, job.table_P, positions[0], hidden_TD.dtype)
-        with on_tiles(hidden_TD):
+        with own_products(hidden_TD, tiles=True):
             return read_mtp(self._model, module, hidden_TD, tokens_T, view)
 
     def _hand_on(self, job: Job, module: int, positions: list[int], out_TD: Tensor) -> None:

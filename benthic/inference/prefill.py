@@ -19,7 +19,7 @@ from benthic.inference.results import Results
 from benthic.inference.sampling import Logits, log_probabilities, top_of
 from benthic.inference.speculation import Speculation
 from benthic.model import Transformer
-from benthic.ops.product import on_tiles
+from benthic.ops.product import own_products
 
 _SCORED_AT_ONCE = 64
 """Prompt tokens whose logits are held at a time."""
@@ -37,7 +37,7 @@ def read_chunk(transformer: Transformer, cache: PagedCache, table_P: Tensor, sta
     """
     weight = transformer.embed.weight
     view = PagedView(cache, table_P, start, weight.dtype)
-    with on_tiles(weight):
+    with own_products(weight, tiles=True):
         hidden_BTD, _ = transformer.hidden(torch.tensor([list(ids)], device=weight.device), cache=view)
     return hidden_BTD[0]
 

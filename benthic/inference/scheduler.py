@@ -35,7 +35,7 @@ from benthic.inference.results import Results
 from benthic.inference.speculation import Speculation
 from benthic.inference.stepping import Stepping
 from benthic.model import LanguageModel
-from benthic.ops.product import kernels_on_tiles
+from benthic.ops.product import said_of_kernels
 from benthic.precision.latents import CACHE_DTYPES, CachePrecision
 from benthic.precision.quantise import Precision
 
@@ -117,7 +117,7 @@ class Scheduler:
             running=len(self._admission.running), waiting=self.waiting, max_batch=self.max_batch, max_queue=max_queue,
             pages_total=pool.total, pages_used=pool.used, pages_cached=pool.cached, page_bytes=self.cache.bytes_a_page,
             evictions=pool.evictions, decoder=self._decoder.name,
-            reader=kernels_on_tiles(self.model.transformer.embed.weight),
+            reader=said_of_kernels(self.model.transformer.embed.weight, tiles=True),
             **counted | {"finished": dict(self._figures.finished)},
         )  # fmt: skip
 

@@ -22,7 +22,7 @@ from benthic.inference.limits import chunk_length
 from benthic.inference.paged_cache import PagedCache, pages_for
 from benthic.inference.prefill import read_chunk
 from benthic.model import LanguageModel, build_model
-from benthic.ops.product import kernels_on_tiles
+from benthic.ops.product import said_of_kernels
 from benthic.plan.counts import main_model
 from benthic.plan.decode import decode_bytes
 from benthic.plan.flops import forward_flops
@@ -66,7 +66,7 @@ def bench_prefill(
     """Reads prompts of ``context`` tokens one by one, up to the logits of the token after each."""
     _check(config, context, batch)
     model = build_model(config, dtype=_dtype(precision))
-    read, kernels = prompt_reader(model, context), kernels_on_tiles(model.transformer.embed.weight)
+    read, kernels = prompt_reader(model, context), said_of_kernels(model.transformer.embed.weight, tiles=True)
 
     def prefill() -> None:
         for ids in torch.randint(config.vocab_size, (batch, context)).tolist():

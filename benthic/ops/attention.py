@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
-from benthic.ops.product import tiles_wanted
+from benthic.ops.product import units_here
 
 
 def causal_attention_reference(
@@ -66,7 +66,7 @@ class _NativeAttention(torch.autograd.Function):
         q_BTHK, kv_BTHX, k_rope_BTR = q_BTHK.contiguous(), kv_BTHX.contiguous(), k_rope_BTR.contiguous()
         out_BTHV, lse_BHT = _forward_native(q_BTHK, kv_BTHX, k_rope_BTR, first_BT, scale)
         ctx.save_for_backward(q_BTHK, kv_BTHX, k_rope_BTR, first_BT, out_BTHV, lse_BHT)
-        ctx.scale, ctx.tiles = scale, tiles_wanted()
+        ctx.scale, ctx.units = scale, units_here()
         return out_BTHV
 
     @staticmethod
@@ -79,7 +79,7 @@ class _NativeAttention(torch.autograd.Function):
         dk_rope_BHTR = q_BTHK.new_empty(batch, heads, time, rope, dtype=torch.float32)
         native.call(
             "attention_backward", grads[0].contiguous(), *saved, dq_BTHK, dkv_BTHX, dk_rope_BHTR, *sizes, ctx.scale,
-            int(ctx.tiles),
+            int(ctx.units),
         )  # fmt: skip
         return dq_BTHK, dkv_BTHX, dk_rope_BHTR.sum(1).to(k_rope_BTR.dtype), None, None
 
@@ -95,7 +95,7 @@ def _forward_native(
     lse_BHT = q_BTHK.new_empty(batch, heads, time, dtype=torch.float32)
     native.call(
         "attention_forward", q_BTHK, kv_BSHX, k_rope_BSR, first_BT, out_BTHV, lse_BHT, *sizes, scale,
-        kv_BSHX.shape[1] - time, int(tiles_wanted()),
+        kv_BSHX.shape[1] - time, int(units_here()),
     )  # fmt: skip
     return out_BTHV, lse_BHT
 

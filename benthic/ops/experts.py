@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
-from benthic.ops.product import tiles_wanted
+from benthic.ops.product import Units, units_here
 from benthic.ops.wanted import wanted
 
 
@@ -56,7 +56,7 @@ class _RoutedExperts(torch.autograd.Function):
         run = _forward_native if native.usable(x_ND, gate_up_EGD, down_EDF) else _forward_torch
         gate_up_SG, out_ND = run(*inputs)
         ctx.save_for_backward(*inputs, gate_up_SG, order_S)
-        ctx.tiles = tiles_wanted()
+        ctx.units = units_here()
         return out_ND
 
     @staticmethod
@@ -65,7 +65,7 @@ class _RoutedExperts(torch.autograd.Function):
         *inputs, gate_up_SG, order_S = ctx.saved_tensors
         dout_ND, slot_NK = grads[0].contiguous(), inputs[2]
         usable = native.usable(dout_ND, gate_up_SG)
-        run = partial(_backward_native, tiles=ctx.tiles) if usable else _backward_torch
+        run = partial(_backward_native, units=ctx.units) if usable else _backward_torch
         of_x, _, of_gate, *of_weights = wanted(ctx)
         dx_ND, dgate_S, dgate_up_EGD, ddown_EDF = run(
             dout_ND, gate_up_SG, *inputs, of_inputs=of_x or of_gate, of_weights=any(of_weights)
@@ -82,14 +82,14 @@ def _forward_native(
     gate_up_SG, y_SD, out_ND = (x_ND.new_empty(shape) for shape in ((rows, 2 * f), (rows, d), (n, d)))
     native.call(
         "experts_forward", x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_EGD, down_EDF, gate_up_SG,
-        y_SD, out_ND, n, e, d, f, slot_NK.shape[1], int(tiles_wanted()),
+        y_SD, out_ND, n, e, d, f, slot_NK.shape[1], int(units_here()),
     )  # fmt: skip
     return gate_up_SG, out_ND
 
 
 def _backward_native(
     dout_ND: Tensor, gate_up_SG: Tensor, x_ND: Tensor, token_S: Tensor, slot_NK: Tensor, counts: Tensor,
-    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, *, of_inputs: bool, of_weights: bool, tiles: bool,
+    gate_S: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, *, of_inputs: bool, of_weights: bool, units: Units,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     (n, d), (e, _, f) = x_ND.shape, down_EDF.shape
     dgate_S = x_ND.new_empty(len(token_S), dtype=torch.float32)
@@ -98,7 +98,7 @@ def _backward_native(
     dgate_up_EGD, ddown_EDF = map(torch.empty_like, weights) if of_weights else (None, None)
     native.call(
         "experts_backward", dout_ND, x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_SG, gate_up_EGD,
-        down_EDF, dx_SD, dx_ND, dgate_S, dgate_up_EGD, ddown_EDF, n, e, d, f, slot_NK.shape[1], int(tiles),
+        down_EDF, dx_SD, dx_ND, dgate_S, dgate_up_EGD, ddown_EDF, n, e, d, f, slot_NK.shape[1], int(units),
     )  # fmt: skip
     return dx_ND, dgate_S, dgate_up_EGD, ddown_EDF
 

@@ -1,9 +1,10 @@
-"""Products of fp32 on the processor's bf16 tiles, for those who ask for them: as exact as fp32, and mostly faster.
+"""Products of fp32 by Benthic's own kernels where the BLAS is slow: on vector units, or on the processor's bf16 tiles.
 
-A number of fp32 is the sum of three of bf16; of the nine products of two such sums, the six that matter in fp32 are
-computed (``native/amx.cpp``). Results differ from PyTorch's in the last bits, and on machines shared with others the
-tiles are slow at times, so nothing is multiplied so unless it runs inside of :func:`on_tiles`, as the engine's prompts
-do, and training where ``precision.compute`` says so.
+On processors that are not Intel's, MKL leaves a quarter of the vector units' rate and more unused
+(``native/vector_gemm.cpp``). On tiles a number of fp32 is the sum of three of bf16; of the nine products of two such
+sums, the six that matter in fp32 are computed (``native/amx.cpp``): as exact as fp32, and mostly faster, but slow at
+times on machines shared with others, so they are only for those who ask. Results differ from PyTorch's in the last
+bits, so nothing is multiplied by either unless it runs inside of :func:`own_products`.
 
 Dimensions: T rows, D in, F out; M, N and K of any product.
 """
@@ -11,6 +12,8 @@ Dimensions: T rows, D in, F out; M, N and K of any product.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,32 +25,45 @@ from torch.overrides import TorchFunctionMode
 from benthic.ops import native
 from benthic.ops.wanted import wanted
 
-_FEWEST = 32
+
+class Units(IntEnum):
+    """What multiplies; kernels are told by these numbers (``native/common.h``)."""
+
+    BLAS = 0
+    VECTORS = 1
+    TILES = 2
+
+
+_FEWEST_ON_TILES = 32
 """Rows, columns and numbers summed over that a linear layer on tiles has at least."""
+_LEAST_ON_VECTORS = 2**21
+"""Multiplications that one on vector units has at least: with fewer, to call a kernel costs more than it saves."""
+
+_SAID = {Units.BLAS: "", Units.VECTORS: ", products on vector units", Units.TILES: ", fp32 on bf16 tiles"}
 
 
-class _Wanted(threading.local):
-    tiles = False
+class _Here(threading.local):
+    units = Units.BLAS
 
 
-_wanted = _Wanted()
+_here = _Here()
 
 
-def tiles_wanted() -> bool:
-    """Whether the calling thread is inside of :func:`on_tiles`, on a machine that has tiles."""
-    return _wanted.tiles
+def units_here() -> Units:
+    """What the calling thread's kernels multiply on: the BLAS, unless it is inside of :func:`own_products`."""
+    return _here.units
 
 
-def kernels_on_tiles(weight: Tensor) -> str:
-    """For reports: which kernels compute with such weights inside of :func:`on_tiles`."""
+def said_of_kernels(weight: Tensor, *, tiles: bool) -> str:
+    """For reports: which kernels compute with such weights inside of :func:`own_products`."""
     if weight.device.type != "cpu":
         return f"PyTorch kernels (on {weight.device.type})"
-    return f"{native.status()}, fp32 on bf16 tiles" if _has_use(weight) else native.status()
+    return native.status() + _SAID[_units_for(weight, tiles=tiles)]
 
 
 @contextmanager
-def on_tiles(weight: Tensor) -> Iterator[None]:
-    """Inside, and in this thread alone, large products of fp32 run on tiles where the machine has them.
+def own_products(weight: Tensor, *, tiles: bool) -> Iterator[None]:
+    """Inside, and in this thread alone, large products of fp32 run on our own kernels where they are faster.
 
     Those are linear layers, whatever module calls ``torch.nn.functional.linear``, and the native kernels of attention,
     experts and cross-entropy. What is computed forward so is computed so backward too, inside or not. It does nothing
@@ -55,64 +71,63 @@ def on_tiles(weight: Tensor) -> Iterator[None]:
 
     Args:
         weight: one of those to multiply by; unless they are fp32 and on the CPU there is nothing to do.
+        tiles: on the processor's tiles, if it has any.
     """
-    if torch.is_autocast_enabled("cpu") or not _has_use(weight):
+    units = _units_for(weight, tiles=tiles)
+    if units == Units.BLAS or torch.is_autocast_enabled("cpu"):
         yield
         return
-    before, _wanted.tiles = _wanted.tiles, True
+    before, _here.units = _here.units, units
     try:
-        with _LinearOnTiles():
+        with _OwnLinear():
             yield
     finally:
-        _wanted.tiles = before
+        _here.units = before
 
 
 def linear_as_here() -> Callable[..., Tensor]:
     """A linear layer without bias that multiplies as one would where this is called, wherever it runs itself."""
-    return _linear_on_tiles if tiles_wanted() else F.linear
+    return partial(_linear, units=units_here()) if units_here() else F.linear
 
 
 def multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, add: bool = False) -> None:
-    """``out = a @ b`` or ``out += a @ b``, on tiles if they are wanted; ``a`` and ``b`` may be transposed."""
-    if tiles_wanted() and _fit(a_MK, b_KN, out_MN):
-        _multiply_on_tiles(a_MK, b_KN, out_MN, add=add)
+    """``out = a @ b`` or ``out += a @ b``, on the units of this place; ``a`` and ``b`` may be transposed."""
+    if units_here() and _fit(a_MK, b_KN, out_MN):
+        _multiply_on(units_here(), a_MK, b_KN, out_MN, add=add)
     elif add:
         out_MN.addmm_(a_MK, b_KN)
     else:
         torch.mm(a_MK, b_KN, out=out_MN)
 
 
-class _LinearOnTiles(TorchFunctionMode):
+class _OwnLinear(TorchFunctionMode):
     """PyTorch's own hook for replacing its functions: of one thread, and of whatever model runs in it."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function is F.linear and not kwargs and (len(args) == 2 or args[2] is None):
-            return _linear_on_tiles(*args[:2])
+            return _linear(args[0], args[1], units_here())
         return function(*args, **(kwargs or {}))
 
 
-def _linear_on_tiles(x: Tensor, weight: Tensor) -> Tensor:
-    """On tiles if that is of use for such sizes."""
+def _linear(x: Tensor, weight: Tensor, units: Units) -> Tensor:
+    """On such units if that is of use for these sizes."""
     rows = x.numel() // max(x.shape[-1], 1)
-    if (
-        weight.ndim != 2
-        or min(rows, *weight.shape) < _FEWEST
-        or not native.usable(x, weight)
-        or x.dtype != torch.float32
-    ):
+    fit = weight.ndim == 2 and x.dtype == torch.float32 and native.usable(x, weight)
+    if not fit or not _pays(rows, weight.shape[0], weight.shape[1], units):
         return F.linear(x, weight)
-    out_TF: Tensor = _Linear.apply(x.reshape(rows, -1), weight.contiguous())
+    out_TF: Tensor = _Linear.apply(x.reshape(rows, -1), weight.contiguous(), units)
     return out_TF.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_FD: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_FD: Tensor, units: Units) -> Tensor:
         x_TD = x_TD.contiguous()
         ctx.save_for_backward(x_TD, weight_FD)
-        return _product_on_tiles(x_TD, weight_FD.T)
+        ctx.units = units
+        return _product_on(units, x_TD, weight_FD.T)
 
     @staticmethod
     @once_differentiable
@@ -120,13 +135,24 @@ class _Linear(torch.autograd.Function):
         (x_TD, weight_FD), dout_TF = ctx.saved_tensors, grads[0].contiguous()
         of_x, of_weight = wanted(ctx)
         return (
-            _product_on_tiles(dout_TF, weight_FD) if of_x else None,
-            _product_on_tiles(dout_TF.T, x_TD) if of_weight else None,
+            _product_on(ctx.units, dout_TF, weight_FD) if of_x else None,
+            _product_on(ctx.units, dout_TF.T, x_TD) if of_weight else None,
+            None,
         )
 
 
-def _has_use(weight: Tensor) -> bool:
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and native.has_tiles()
+def _pays(rows: int, columns: int, depth: int, units: Units) -> bool:
+    if units == Units.TILES:
+        return min(rows, columns, depth) >= _FEWEST_ON_TILES
+    return rows * columns * depth >= _LEAST_ON_VECTORS
+
+
+def _units_for(weight: Tensor, *, tiles: bool) -> Units:
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return Units.BLAS
+    if tiles and native.has_tiles():
+        return Units.TILES
+    return Units.VECTORS if native.has_fast_vectors() else Units.BLAS
 
 
 def _fit(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> bool:
@@ -143,16 +169,18 @@ def _dense(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) >= x.shape[1]
 
 
-def _product_on_tiles(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+def _product_on(units: Units, a_MK: Tensor, b_KN: Tensor) -> Tensor:
     out_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1])
-    _multiply_on_tiles(a_MK, b_KN, out_MN, add=False)
+    _multiply_on(units, a_MK, b_KN, out_MN, add=False)
     return out_MN
 
 
-def _multiply_on_tiles(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, add: bool) -> None:
+def _multiply_on(units: Units, a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, add: bool) -> None:
     """Of matrices that are dense in one of their dimensions each, ``out`` in its last."""
     (m, k), n = a_MK.shape, b_KN.shape[1]
-    native.call("product", a_MK, *_layout(a_MK), b_KN, *_layout(b_KN), out_MN, out_MN.stride(0), m, n, k, int(add))
+    native.call(
+        "product", a_MK, *_layout(a_MK), b_KN, *_layout(b_KN), out_MN, out_MN.stride(0), m, n, k, int(add), int(units)
+    )
 
 
 def _layout(x: Tensor) -> tuple[int, int]:

@@ -5,7 +5,7 @@ routers, norms and the core of attention stay as they are.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from benthic.model.layers import SwiGLU
 from benthic.model.mla import LatentAttention
 from benthic.model.moe import Experts, MoE, Router
 from benthic.ops import native
-from benthic.ops.product import on_tiles
+from benthic.ops.product import own_products
 from benthic.parallel.experts import senders_of
 from benthic.parallel.shard import names_rounded_when_gathered
 from benthic.precision.compute import Compute, call_rounded
@@ -35,7 +35,7 @@ def compute_in(compute: Compute, module: nn.Module, *args: Any) -> Any:
             return module(*args)
     if compute == "bf16":
         return call_rounded(module, *args, keep=router_weights(module) | names_rounded_when_gathered(module))
-    with on_tiles(next(module.parameters())) if compute == "fp32-tiles" else nullcontext():
+    with own_products(next(module.parameters()), tiles=compute == "fp32-tiles"):
         return module(*args)
 
 

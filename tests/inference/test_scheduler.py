@@ -469,8 +469,8 @@ def test_chunks_that_expand_what_is_cached_keep_the_promise(config, tokenizer):
 
 
 @pytest.mark.parametrize("precision", [None, "int8"])
-def test_prompts_on_tiles_keep_the_promise(config, tokenizer, precision, monkeypatch):
-    """Sizes that are multiplied on tiles where there are such, chunks and ends of prompts that are and are not."""
+def test_prompts_by_own_kernels_keep_the_promise(config, tokenizer, precision, monkeypatch):
+    """Sizes that are multiplied by them where they are faster, chunks and ends of prompts that are and are not."""
     sizes = {
         "max_position_embeddings": 1024, "hidden_size": 96, "kv_lora_rank": 80, "moe_intermediate_size": 64,
         "intermediate_size": 160, "num_nextn_predict_layers": 1,
@@ -497,7 +497,8 @@ def test_prompts_on_tiles_keep_the_promise(config, tokenizer, precision, monkeyp
         tokens, logprobs = in_full(scheduler.model, tokenizer, prompt, sampling)
         assert precision or list(completion.token_ids) == tokens
         assert precision or completion.logprobs == pytest.approx(logprobs, abs=1e-4)
-    assert bool(kernels["product"]) == native.has_tiles() == ("tiles" in scheduler.stats().reader)
+    own = native.has_tiles() or native.has_fast_vectors()
+    assert bool(kernels["product"]) == own == (scheduler.stats().reader != native.status())
 
 
 @pytest.mark.parametrize(("kept", "bytes_a_row"), [("fp32", 4 * 24), ("bf16", 2 * 24), ("fp8", 16 + 4 + 2 * 8)])

@@ -98,8 +98,10 @@ def test_a_prompt_is_read_in_the_engines_chunks_and_right(monkeypatch):
     assert chunks == [(0, 64), (64, 64), (128, 22), (0, 64)]
 
 
-def test_says_whether_prompts_are_read_on_tiles(monkeypatch):
-    assert ("tiles" in bench_prefill(PRESETS["tiny"], context=9).kernels) == native.has_tiles()
+def test_says_what_multiplies_when_prompts_are_read(monkeypatch):
+    said = bench_prefill(PRESETS["tiny"], context=9).kernels
+    assert ("tiles" in said) == native.has_tiles()
+    assert ("vector units" in said) == (native.has_fast_vectors() and not native.has_tiles())
     assert "tiles" not in bench_prefill(PRESETS["tiny"], context=9, precision="bf16").kernels
     monkeypatch.setenv("BENTHIC_NATIVE", "blas")
     assert bench_prefill(PRESETS["tiny"], context=9).kernels == native.status()

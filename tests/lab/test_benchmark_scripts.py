@@ -224,8 +224,8 @@ def test_gains_are_of_each_seed_and_intervals_are_apart_where_all_are():
         ("checkpoint_cost", ["tiny", "precision.compute=fp32"], ["a step in fp32", "every 100 steps"]),
         ("train_vs_transformers", ["tiny", "precision.compute=bf16"], ["in bf16", "times eager"]),
         ("memory_vs_transformers", ["tiny"], ["recomputing", "of transformers'"]),
-        ("train_on_tiles", ["tiny", "--pairs", "1"], ["on tiles", "by the BLAS", "1 pairs"]),
-        ("prefill_on_tiles", ["tiny", "--context", "9", "--pairs", "1"], ["on tiles", "by the BLAS", "1 pairs"]),
+        ("train_vs_blas", ["tiny", "--pairs", "1"], ["our own", "by the BLAS", "1 pairs"]),
+        ("prefill_vs_blas", ["tiny", "--context", "9", "--pairs", "1"], ["our own", "by the BLAS", "1 pairs"]),
         ("pairs", ["train.steps=1", "--ms", "1"], ["one after the other", "in turns", "of the time"]),
         ("rollouts", ["tiny", "--tokens", "3"], ["64 at once", "one at a time", "ratio"]),
     ],
@@ -233,8 +233,8 @@ def test_gains_are_of_each_seed_and_intervals_are_apart_where_all_are():
 def test_benchmarks_run(run_script, monkeypatch, capfd, name, arguments, said):
     if "transformers" in name:
         pytest.importorskip("transformers")
-    if "tiles" in name and not native.has_tiles():
-        pytest.skip("no tiles")
+    if "blas" in name and not (native.has_tiles() or native.has_fast_vectors()):
+        pytest.skip("the BLAS is the faster here")
     monkeypatch.setenv("BENTHIC_NATIVE", os.environ.get("BENTHIC_NATIVE", "1"))  # which some of them change
     assert run_script(name, *arguments) == 0
     printed = capfd.readouterr().out
@@ -245,7 +245,7 @@ def test_benchmarks_run(run_script, monkeypatch, capfd, name, arguments, said):
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        *((name, ["nosuch"], "recipe 'nosuch'") for name in ("recompute", "checkpoint_cost", "train_on_tiles")),
+        *((name, ["nosuch"], "recipe 'nosuch'") for name in ("recompute", "checkpoint_cost", "train_vs_blas")),
         ("scaling", ["experts", "bench", "model.n_expert=3"], "model.n_expert"),
         ("memory_vs_transformers", ["bench", "precision.compute=fp8"], "precision.compute=fp8: not compared"),
         ("train_vs_transformers", ["bench", "train.optimizer.name=muon"], "train.optimizer.name=muon: not compared"),

@@ -1,4 +1,4 @@
-"""Products of fp32 on tiles: as exact as fp32, each number the same in any company, and only for those who ask."""
+"""Products of fp32 on vector units and on tiles: exact, each number the same in any company, and only where wanted."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +15,23 @@ from benthic.ops import native
 from benthic.ops.attention import causal_attention, causal_attention_reference
 from benthic.ops.cross_entropy import linear_cross_entropy
 from benthic.ops.experts import routed_experts, routed_experts_reference
-from benthic.ops.product import kernels_on_tiles, multiply, on_tiles, tiles_wanted
+from benthic.ops.product import Units, multiply, own_products, said_of_kernels, units_here
+
+
+@pytest.fixture(params=[Units.VECTORS, Units.TILES], ids=["vectors", "tiles"])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Units:
+    """What inside of ``own_products`` multiplies: either, whatever would be chosen on this processor."""
+    wanted: Units = request.param
+    if not native.usable(torch.zeros(1)):
+        return Units.BLAS
+    if wanted == Units.TILES and not native.has_tiles():
+        pytest.skip("no tiles here")
+    monkeypatch.setattr(native, "has_tiles", lambda: wanted == Units.TILES)
+    monkeypatch.setattr(native, "has_fast_vectors", lambda: True)
+    return wanted
+
+
+own = partial(own_products, tiles=True)
 
 
 def laid_out(x: Tensor, *, across: bool, spare: int) -> Tensor:
@@ -27,16 +43,16 @@ def laid_out(x: Tensor, *, across: bool, spare: int) -> Tensor:
     return view.T if across else view
 
 
-def product(a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-    """``a @ b`` by the kernel, into or added to ``out``; where there are no tiles it asks the BLAS."""
-    if not native.usable(a, b):
+def product(units: Units, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+    """``a @ b`` by the kernel, into or added to ``out``."""
+    if units == Units.BLAS:
         pytest.skip("a kernel's own test")
     (m, k), n = a.shape, b.shape[1]
     (x, across_a, lda), (y, across_b, ldb) = (
         (z, 0, z.stride(0)) if z.stride(1) == 1 else (z, 1, z.stride(1)) for z in (a, b)
     )
     out = torch.full((m, n), float("nan")) if out is None else out
-    native.call("product", x, across_a, lda, y, across_b, ldb, out, out.stride(0), m, n, k, int(add))
+    native.call("product", x, across_a, lda, y, across_b, ldb, out, out.stride(0), m, n, k, int(add), int(units))
     return out
 
 
@@ -50,33 +66,35 @@ def error(found: Tensor, a: Tensor, b: Tensor, added: Tensor | None = None) -> f
 
 SHAPES = [
     (32, 32, 32), (130, 97, 101), (64, 300, 513), (33, 1100, 1090), (700, 129, 40), (257, 260, 1300), (14, 330, 1024),
-    (17, 200, 700), (500, 47, 999),
+    (17, 200, 700), (500, 47, 999), (5, 4, 515), (1, 3, 2), (300, 2, 7), (12, 33, 16),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("across_a", "across_b"), [(False, False), (False, True), (True, False), (True, True)])
-def test_a_product_is_as_exact_as_fp32(shape: tuple[int, int, int], across_a: bool, across_b: bool) -> None:
+def test_a_product_is_as_exact_as_fp32(
+    units: Units, shape: tuple[int, int, int], across_a: bool, across_b: bool
+) -> None:
     m, n, k = shape
     generator = torch.Generator().manual_seed(m + n + k)
     # Rows of very different sizes: an error must be small beside its own row's numbers.
     a = torch.randn(m, k, generator=generator) * torch.logspace(-12, 12, m)[:, None]
     b = torch.randn(k, n, generator=generator) * torch.logspace(-6, 9, n)
     a, b = laid_out(a, across=across_a, spare=5), laid_out(b, across=across_b, spare=3)
-    assert error(product(a, b), a, b) < 1e-6
+    assert error(product(units, a, b), a, b) < 1e-6
     wide = torch.randn(m, n + 7, generator=generator)
     before, out = wide.clone(), wide[:, :n]
-    product(a, b, out)
+    product(units, a, b, out)
     assert error(out, a, b) < 1e-6
-    product(a, b, out.copy_(before[:, :n]), add=True)
+    product(units, a, b, out.copy_(before[:, :n]), add=True)
     assert error(out, a, b, before[:, :n]) < 1e-6
     assert torch.equal(wide[:, n:], before[:, n:]), "written beyond the result"
 
 
-def test_every_bit_of_a_number_counts() -> None:
+def test_every_bit_of_a_number_counts(units: Units) -> None:
     one = torch.eye(64)
     x = (torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 1) * 2.0 ** torch.arange(-32, 32)
-    for found in (product(x, one), product(one, x), product(x.T, one).T):
+    for found in (product(units, x, one), product(units, one, x), product(units, x.T, one).T):
         torch.testing.assert_close(found, x, rtol=0, atol=0)
 
 
@@ -89,24 +107,24 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_row_is_the_same_in_any_company_and_on_any_threads(seed: int, threads: Callable[[int], None]) -> None:
+def test_a_row_is_the_same_in_any_company_and_on_any_threads(
+    units: Units, seed: int, threads: Callable[[int], None]
+) -> None:
     """With more rows than columns and with fewer, which exchanges the factors."""
-    if not native.has_tiles():
-        pytest.skip("only tiles promise it")
     generator = torch.Generator().manual_seed(seed)
     k, n = (int(x) for x in torch.randint(200, 1200, (2,), generator=generator))
     a, weight = torch.randn(900, k, generator=generator), torch.randn(n, k, generator=generator)
-    whole = product(a, weight.T)
+    whole = product(units, a, weight.T)
     for count in (1, 2, 3):
         threads(count)
         for rows in (slice(0, 900), slice(0, 800), slice(37, 900), slice(0, 300), slice(350, 450), slice(350, 370)):
-            assert torch.equal(product(a[rows], weight.T), whole[rows])
+            assert torch.equal(product(units, a[rows], weight.T), whole[rows])
 
 
-def test_nan_and_infinity_come_out_as_no_number() -> None:
+def test_nan_and_infinity_come_out_as_no_number(units: Units) -> None:
     a, b = torch.ones(64, 64), torch.ones(64, 64)
     a[3, 5], a[40, 1] = float("nan"), float("inf")
-    found = product(a, b).isfinite()
+    found = product(units, a, b).isfinite()
     assert not found[3].any()
     assert not found[40].any()
     assert int(found.sum()) == 62 * 64
@@ -123,40 +141,42 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
 
 @pytest.mark.parametrize("shape", [(1,), (31,), (40,), (3, 50), (2, 5, 67)])
 @torch.no_grad()
-def test_linear_layers(shape: tuple[int, ...], called: list[tuple[str, object]]) -> None:
+def test_linear_layers(units: Units, shape: tuple[int, ...], called: list[tuple[str, object]]) -> None:
     generator = torch.Generator().manual_seed(len(shape))
     x, layer = torch.randn(*shape, 96, generator=generator), torch.nn.Linear(96, 130, bias=False)
-    with on_tiles(x):
+    with own(x):
         found, across = layer(x), F.linear(x.mT.contiguous().mT, layer.weight) if x.ndim > 1 else None
         with_bias = F.linear(x, layer.weight, torch.ones(130))
     exact = F.linear(x.double(), layer.weight.double())
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(with_bias.double(), exact + 1, rtol=1e-5, atol=1e-5)
     assert across is None or torch.equal(found, across)
-    if native.has_tiles():
+    if units:
         rows = x.numel() // 96
-        assert [name for name, _ in called] == ["product"] * (2 if rows >= 32 and x.ndim > 1 else 0)
+        enough = rows >= 32 if units == Units.TILES else rows * 96 * 130 >= 2**21
+        assert [name for name, _ in called] == ["product"] * (2 if enough and x.ndim > 1 else 0)
 
 
 @pytest.mark.parametrize(("earlier", "time"), [(0, 130), (0, 512), (70, 200), (1100, 257)])
 @torch.no_grad()
-def test_attention_on_tiles(earlier: int, time: int, called: list[tuple[str, object]]) -> None:
+def test_attention(units: Units, earlier: int, time: int, called: list[tuple[str, object]]) -> None:
     torch.manual_seed(time)
     q, kv = torch.randn(2, time, 2, 160), torch.randn(2, earlier + time, 2, 192)
     k_rope = torch.randn(2, earlier + time, 32)
-    with on_tiles(q):
+    with own(q):
         found = causal_attention(q, kv, k_rope, scale=0.3)
     expected = causal_attention_reference(q.double(), kv.double(), k_rope.double(), scale=0.3)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-5)
-    assert ("attention_forward", 1) in called or not native.has_tiles()
+    assert not units or ("attention_forward", units) in called
 
 
 @torch.no_grad()
-def test_attention_on_tiles_stays_within_documents() -> None:
+@pytest.mark.usefixtures("units")
+def test_attention_stays_within_documents() -> None:
     torch.manual_seed(0)
     q, kv, k_rope = torch.randn(1, 300, 2, 160), torch.randn(1, 300, 2, 192), torch.randn(1, 300, 32)
     document = torch.tensor([0] * 130 + [1] * 3 + [2] * 167)[None]
-    with on_tiles(q):
+    with own(q):
         found = causal_attention(q, kv, k_rope, scale=0.3, document_BT=document)
     expected = causal_attention_reference(q.double(), kv.double(), k_rope.double(), scale=0.3, document_BT=document)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-5)
@@ -164,15 +184,15 @@ def test_attention_on_tiles_stays_within_documents() -> None:
 
 @pytest.mark.parametrize("tokens", [40, 600])
 @torch.no_grad()
-def test_experts_on_tiles(tokens: int, called: list[tuple[str, object]]) -> None:
+def test_experts(units: Units, tokens: int, called: list[tuple[str, object]]) -> None:
     torch.manual_seed(tokens)
     x, index = torch.randn(tokens, 96), torch.rand(tokens, 5).topk(2, -1).indices
     gate, gate_up, down = torch.rand(tokens, 2), torch.randn(5, 160, 96) * 0.1, torch.randn(5, 96, 80) * 0.1
-    with on_tiles(x):
+    with own(x):
         found = routed_experts(x, index, gate, gate_up, down)
     expected = routed_experts_reference(x.double(), index, gate.double(), gate_up.double(), down.double())
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
-    assert ("experts_forward", 1) in called or not native.has_tiles()
+    assert not units or ("experts_forward", units) in called
 
 
 def gradients_of(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
@@ -184,32 +204,33 @@ def gradients_of(function: Callable[..., Tensor], *inputs: Tensor) -> list[Tenso
     return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
 
-def assert_close_on_tiles(function: Callable[..., Tensor], exact: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Forward on tiles, backward outside of them, against float64."""
+def assert_gradients_close(function: Callable[..., Tensor], exact: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Forward inside of ``own_products``, backward outside, against float64."""
 
-    def on_tiles_forward(*leaves: Tensor) -> Tensor:
-        with on_tiles(inputs[0]):
+    def own_forward(*leaves: Tensor) -> Tensor:
+        with own(inputs[0]):
             return function(*leaves)
 
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
-    for found, expected in zip(gradients_of(on_tiles_forward, *inputs), gradients_of(exact, *wide), strict=True):
+    for found, expected in zip(gradients_of(own_forward, *inputs), gradients_of(exact, *wide), strict=True):
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("shape", [(240,), (3, 90), (2, 5, 67)])
-def test_gradients_of_linear_layers(shape: tuple[int, ...], called: list[tuple[str, object]]) -> None:
+def test_gradients_of_linear_layers(units: Units, shape: tuple[int, ...], called: list[tuple[str, object]]) -> None:
     torch.manual_seed(sum(shape))
     x, weight = torch.randn(*shape, 96), torch.randn(130, 96)
-    assert_close_on_tiles(F.linear, F.linear, x, weight)
-    if native.has_tiles():
+    assert_gradients_close(F.linear, F.linear, x, weight)
+    if units:
         assert [name for name, _ in called] == ["product"] * 3
 
 
+@pytest.mark.usefixtures("units")
 def test_what_does_not_lie_in_rows_or_columns_is_multiplied_too() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(64, 96), torch.randn(130, 96)
     spread, narrow = torch.randn(1, 96).expand(64, 96), torch.randn(64, 1).T
-    with torch.no_grad(), on_tiles(x):
+    with torch.no_grad(), own(x):
         for a, b in ((spread, weight.T), (x, spread.T), (weight[:, :64], narrow.T), (x[::2, ::3], weight[:, ::3].T)):
             out = torch.full((a.shape[0], b.shape[1]), float("nan"))
             multiply(a, b, out)
@@ -218,45 +239,47 @@ def test_what_does_not_lie_in_rows_or_columns_is_multiplied_too() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_only_gradients_that_are_wanted_are_computed(frozen: str, called: list[tuple[str, object]]) -> None:
-    x, layer = torch.randn(120, 96, requires_grad=frozen != "x"), torch.nn.Linear(96, 130, bias=False)
+def test_only_gradients_that_are_wanted_are_computed(
+    units: Units, frozen: str, called: list[tuple[str, object]]
+) -> None:
+    x, layer = torch.randn(240, 96, requires_grad=frozen != "x"), torch.nn.Linear(96, 130, bias=False)
     layer.requires_grad_(frozen != "weight")
-    with on_tiles(x):
+    with own(x):
         layer(x).sum().backward()
     assert (x.grad is None, layer.weight.grad is None) == (frozen == "x", frozen == "weight")
-    if native.has_tiles():
+    if units:
         assert [name for name, _ in called] == ["product"] * 2
 
 
 @pytest.mark.parametrize(("time", "documents"), [(130, False), (300, True), (515, False)])
-def test_gradients_of_attention(time: int, documents: bool, called: list[tuple[str, object]]) -> None:
+def test_gradients_of_attention(units: Units, time: int, documents: bool, called: list[tuple[str, object]]) -> None:
     torch.manual_seed(time)
     q, kv, k_rope = torch.randn(2, time, 2, 160), torch.randn(2, time, 2, 192), torch.randn(2, time, 32)
     document = torch.rand(2, time).lt(0.02).cumsum(1) if documents else None
-    assert_close_on_tiles(
+    assert_gradients_close(
         partial(causal_attention, scale=0.3, document_BT=document),
         partial(causal_attention_reference, scale=0.3, document_BT=document), q, kv, k_rope,
     )  # fmt: skip
-    assert ("attention_backward", 1) in called or not native.has_tiles()
+    assert not units or ("attention_backward", units) in called
 
 
 @pytest.mark.parametrize("tokens", [40, 600])
-def test_gradients_of_experts(tokens: int, called: list[tuple[str, object]]) -> None:
+def test_gradients_of_experts(units: Units, tokens: int, called: list[tuple[str, object]]) -> None:
     torch.manual_seed(tokens)
     x, index = torch.randn(tokens, 128), torch.rand(tokens, 5).topk(2, -1).indices
     gate, gate_up, down = torch.rand(tokens, 2), torch.randn(5, 256, 128) * 0.1, torch.randn(5, 128, 128) * 0.1
-    assert_close_on_tiles(routed_experts, routed_experts_reference, x, index, gate, gate_up, down)
-    assert ("experts_backward", 1) in called or not native.has_tiles()
+    assert_gradients_close(routed_experts, routed_experts_reference, x, index, gate, gate_up, down)
+    assert not units or ("experts_backward", units) in called
 
 
 @pytest.mark.parametrize("positions", [100, 700])
-def test_gradients_of_cross_entropy(positions: int, called: list[tuple[str, object]]) -> None:
+def test_gradients_of_cross_entropy(units: Units, positions: int, called: list[tuple[str, object]]) -> None:
     torch.manual_seed(positions)
     x, head, target = torch.randn(positions, 128), torch.randn(300, 128) * 0.1, torch.randint(300, (positions,))
-    assert_close_on_tiles(
+    assert_gradients_close(
         linear_cross_entropy, lambda x, head, target: F.cross_entropy(x @ head.T, target), x, head, target
     )
-    if native.has_tiles():
+    if units:
         assert [name for name, _ in called].count("product") == 3 * -(-positions // 512)
 
 
@@ -270,56 +293,67 @@ def gradients(seed: int) -> list[Tensor]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-def test_a_model_s_gradients_are_the_same_up_to_rounding(called: list[tuple[str, object]]) -> None:
+def test_a_model_s_gradients_are_the_same_up_to_rounding(units: Units, called: list[tuple[str, object]]) -> None:
     expected = gradients(seed=2)
     assert "product" not in [name for name, _ in called]
-    with on_tiles(torch.zeros(1)):
+    with own(torch.zeros(1)):
         found, again = gradients(seed=2), gradients(seed=2)
-    assert ("product" in [name for name, _ in called]) == native.has_tiles()
+    assert ("product" in [name for name, _ in called]) == bool(units)
     for one, same, other in zip(found, again, expected, strict=True):
         assert torch.equal(one, same)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
-def test_another_thread_s_training_is_the_same_bit_for_bit_beside_it(called: list[tuple[str, object]]) -> None:
+def test_another_thread_s_training_is_the_same_bit_for_bit_beside_it(
+    units: Units, called: list[tuple[str, object]]
+) -> None:
     expected = gradients(seed=2)
     beside: list[Tensor] = []
-    with torch.no_grad(), on_tiles(torch.zeros(1)):
-        assert tiles_wanted() == native.has_tiles()
+    with torch.no_grad(), own(torch.zeros(1)):
+        assert units_here() == units
         trainer = threading.Thread(target=lambda: beside.extend(gradients(seed=2)))
         trainer.start()
         trainer.join()
     assert len(beside) == len(expected)
     assert all(torch.equal(*pair) for pair in zip(beside, expected, strict=True))
-    on_them = {("product", 0), ("experts_forward", 1), ("attention_forward", 1)}
-    assert not on_them & set(called)
+    assert ("product", units) not in called
+    assert not {("experts_forward", units), ("attention_forward", units)} & set(called) or not units
 
 
 @torch.inference_mode()
-def test_it_ends_with_its_block_and_is_only_for_fp32_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_with_its_block_and_is_only_for_fp32_on_the_cpu(units: Units) -> None:
     weight = torch.zeros(1)
-    with on_tiles(weight), on_tiles(weight):
-        assert tiles_wanted() == native.has_tiles()
-    assert not tiles_wanted()
-    with pytest.raises(IndexError), on_tiles(weight):
+    with own(weight), own(weight):
+        assert units_here() == units
+    assert not units_here()
+    with pytest.raises(IndexError), own(weight):
         weight[1]
-    assert not tiles_wanted()
-    assert ("tiles" in kernels_on_tiles(weight)) == native.has_tiles()
+    assert not units_here()
+    said = {Units.BLAS: "", Units.VECTORS: "on vector units", Units.TILES: "on bf16 tiles"}[units]
+    assert said_of_kernels(weight, tiles=True).endswith(said)
     for other in (weight.bfloat16(), weight.double(), torch.zeros(1, device="meta")):
-        assert "tiles" not in kernels_on_tiles(other)
-        with on_tiles(other):
-            assert not tiles_wanted()
-    with torch.autocast("cpu", dtype=torch.bfloat16), on_tiles(weight):
-        assert not tiles_wanted()
+        assert "units" not in said_of_kernels(other, tiles=True)
+        assert "tiles" not in said_of_kernels(other, tiles=True)
+        with own(other):
+            assert not units_here()
+    with torch.autocast("cpu", dtype=torch.bfloat16), own(weight):
+        assert not units_here()
+    with own_products(weight, tiles=False):
+        assert units_here() == min(units, Units.VECTORS)
+
+
+def test_all_of_it_can_be_left_to_the_blas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BENTHIC_NATIVE", "blas")
-    with on_tiles(weight):
-        assert not tiles_wanted()
-    assert kernels_on_tiles(weight) == native.status()
+    weight = torch.zeros(1)
+    with own(weight):
+        assert not units_here()
+    assert said_of_kernels(weight, tiles=True) == native.status()
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("units")
 def test_gradients_that_are_wanted_inside_after_all_come_out() -> None:
     x, layer = torch.randn(40, 64), torch.nn.Linear(64, 50, bias=False)
-    with on_tiles(x), torch.enable_grad():
+    with own(x), torch.enable_grad():
         (found,) = torch.autograd.grad(layer(x).sum(), layer.weight)
     torch.testing.assert_close(found, x.sum(0).expand(50, -1), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Precision for the length of a call: which training steps run on tiles, and where that is refused."""
+"""Precision for the length of a call: which kernels training steps run on, and where tiles are refused."""
 
 import pytest
 import torch
@@ -25,11 +25,12 @@ def gradients(compute):
 
 
 @pytest.mark.parametrize("compute", ["fp32", "fp32-tiles", "bf16", "fp8"])
-def test_training_is_on_tiles_where_it_is_asked_for(monkeypatch, compute):
+def test_training_multiplies_by_own_kernels_where_that_is_asked_for_or_faster(monkeypatch, compute):
     calls, call = [], native.call
     monkeypatch.setattr(native, "call", lambda name, *args: calls.append(name) or call(name, *args))
     gradients(compute)
-    assert ("product" in calls) == (compute == "fp32-tiles" and native.has_tiles())
+    on_tiles = compute == "fp32-tiles" and native.has_tiles()
+    assert ("product" in calls) == (on_tiles or (compute.startswith("fp32") and native.has_fast_vectors()))
 
 
 def test_it_is_fp32():

@@ -2,7 +2,7 @@
 
 They are compiled on first use with the machine's own compiler, for its own processor, on the BLAS inside PyTorch,
 and kept in the user's cache directory. Where that fails, or ``BENTHIC_NATIVE=0`` is set, the pure PyTorch form of
-each operation runs instead; :func:`status` says which. With ``BENTHIC_NATIVE=blas`` no product runs on tiles.
+each operation runs instead; :func:`status` says which. With ``BENTHIC_NATIVE=blas`` all products are the BLAS's.
 """
 
 import ctypes
@@ -84,6 +84,12 @@ def has_tiles() -> bool:
     """Whether this processor has bf16 tiles that products of fp32 may use (``benthic.ops.product``)."""
     library = _load()[0]
     return library is not None and os.environ.get("BENTHIC_NATIVE") != "blas" and bool(library.has_tiles())
+
+
+def has_fast_vectors() -> bool:
+    """Whether products of fp32 are faster here by our own kernel than by the BLAS (``native/vector_gemm.cpp``)."""
+    library = _load()[0]
+    return library is not None and os.environ.get("BENTHIC_NATIVE") != "blas" and bool(library.has_fast_vectors())
 
 
 def is_plain(tensor: Tensor) -> bool:

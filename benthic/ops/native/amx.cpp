@@ -11,9 +11,10 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512F__) && defined(__AVX512BW__) && defined(__linux__)
 
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "lines.h"
 
 namespace {
 
@@ -29,16 +30,9 @@ constexpr int64_t kResident = 1 << 20;  // bytes of the packed operand that stay
 constexpr int64_t kSidesPerVolume = 32; // what packing and storing a number costs, in multiplications
 constexpr int64_t kLinesPerVolume = 12; // the same where both operands lie along k
 
-using Word = uint32_t;
+using namespace benthic;
 
-// An operand seen as lines of k numbers: number (line, k) lies at line * line_stride + k * k_stride; one stride is 1.
-struct Operand {
-    const float* data;
-    int64_t lines, line_stride, k_stride;
-    Operand from(int64_t line, int64_t k) const {
-        return {data + line * line_stride + k * k_stride, lines - line, line_stride, k_stride};
-    }
-};
+using Word = uint32_t;
 
 inline __m512i high_halves(__m512i even, __m512i odd) {
     return _mm512_ternarylogic_epi32(_mm512_srli_epi32(even, 16), odd, _mm512_set1_epi32(0xffff0000), 0xf8);
@@ -60,39 +54,14 @@ inline void split(__m512 even, __m512 odd, Word* out, int64_t part_stride) {
     }
 }
 
-inline __mmask16 first(int64_t count) { return count >= kTile ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1; }
-
-// 16 x 16 numbers, transposed.
-inline void transpose(__m512i (&r)[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; ++j) {
-            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-        }
-    for (int i = 0; i < 16; i += 8)
-        for (int j = 0; j < 4; ++j) {
-            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
-            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
-        }
-    for (int j = 0; j < 8; ++j) {
-        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
-        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
-    }
-}
-
 // 16 lines of an operand as tiles: 32 k, a step, become three tiles, one for each part, and such triples follow each
 // other along k; what lies beyond the operand's end is zero. Tiles of a left factor have a line a row, tiles of a right
 // one a line a column. Where the numbers do not lie so, tiles are filled as they lie and transposed.
 class Lines {
   public:
     Lines() = default;
-    Lines(const Operand& x, int64_t depth, bool left, Word* out)
-        : x_(x), depth_(depth), out_(out), along_k_(x.k_stride == 1), transposed_(along_k_ != left),
+    Lines(const Factor& x, int64_t depth, bool left, Word* out)
+        : x_(x), depth_(depth), out_(out), along_k_(x.along_k()), transposed_(along_k_ != left),
           whole_(x.lines >= kTile ? depth / kStep : 0) {}
 
     // All of it.
@@ -165,7 +134,7 @@ class Lines {
         for (int i = 0; i < kTile; ++i) _mm512_store_si512(tile + kTile * i, r[i]);
     }
 
-    Operand x_{};
+    Factor x_{};
     int64_t depth_ = 0;
     Word* out_ = nullptr;
     bool along_k_ = false, transposed_ = false;
@@ -345,7 +314,7 @@ bool pays(int64_t m, int64_t n, int64_t k, bool along_k) {
 // The next 32 lines of a, packed in the background of blocks.
 class Panel {
   public:
-    Panel(const Operand& a, int64_t row, int64_t at_k, int64_t depth, Word* out) {
+    Panel(const Factor& a, int64_t row, int64_t at_k, int64_t depth, Word* out) {
         for (; count_ < 2 && row < a.lines; ++count_, row += kTile, out += line_words((depth + kStep - 1) / kStep))
             lines_[count_] = Lines(a.from(row, at_k), depth, true, out);
     }
@@ -372,13 +341,13 @@ class Panel {
 template <bool transposed>
 class Product {
   public:
-    Product(const Operand& a, const Operand& b, int64_t k, float alpha, bool add, float* c, int64_t ldc)
+    Product(const Factor& a, const Factor& b, int64_t k, float alpha, bool add, float* c, int64_t ldc)
         : a_(a), b_(b), k_(k), alpha_(alpha), add_(add), c_(c), ldc_(ldc) {}
 
     void run() {
         static const TileConfig config;
         _tile_loadconfig(config.bytes);
-        const int64_t block_k = a_.k_stride == 1 && b_.k_stride == 1 && k_ <= kWholeK ? kWholeK : kBlockK;
+        const int64_t block_k = a_.along_k() && b_.along_k() && k_ <= kWholeK ? kWholeK : kBlockK;
         for (int64_t at_k = 0; at_k < k_; at_k += block_k) {
             const int64_t depth = std::min(block_k, k_ - at_k), most = columns_at_once(depth);
             for (int64_t column = 0; column < b_.lines; column += most)
@@ -427,7 +396,7 @@ class Product {
         background.finish();
     }
 
-    Operand a_, b_;
+    Factor a_, b_;
     int64_t k_;
     float alpha_;
     bool add_;
@@ -442,8 +411,8 @@ namespace benthic {
 bool tile_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
                const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
     if ((beta != 0.0f && beta != 1.0f) || !pays(m, n, k, trans_a == 'N' && trans_b == 'T') || !allowed()) return false;
-    const Operand left = trans_a == 'N' ? Operand{a, m, lda, 1} : Operand{a, m, 1, lda};
-    const Operand right = trans_b == 'N' ? Operand{b, n, 1, ldb} : Operand{b, n, ldb, 1};
+    const Factor left = trans_a == 'N' ? Factor{a, m, lda, 1} : Factor{a, m, 1, lda};
+    const Factor right = trans_b == 'N' ? Factor{b, n, 1, ldb} : Factor{b, n, ldb, 1};
     if (m < n)
         Product<true>(right, left, k, alpha, beta != 0.0f, c, ldc).run();
     else

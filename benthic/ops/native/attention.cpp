@@ -20,13 +20,15 @@ struct Shape {
     int64_t time, heads, nope, rope, value;
     float scale;
     int64_t start = 0;  // keys before the first query; the backward pass has none
-    bool tiles = false;  // for products
+    int64_t units = kBlas;  // for products
     int64_t keys() const { return start + time; }
-    int64_t queries() const { return tiles ? kQueriesOnTiles : kQueries; }  // a block of them
+    int64_t queries() const { return units == kTiles ? kQueriesOnTiles : kQueries; }  // a block of them
     int64_t q_stride() const { return heads * (nope + rope); }
     int64_t kv_stride() const { return heads * (nope + value); }
     int64_t out_stride() const { return heads * value; }
 };
+
+int64_t units_for(int64_t nope, int64_t units) { return nope >= kWideForTiles ? units : std::min<int64_t>(units, kVectors); }
 
 // Where one head of one sequence lies in each tensor.
 struct Head {
@@ -64,9 +66,9 @@ struct Range {
 // Scaled scores (rows, keys) of a block of queries with a block of keys.
 template <typename T>
 void scores(const Shape& s, const T* q, const T* k, const T* k_rope, int64_t rows, int64_t keys, float* out) {
-    gemm(s.tiles, 'N', 'T', rows, keys, s.nope, s.scale, q, s.q_stride(), k, s.kv_stride(), 0.0f, out, keys);
+    gemm(s.units, 'N', 'T', rows, keys, s.nope, s.scale, q, s.q_stride(), k, s.kv_stride(), 0.0f, out, keys);
     if (s.rope == 0) return;
-    gemm(s.tiles, 'N', 'T', rows, keys, s.rope, s.scale, q + s.nope, s.q_stride(), k_rope, s.rope, 1.0f, out, keys);
+    gemm(s.units, 'N', 'T', rows, keys, s.rope, s.scale, q + s.nope, s.q_stride(), k_rope, s.rope, 1.0f, out, keys);
 }
 
 // Set to zero what lies outside of the range.
@@ -119,7 +121,7 @@ void forward_block(const Shape& s, const T* q, const T* kv, const T* k_rope, con
             if (key > 0)
                 for (int64_t i = 0; i < s.value; ++i) o[r * s.value + i] *= rescale;
         }
-        gemm(s.tiles, 'N', 'N', rows, s.value, keys, 1.0f, p, keys, k + s.nope, s.kv_stride(), key > 0 ? 1.0f : 0.0f, o,
+        gemm(s.units, 'N', 'N', rows, s.value, keys, 1.0f, p, keys, k + s.nope, s.kv_stride(), key > 0 ? 1.0f : 0.0f, o,
              s.value);
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -184,17 +186,17 @@ void backward_head(const Shape& s, const T* dout, const T* q, const T* kv, const
             const T *k = kv + key * s.kv_stride(), *kr = k_rope + key * s.rope;
             float *dk = dkv_sum + key * wide_kv, beta = key > 0 ? 1.0f : 0.0f;
             scores(s, qb, k, kr, rows, keys, x);
-            gemm(s.tiles, 'N', 'T', rows, keys, s.value, 1.0f, db, s.out_stride(), k + s.nope, s.kv_stride(), 0.0f, dx, keys);
+            gemm(s.units, 'N', 'T', rows, keys, s.value, 1.0f, db, s.out_stride(), k + s.nope, s.kv_stride(), 0.0f, dx, keys);
             for (int64_t r = 0; r < rows; ++r)
                 softmax_backward(x + r * keys, dx + r * keys, p + r * keys, ds + r * keys, keys,
                                  Range(first, query + r, key, keys), lse[query + r], delta[r], s.scale);
-            gemm(s.tiles, 'T', 'N', keys, s.value, rows, 1.0f, p, keys, db, s.out_stride(), 1.0f, dk + s.nope, wide_kv);
-            gemm(s.tiles, 'T', 'N', keys, s.nope, rows, 1.0f, ds, keys, qb, s.q_stride(), 1.0f, dk, wide_kv);
-            gemm(s.tiles, 'N', 'N', rows, s.nope, keys, 1.0f, ds, keys, k, s.kv_stride(), beta, dq_sum, wide_q);
+            gemm(s.units, 'T', 'N', keys, s.value, rows, 1.0f, p, keys, db, s.out_stride(), 1.0f, dk + s.nope, wide_kv);
+            gemm(s.units, 'T', 'N', keys, s.nope, rows, 1.0f, ds, keys, qb, s.q_stride(), 1.0f, dk, wide_kv);
+            gemm(s.units, 'N', 'N', rows, s.nope, keys, 1.0f, ds, keys, k, s.kv_stride(), beta, dq_sum, wide_q);
             if (s.rope == 0) continue;
-            gemm(s.tiles, 'T', 'N', keys, s.rope, rows, 1.0f, ds, keys, qb + s.nope, s.q_stride(), 1.0f,
+            gemm(s.units, 'T', 'N', keys, s.rope, rows, 1.0f, ds, keys, qb + s.nope, s.q_stride(), 1.0f,
                  dk_rope + key * s.rope, s.rope);
-            gemm(s.tiles, 'N', 'N', rows, s.rope, keys, 1.0f, ds, keys, kr, s.rope, beta, dq_sum + s.nope, wide_q);
+            gemm(s.units, 'N', 'N', rows, s.rope, keys, 1.0f, ds, keys, kr, s.rope, beta, dq_sum + s.nope, wide_q);
         }
         store_rows(dq_sum, dq + query * s.q_stride(), rows, wide_q, s.q_stride());
     }
@@ -204,8 +206,8 @@ void backward_head(const Shape& s, const T* dout, const T* q, const T* kv, const
 template <typename T>
 void attention_forward(const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse,
                        int64_t batch, int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value,
-                       float scale, int64_t start, int64_t tiles) {
-    const Shape s{time, heads, nope, rope, value, scale, start, tiles && nope >= kWideForTiles};
+                       float scale, int64_t start, int64_t units) {
+    const Shape s{time, heads, nope, rope, value, scale, start, units_for(nope, units)};
     const int64_t queries = s.queries();
     const int64_t blocks = (time + queries - 1) / queries;
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
@@ -223,8 +225,8 @@ void attention_forward(const T* q, const T* kv, const T* k_rope, const int64_t* 
 template <typename T>
 void attention_backward(const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first, const T* out,
                         const float* lse, T* dq, T* dkv, float* dk_rope_h, int64_t batch, int64_t time, int64_t heads,
-                        int64_t nope, int64_t rope, int64_t value, float scale, int64_t tiles) {
-    const Shape s{time, heads, nope, rope, value, scale, 0, tiles && nope >= kWideForTiles};
+                        int64_t nope, int64_t rope, int64_t value, float scale, int64_t units) {
+    const Shape s{time, heads, nope, rope, value, scale, 0, units_for(nope, units)};
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t index = 0; index < batch * heads; ++index) {
         const Head at(s, index);
@@ -238,15 +240,15 @@ void attention_backward(const T* dout, const T* q, const T* kv, const T* k_rope,
 
 #define ARGS(T) (const T* q, const T* kv, const T* k_rope, const int64_t* first, T* out, float* lse, int64_t batch, \
                  int64_t time, int64_t heads, int64_t nope, int64_t rope, int64_t value, float scale, int64_t start, \
-                 int64_t tiles)
+                 int64_t units)
 BENTHIC_EXPORT(attention_forward, ARGS,
-               (q, kv, k_rope, first, out, lse, batch, time, heads, nope, rope, value, scale, start, tiles))
+               (q, kv, k_rope, first, out, lse, batch, time, heads, nope, rope, value, scale, start, units))
 #undef ARGS
 #define ARGS(T) (const T* dout, const T* q, const T* kv, const T* k_rope, const int64_t* first, const T* out,       \
                  const float* lse, T* dq, T* dkv, float* dk_rope_h, int64_t batch, int64_t time, int64_t heads,     \
                  int64_t nope, int64_t rope, int64_t value, float scale,             \
-                 int64_t tiles)
+                 int64_t units)
 BENTHIC_EXPORT(attention_backward, ARGS,
                (dout, q, kv, k_rope, first, out, lse, dq, dkv, dk_rope_h, batch, time, heads, nope, rope, value,
-                scale, tiles))
+                scale, units))
 #undef ARGS

@@ -44,9 +44,17 @@ struct bf16 {
     }
 };
 
-// The same product of fp32 on the processor's bf16 tiles (amx.cpp); false, and nothing done, where that would not pay.
+// What a product of fp32 may run on, by rising preference; a caller names the last one. Python's ops/product.py has the
+// same numbers.
+enum Units : int64_t { kBlas, kVectors, kTiles };
+
+// A product of fp32 on the processor's bf16 tiles (amx.cpp); false, and nothing done, where that would not pay.
 bool tile_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
                const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
+
+// The same on its vector units (vector_gemm.cpp).
+bool vector_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
+                 const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
 
 template <typename T>
 constexpr bool is_float = std::is_same_v<T, float>;
@@ -64,12 +72,14 @@ inline void gemm(char trans_a, char trans_b, int m, int n, int k, float alpha, c
                            k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
-// The same, on tiles if the caller wants that and it pays: only fp32 has use for it.
+// The same on one thread and on such units: only fp32 has use for them.
 template <typename T>
-void gemm(bool tiles, char trans_a, char trans_b, int m, int n, int k, float alpha, const T* a, int lda, const T* b,
+void gemm(int64_t units, char trans_a, char trans_b, int m, int n, int k, float alpha, const T* a, int lda, const T* b,
           int ldb, float beta, float* c, int ldc) {
-    if constexpr (is_float<T>)
-        if (tiles && tile_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
+    if constexpr (is_float<T>) {
+        if (units >= kTiles && tile_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
+        if (units >= kVectors && vector_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
+    }
     gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 

@@ -47,11 +47,11 @@ void combine(const T* y, const int64_t* slot, T* out, int64_t n, int64_t k, int6
     }
 }
 
-// gate_up_s (s, 2f) is kept for the backward pass; y (s, d) is working space; out (n, d). Products are on tiles if wanted.
+// gate_up_s (s, 2f) is kept for the backward pass; y (s, d) is working space; out (n, d). Products run on `units`.
 template <typename T>
 void experts_forward(const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset, const float* gate,
                      const T* gate_up, const T* down, T* gate_up_s, T* y, T* out, int64_t n, int64_t e, int64_t d,
-                     int64_t f, int64_t k, int64_t tiles) {
+                     int64_t f, int64_t k, int64_t units) {
     const std::vector<int64_t> order = by_load(offset, e);
 #pragma omp parallel
     {
@@ -64,11 +64,11 @@ void experts_forward(const T* x, const int64_t* token, const int64_t* slot, cons
                 T *gu_out = gate_up_s + at * 2 * f, *y_out = y + at * d;
                 float* gu = product(gu_out, 2, kBlock * 2 * f);
                 gather(x, token + at, rows, d, xb);
-                gemm(tiles, 'N', 'T', rows, 2 * f, d, 1.0f, xb, d, wgu, d, 0.0f, gu, 2 * f);
+                gemm(units, 'N', 'T', rows, 2 * f, d, 1.0f, xb, d, wgu, d, 0.0f, gu, 2 * f);
                 for (int64_t r = 0; r < rows; ++r) swiglu_row(gu + r * 2 * f, gate[at + r], hidden + r * f, f);
                 settle(gu, gu_out, rows * 2 * f);
                 float* yb = product(y_out, 3, kBlock * d);
-                gemm(tiles, 'N', 'T', rows, d, f, 1.0f, hidden, f, wd, f, 0.0f, yb, d);
+                gemm(units, 'N', 'T', rows, d, f, 1.0f, hidden, f, wd, f, 0.0f, yb, d);
                 settle(yb, y_out, rows * d);
             }
         }
@@ -77,12 +77,12 @@ void experts_forward(const T* x, const int64_t* token, const int64_t* slot, cons
 }
 
 // dgate (s) in sorted order; dx_s (s, d) is working space. Experts without rows get zero gradients. Without dx, or
-// without dgate_up and ddown, those are not computed. Products are on tiles if wanted.
+// without dgate_up and ddown, those are not computed. Products run on `units`.
 template <typename T>
 void experts_backward(const T* dout, const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset,
                       const float* gate, const T* gate_up_s, const T* gate_up, const T* down, T* dx_s, T* dx,
                       float* dgate, T* dgate_up, T* ddown, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k,
-                      int64_t tiles) {
+                      int64_t units) {
     const std::vector<int64_t> order = by_load(offset, e);
 #pragma omp parallel
     {
@@ -106,18 +106,18 @@ void experts_backward(const T* dout, const T* x, const int64_t* token, const int
                 const int64_t rows = std::min(kBlock, offset[expert + 1] - at);
                 const float beta = at == offset[expert] ? 0.0f : 1.0f;
                 gather(dout, token + at, rows, d, dy);
-                gemm(tiles, 'N', 'N', rows, f, d, 1.0f, dy, d, wd, f, 0.0f, dhidden, f);
+                gemm(units, 'N', 'N', rows, f, d, 1.0f, dy, d, wd, f, 0.0f, dhidden, f);
                 for (int64_t r = 0; r < rows; ++r)
                     dgate[at + r] = swiglu_row_backward(gate_up_s + (at + r) * 2 * f, gate[at + r], dhidden + r * f,
                                                         hidden + r * f, dgu + r * 2 * f, f);
                 if (dgate_up) {
                     gather(x, token + at, rows, d, xb);
-                    gemm(tiles, 'T', 'N', d, f, rows, 1.0f, dy, d, hidden, f, beta, dwd, f);
-                    gemm(tiles, 'T', 'N', 2 * f, d, rows, 1.0f, dgu, 2 * f, xb, d, beta, dwgu, d);
+                    gemm(units, 'T', 'N', d, f, rows, 1.0f, dy, d, hidden, f, beta, dwd, f);
+                    gemm(units, 'T', 'N', 2 * f, d, rows, 1.0f, dgu, 2 * f, xb, d, beta, dwgu, d);
                 }
                 if (!dx) continue;
                 float* dxb = product(dx_s + at * d, 7, kBlock * d);
-                gemm(tiles, 'N', 'N', rows, d, 2 * f, 1.0f, dgu, 2 * f, wgu, d, 0.0f, dxb, d);
+                gemm(units, 'N', 'N', rows, d, 2 * f, 1.0f, dgu, 2 * f, wgu, d, 0.0f, dxb, d);
                 settle(dxb, dx_s + at * d, rows * d);
             }
             if (dgate_up) {
@@ -180,15 +180,15 @@ BENTHIC_EXPORT(experts_of_one_token, ARGS, (x, expert, gate, gate_up, down, gate
 #undef ARGS
 #define ARGS(T) (const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset, const float* gate,   \
                  const T* gate_up, const T* down, T* gate_up_s, T* y, T* out, int64_t n, int64_t e, int64_t d,      \
-                 int64_t f, int64_t k, int64_t tiles)
+                 int64_t f, int64_t k, int64_t units)
 BENTHIC_EXPORT(experts_forward, ARGS,
-               (x, token, slot, offset, gate, gate_up, down, gate_up_s, y, out, n, e, d, f, k, tiles))
+               (x, token, slot, offset, gate, gate_up, down, gate_up_s, y, out, n, e, d, f, k, units))
 #undef ARGS
 #define ARGS(T) (const T* dout, const T* x, const int64_t* token, const int64_t* slot, const int64_t* offset,       \
                  const float* gate, const T* gate_up_s, const T* gate_up, const T* down, T* dx_s, T* dx,            \
                  float* dgate, T* dgate_up, T* ddown, int64_t n, int64_t e, int64_t d, int64_t f, int64_t k,        \
-                 int64_t tiles)
+                 int64_t units)
 BENTHIC_EXPORT(experts_backward, ARGS,
                (dout, x, token, slot, offset, gate, gate_up_s, gate_up, down, dx_s, dx, dgate, dgate_up, ddown, n, e,
-                d, f, k, tiles))
+                d, f, k, units))
 #undef ARGS

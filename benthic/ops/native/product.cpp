@@ -1,4 +1,4 @@
-// One large fp32 product on tiles and all threads, each of which takes a part of the longer side.
+// One large fp32 product on all threads, each of which takes a part of the longer side.
 
 #include "common.h"
 
@@ -6,7 +6,8 @@ using namespace benthic;
 
 // c (m, n) = a b, or c += a b. A factor whose first dimension is the dense one lies `across`.
 extern "C" void product_f32(const float* a, int64_t across_a, int64_t lda, const float* b, int64_t across_b,
-                            int64_t ldb, float* c, int64_t ldc, int64_t m, int64_t n, int64_t k, int64_t add) {
+                            int64_t ldb, float* c, int64_t ldc, int64_t m, int64_t n, int64_t k, int64_t add,
+                            int64_t units) {
     constexpr int64_t grain = 32;
     const char trans_a = across_a ? 'T' : 'N', trans_b = across_b ? 'T' : 'N';
     const bool by_rows = m >= n;
@@ -18,10 +19,10 @@ extern "C" void product_f32(const float* a, int64_t across_a, int64_t lda, const
         const int64_t to = std::min(grains * (thread + 1) / threads * grain, by_rows ? m : n);
         if (from < to) {
             if (by_rows)
-                gemm(true, trans_a, trans_b, to - from, n, k, 1.0f, a + from * (across_a ? 1 : lda), lda, b, ldb,
+                gemm(units, trans_a, trans_b, to - from, n, k, 1.0f, a + from * (across_a ? 1 : lda), lda, b, ldb,
                      add ? 1.0f : 0.0f, c + from * ldc, ldc);
             else
-                gemm(true, trans_a, trans_b, m, to - from, k, 1.0f, a, lda, b + from * (across_b ? ldb : 1), ldb,
+                gemm(units, trans_a, trans_b, m, to - from, k, 1.0f, a, lda, b + from * (across_b ? ldb : 1), ldb,
                      add ? 1.0f : 0.0f, c + from, ldc);
         }
     }

@@ -1,15 +1,15 @@
-"""Reading a prompt on AMX tiles beside reading it by the BLAS, in turn in one process, as shares of the GEMM peak.
+"""Reading a prompt in fp32 with products of our own beside the same by the BLAS, in turn, as shares of its peak.
 
-    python benchmarks/prefill_on_tiles.py [PRESET] [--context 512] [--pairs 9]
+    python benchmarks/prefill_vs_blas.py [PRESET] [--context 512] [--pairs 9]
 
-Medians; the GEMM rate is measured before each pair.
+On AMX tiles where there are such, else on vector units. Medians; the GEMM rate is measured before each pair.
 """
 
 from functools import partial
 
 import torch
+from blas_pairs import print_pairs
 from steps import script_parser
-from tile_pairs import print_pairs
 
 from benthic.config.presets import PRESETS
 from benthic.lab.bench_inference import prefill_flops, prompt_reader

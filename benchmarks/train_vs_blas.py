@@ -1,14 +1,16 @@
-"""Training steps in fp32 on AMX tiles beside the same by the BLAS, in turn in one process, as shares of the GEMM peak.
+"""Training in fp32 with products of our own beside the same by the BLAS, step by step in turn, as shares of its peak.
 
-    python benchmarks/train_on_tiles.py [RECIPE] [KEY=VALUE ...] [--pairs 5]
+    python benchmarks/train_vs_blas.py [RECIPE] [KEY=VALUE ...] [--pairs 5]
 
-By default of the recipe ``bench``: bench-108m, 8 sequences of 512. Medians; the GEMM rate is measured before each pair.
+By default of the recipe ``bench``: bench-108m, 8 sequences of 512. On AMX tiles where there are such, else on vector
+units. Medians; the GEMM rate is measured before each pair.
 """
 
+from blas_pairs import print_pairs
 from steps import config_of, recipe_parser, training_step
-from tile_pairs import print_pairs
 
 from benthic.console import mistakes_in_one_line
+from benthic.ops import native
 from benthic.plan.flops import training_flops
 from benthic.train.memory import settle_memory
 from benthic.train.trial import heaviest_mtp
@@ -18,7 +20,7 @@ def main() -> None:
     parser = recipe_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     given = parser.parse_args()
-    config = config_of(given, "precision.compute=fp32-tiles")
+    config = config_of(given, f"precision.compute={'fp32-tiles' if native.has_tiles() else 'fp32'}")
     train = config.train
     settle_memory()
     tokens = train.batch_size * train.sequence_length
