@@ -1,8 +1,12 @@
 """Products of fp32 on vector units and on tiles: exact, each number the same in any company, and only where wanted."""
 
+import ctypes
+import dataclasses
+import platform
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from benthic.ops import native
 from benthic.ops.attention import causal_attention, causal_attention_reference
 from benthic.ops.cross_entropy import linear_cross_entropy
 from benthic.ops.experts import routed_experts, routed_experts_reference
+from benthic.ops.native import build
 from benthic.ops.product import Units, multiply, own_products, said_of_kernels, units_here
 
 
@@ -89,6 +94,29 @@ def test_a_product_is_as_exact_as_fp32(
     product(units, a, b, out.copy_(before[:, :n]), add=True)
     assert error(out, a, b, before[:, :n]) < 1e-6
     assert torch.equal(wide[:, n:], before[:, n:]), "written beyond the result"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 architectures")
+@pytest.mark.parametrize(("architecture", "feature"), [("haswell", "avx2"), ("skylake-avx512", "avx512vl")])
+def test_vector_units_of_any_width(
+    architecture: str, feature: str, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "torch" or feature not in build._processor():
+        pytest.skip("a kernel's own test, on a processor that can run it")
+    monkeypatch.setattr(native, "_load", lambda: (compiled_for(architecture, tmp_path), "compiled for a test"))
+    for shape in SHAPES:
+        for across_a, across_b in ((False, False), (False, True), (True, False), (True, True)):
+            test_a_product_is_as_exact_as_fp32(Units.VECTORS, shape, across_a, across_b)
+
+
+def compiled_for(architecture: str, folder: Path) -> ctypes.CDLL:
+    """The kernels for another processor."""
+    recipe, target = build._LIBRARIES["kernels"], folder / f"{architecture}.so"
+    if not target.exists():
+        flags = (*recipe.flags, f"-march={architecture}")
+        build._compile(build._compiler(), dataclasses.replace(recipe, flags=flags), target)
+    return ctypes.CDLL(str(target))
 
 
 def test_every_bit_of_a_number_counts(units: Units) -> None:

@@ -6,8 +6,8 @@
 // before is multiplied. A strip times a panel is summed in registers (Goto and van de Geijn, Anatomy of
 // High-Performance Matrix Multiplication, 2008).
 //
-// Each element of the result is one chain of fused multiply-adds over k in order, cut into blocks of 512, whatever is
-// computed beside it.
+// Each element of the result is one chain of fused multiply-adds over k in order, cut into blocks that k and the layout
+// alone decide, whatever is computed beside it.
 
 #include "common.h"
 
@@ -32,7 +32,8 @@ constexpr int64_t kStrip = 6;
 #endif
 constexpr int64_t kPanel = 2 * kLanes;           // lines of a panel
 constexpr int64_t kBlockK = 512;                 // k of a panel
-constexpr int64_t kApart = kBlockK + kLineWords; // between lines of a strip: in different sets of the first cache
+constexpr int64_t kWholeK = 1024;                // k up to which a panel has all of it, if both factors lie along k
+constexpr int64_t kApart = kWholeK + kLineWords; // between lines of a strip: in different sets of the first cache
 constexpr int64_t kResident = 512 << 10;         // bytes of panels that stay in the second cache
 
 // What to ask for from memory while a strip and a panel are multiplied, for every cache line of k.
@@ -40,7 +41,7 @@ struct Ahead {
     const float* data;
     int64_t count, stride, advance;
     void ask(int64_t step) const {
-        for (int64_t i = 0; i < count; ++i) _mm_prefetch(data + step * advance + i * stride, _MM_HINT_T1);
+        for (int64_t i = 0; i < count; ++i) _mm_prefetch(data + step * advance + i * stride, _MM_HINT_T0);
     }
 };
 
@@ -255,9 +256,10 @@ bool vector_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, fl
     const Factor left = trans_a == 'N' ? Factor{a, m, lda, 1} : Factor{a, m, 1, lda};
     const Factor right = trans_b == 'N' ? Factor{b, n, 1, ldb} : Factor{b, n, ldb, 1};
     const bool exchanged = keeps_left(left, right);
-    for (int64_t at = 0; at < k; at += kBlockK) {
+    const int64_t block_k = left.along_k() && right.along_k() && k <= kWholeK ? kWholeK : kBlockK;
+    for (int64_t at = 0; at < k; at += block_k) {
         const Target target{c, ldc, alpha, exchanged, beta != 0.0f || at > 0};
-        const int64_t depth = std::min(kBlockK, k - at);
+        const int64_t depth = std::min(block_k, k - at);
         exchanged ? Product(right.from(0, at), left.from(0, at), depth, target).run()
                   : Product(left.from(0, at), right.from(0, at), depth, target).run();
     }
