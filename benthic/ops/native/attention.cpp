@@ -28,7 +28,7 @@ struct Shape {
     int64_t out_stride() const { return heads * value; }
 };
 
-int64_t units_for(int64_t nope, int64_t units) { return nope >= kWideForTiles ? units : std::min<int64_t>(units, kVectors); }
+int64_t units_for(int64_t nope, int64_t units) { return units == kTiles && nope < kWideForTiles ? kBlas : units; }
 
 // Where one head of one sequence lies in each tensor.
 struct Head {

@@ -44,7 +44,7 @@ struct bf16 {
     }
 };
 
-// What a product of fp32 may run on, by rising preference; a caller names the last one. Python's ops/product.py has the
+// What a product of fp32 is to run on; what does not pay on tiles is left to the BLAS. Python's ops/product.py has the
 // same numbers.
 enum Units : int64_t { kBlas, kVectors, kTiles };
 
@@ -77,8 +77,8 @@ template <typename T>
 void gemm(int64_t units, char trans_a, char trans_b, int m, int n, int k, float alpha, const T* a, int lda, const T* b,
           int ldb, float beta, float* c, int ldc) {
     if constexpr (is_float<T>) {
-        if (units >= kTiles && tile_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
-        if (units >= kVectors && vector_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
+        if (units == kTiles && tile_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
+        if (units == kVectors && vector_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
     }
     gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
