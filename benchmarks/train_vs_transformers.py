@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
 from steps import Step, compute_of, config_of, ratio, recipe_parser, seconds_in_turns, training_step
-from transformers_peer import WITHOUT_MTP, peer_step, refuse_what_it_lacks
+from transformers_peer import WITHOUT_MTP, peer_library, peer_step, refuse_what_it_lacks
 
 from benthic.config.schema import RunConfig
 from benthic.console import mistakes_in_one_line
@@ -45,6 +45,7 @@ def main() -> None:
     """Prints tokens per second, share of the GEMM peak, and the ratios."""
     config = config_of(recipe_parser(__doc__).parse_args(), WITHOUT_MTP)
     refuse_what_it_lacks(config)
+    peer_library()  # missing, it is said once
     steps = {name: in_its_own_process(name, config) for name in MAKERS}
     times = seconds_in_turns(steps, config.train.steps or 5)
     gemm_gflops = measure_gemm_gflops(compute_dtype(compute_of(config)))

@@ -66,13 +66,23 @@ def refuse_what_it_lacks(config: RunConfig) -> None:
             raise InputError(f"{setting}: not compared; the peer takes whole batches in fp32 or bf16 with AdamW alone")
 
 
-def fresh_model(config: RunConfig, implementation: dict[str, str]) -> Any:
-    """Its model of these sizes, with its own choice of kernels where ``implementation`` names none."""
+def peer_library() -> Any:
+    """The library.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
     try:
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+        import transformers
     except ImportError as error:
         raise MissingExtra("transformers", "peers") from error
+    return transformers
+
+
+def fresh_model(config: RunConfig, implementation: dict[str, str]) -> Any:
+    """Its model of these sizes, with its own choice of kernels where ``implementation`` names none."""
+    library = peer_library()
     settings: dict[str, Any] = {**config_to_hf(config.model, torch.float32, {}), **implementation}
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**settings)).train()
+    model = library.DeepseekV3ForCausalLM(library.DeepseekV3Config(**settings)).train()
     assert all(getattr(model.config, f"_{key}") == value for key, value in implementation.items())
     return model

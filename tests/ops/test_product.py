@@ -98,7 +98,9 @@ def test_a_product_is_as_exact_as_fp32(
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 architectures")
-@pytest.mark.parametrize(("architecture", "feature"), [("haswell", "avx2"), ("skylake-avx512", "avx512vl")])
+@pytest.mark.parametrize(
+    ("architecture", "feature"), [("x86-64", "sse2"), ("haswell", "avx2"), ("skylake-avx512", "avx512vl")]
+)
 def test_vector_units_of_any_width(
     architecture: str, feature: str, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

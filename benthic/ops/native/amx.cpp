@@ -14,7 +14,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "lines.h"
+#include "factor.h"
+#include "simd.h"
 
 namespace {
 
@@ -43,6 +44,8 @@ inline __m512 remainder(__m512 x) {
     const __m512i kept = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff0000));
     return _mm512_sub_ps(x, _mm512_castsi512_ps(kept));
 }
+
+inline __mmask16 first(int64_t count) { return count >= kTile ? 0xffff : (1u << std::max<int64_t>(count, 0)) - 1; }
 
 // Pairs of bf16 of the three parts of 16 numbers and of the 16 that are multiplied beside them.
 inline void split(__m512 even, __m512 odd, Word* out, int64_t part_stride) {

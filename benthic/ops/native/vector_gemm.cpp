@@ -11,12 +11,11 @@
 
 #include "common.h"
 
-#if (defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))) && defined(__x86_64__)
-
 #include <array>
 #include <utility>
 
-#include "lines.h"
+#include "factor.h"
+#include "simd.h"
 
 // Only builds of PyTorch with MKL have it.
 extern "C" __attribute__((weak)) void MKL_Get_Version_String(char*, int);
@@ -25,23 +24,21 @@ namespace {
 
 using namespace benthic;
 
-#if defined(__AVX512F__)
-constexpr int64_t kStrip = 12;  // lines whose sums with a panel's are in registers
-#else
-constexpr int64_t kStrip = 6;
-#endif
-constexpr int64_t kPanel = 2 * kLanes;           // lines of a panel
-constexpr int64_t kBlockK = 512;                 // k of a panel
-constexpr int64_t kWholeK = 1024;                // k up to which a panel has all of it, if both factors lie along k
-constexpr int64_t kApart = kWholeK + kLineWords; // between lines of a strip: in different sets of the first cache
-constexpr int64_t kResident = 512 << 10;         // bytes of panels that stay in the second cache
+constexpr int kVectors = kManyRegisters ? 2 : 1;  // of a panel
+constexpr int kStrip = kManyRegisters ? 12 : 6;    // lines whose sums with a panel's are in registers
+constexpr int64_t kPanel = kVectors * kLanes;      // lines of a panel
+constexpr int64_t kLine = 16;                      // numbers in a line of a cache
+constexpr int64_t kBlockK = 512;                   // k of a panel
+constexpr int64_t kWholeK = 1024;                  // k up to which it has all, if both factors lie along k
+constexpr int64_t kApart = kWholeK + kLine;        // between lines of a strip: in different sets of the first cache
+constexpr int64_t kResident = 512 << 10;           // bytes of panels that stay in the second cache
 
 // What to ask for from memory while a strip and a panel are multiplied, for every cache line of k.
 struct Ahead {
     const float* data;
     int64_t count, stride, advance;
     void ask(int64_t step) const {
-        for (int64_t i = 0; i < count; ++i) _mm_prefetch(data + step * advance + i * stride, _MM_HINT_T0);
+        for (int64_t i = 0; i < count; ++i) __builtin_prefetch(data + step * advance + i * stride);
     }
 };
 
@@ -59,17 +56,17 @@ struct Strip {
         }
         for (int64_t k = 0; k < depth; ++k, to += kStrip)
             for (int64_t at = 0; at < lines; at += kLanes)
-                store_first(to + at, load_first(x.data + k * x.k_stride + at, lines - at), lines - at);
+                store_n(to + at, load_n(x.data + k * x.k_stride + at, lines - at), lines - at);
     }
 
     // A share of it, one of so many.
     Ahead ahead(int64_t share, int64_t shares) const {
         if (x.along_k()) {
             const int64_t from = lines * share / shares, to = lines * (share + 1) / shares;
-            return {x.data + from * x.line_stride, to - from, x.line_stride, kLineWords};
+            return {x.data + from * x.line_stride, to - from, x.line_stride, kLine};
         }
-        return {x.data + share * x.k_stride, (kLineWords + shares - 1 - share) / shares, shares * x.k_stride,
-                kLineWords * x.k_stride};
+        return {x.data + share * x.k_stride, (kLine + shares - 1 - share) / shares, shares * x.k_stride,
+                kLine * x.k_stride};
     }
 };
 
@@ -79,7 +76,7 @@ struct Panels {
     int64_t depth;
 
     int64_t count() const { return (x.lines + kPanel - 1) / kPanel; }
-    int64_t apart() const { return kPanel * depth + kLineWords; }  // lest all begin in the same set of a cache
+    int64_t apart() const { return kPanel * depth + kLine; }  // lest all begin in the same set of a cache
     int64_t lines(int64_t panel) const { return std::min(kPanel, x.lines - panel * kPanel); }
 
     void pack(float* to) const {
@@ -95,8 +92,8 @@ struct Panels {
         const int64_t width = lines(panel) > kLanes ? kPanel : kLanes;
         const float* from = x.data + k * x.k_stride + panel * kPanel;
         for (int64_t at = 0; at < width; at += kLanes) {
-            _mm_prefetch(from + at + 8 * x.k_stride, _MM_HINT_T0);
-            store(to + k * width + at, load_first(from + at, lines(panel) - at));
+            __builtin_prefetch(from + at + 8 * x.k_stride);
+            store(to + k * width + at, load_n(from + at, lines(panel) - at));
         }
     }
     void transpose_panel(int64_t panel, float* to) const {
@@ -104,9 +101,9 @@ struct Panels {
         for (int64_t k = 0; k < depth; k += kLanes)
             for (int64_t at = 0; at < width; at += kLanes) {
                 const float* from = x.data + (panel * kPanel + at) * x.line_stride + k;
-                Vector r[kLanes];
+                F16 r[kLanes];
                 for (int64_t i = 0; i < kLanes; ++i)
-                    r[i] = at + i < lines(panel) ? load_first(from + i * x.line_stride, depth - k) : zero();
+                    r[i] = at + i < lines(panel) ? load_n(from + i * x.line_stride, depth - k) : zero();
                 transpose(r);
                 for (int64_t i = 0; i < std::min(kLanes, depth - k); ++i) store(to + (k + i) * width + at, r[i]);
             }
@@ -117,19 +114,19 @@ struct Panels {
 template <int lines, int vectors, bool along_k>
 void multiply(const float* strip, const float* panel, int64_t depth, float* block, const Ahead& ahead) {
     constexpr int64_t line_stride = along_k ? kApart : 1, k_stride = along_k ? 1 : kStrip;
-    Vector sum[lines][vectors];
+    F16 sum[lines][vectors];
 #pragma GCC unroll 12
     for (int i = 0; i < lines; ++i)
         for (int v = 0; v < vectors; ++v) sum[i][v] = zero();
-    for (int64_t step = 0; step * kLineWords < depth; ++step) {
+    for (int64_t step = 0; step * kLine < depth; ++step) {
         ahead.ask(step);
-        const int64_t end = std::min((step + 1) * kLineWords, depth);
-        for (int64_t k = step * kLineWords; k < end; ++k, panel += vectors * kLanes) {
-            Vector right[vectors];
+        const int64_t end = std::min((step + 1) * kLine, depth);
+        for (int64_t k = step * kLine; k < end; ++k, panel += vectors * kLanes) {
+            F16 right[vectors];
             for (int v = 0; v < vectors; ++v) right[v] = load(panel + v * kLanes);
 #pragma GCC unroll 12
             for (int i = 0; i < lines; ++i) {
-                const Vector left = splat(strip[i * line_stride + k * k_stride]);
+                const F16 left = splat(strip[i * line_stride + k * k_stride]);
                 for (int v = 0; v < vectors; ++v) sum[i][v] = fma(left, right[v], sum[i][v]);
             }
         }
@@ -146,11 +143,15 @@ constexpr std::array<Multiply, kStrip> by_lines(std::index_sequence<i...>) {
     return {multiply<i + 1, vectors, along_k>...};
 }
 
-Multiply multiply_for(int64_t lines, int64_t panel_lines, bool along_k) {
+template <int vectors>
+Multiply multiply_for(int64_t lines, bool along_k) {
     constexpr auto counts = std::make_index_sequence<kStrip>();
-    static constexpr std::array<Multiply, kStrip> all[2][2] = {
-        {by_lines<1, false>(counts), by_lines<1, true>(counts)}, {by_lines<2, false>(counts), by_lines<2, true>(counts)}};
-    return all[panel_lines > kLanes][along_k][lines - 1];
+    static constexpr std::array<Multiply, kStrip> all[2] = {by_lines<vectors, false>(counts),
+                                                            by_lines<vectors, true>(counts)};
+    return all[along_k][lines - 1];
+}
+Multiply multiply_for(int64_t lines, int64_t panel_lines, bool along_k) {
+    return panel_lines > kLanes ? multiply_for<kVectors>(lines, along_k) : multiply_for<1>(lines, along_k);
 }
 
 // Where a product goes: c = alpha times it, or its transpose, added to what is there if `add`.
@@ -164,8 +165,8 @@ struct Target {
     void ask(int64_t line, int64_t lines, int64_t column, int64_t columns) const {
         if (transposed) std::swap(line, column), std::swap(lines, columns);
         for (int64_t i = 0; i < lines; ++i)
-            for (int64_t at = 0; at < columns; at += kLineWords)
-                _mm_prefetch(c + (line + i) * ldc + column + at, _MM_HINT_T0);
+            for (int64_t at = 0; at < columns; at += kLine)
+                __builtin_prefetch(c + (line + i) * ldc + column + at);
     }
 
     void settle(const float* block, int64_t line, int64_t lines, int64_t column, int64_t columns) const {
@@ -179,14 +180,14 @@ struct Target {
         for (int64_t i = 0; i < lines; ++i) put(load(block + i * kPanel), c + (line + i) * ldc + column, columns);
     }
     void settle_transposed(const float* block, int64_t line, int64_t lines, int64_t column, int64_t columns) const {
-        Vector r[kLanes];
+        F16 r[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) r[i] = i < lines ? load(block + i * kPanel) : zero();
         transpose(r);
         for (int64_t j = 0; j < std::min(kLanes, columns); ++j) put(r[j], c + (column + j) * ldc + line, lines);
     }
-    void put(Vector x, float* to, int64_t count) const {
-        x = scaled(x, alpha);
-        store_first(to, add ? plus(load_first(to, count), x) : x, count);
+    void put(F16 x, float* to, int64_t count) const {
+        x = x * splat(alpha);
+        store_n(to, add ? load_n(to, count) + x : x, count);
     }
 };
 
@@ -270,21 +271,10 @@ bool vector_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, fl
 
 // Whether it is faster than the BLAS: than MKL on processors that are not Intel's.
 extern "C" int64_t has_fast_vectors() {
+#if BENTHIC_AVX512 || BENTHIC_AVX2
     __builtin_cpu_init();
     return MKL_Get_Version_String && !__builtin_cpu_is("intel");
-}
-
 #else
-
-namespace benthic {
-
-bool vector_gemm(char, char, int64_t, int64_t, int64_t, float, const float*, int64_t, const float*, int64_t, float,
-                 float*, int64_t) {
-    return false;
-}
-
-}  // namespace benthic
-
-extern "C" int64_t has_fast_vectors() { return 0; }
-
+    return 0;
 #endif
+}

@@ -9,7 +9,7 @@
 
 #include "../e4m3.h"
 #include "matrix.h"
-#include "simd.h"
+#include "../simd.h"
 
 namespace benthic {
 

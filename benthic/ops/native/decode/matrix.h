@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace benthic {
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "simd.h"
+#include "../simd.h"
 
 namespace benthic {
 

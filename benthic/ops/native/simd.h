@@ -1,11 +1,12 @@
-// Sixteen fp32 or int32 lanes, on AVX-512, on AVX2, or on whatever the compiler makes of plain vectors. Sums are never
-// reordered here (the library is compiled without leave to), so a kernel gives the same bits wherever it is inlined.
+// Sixteen fp32 or int32 lanes, on AVX-512, on AVX2, or on whatever the compiler makes of plain vectors. Decoding is
+// compiled without leave to reorder sums, so that a kernel of it gives the same bits wherever it is inlined.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
@@ -144,6 +145,35 @@ inline I16 dot4(I16 acc, Bytes w, int32_t x, [[maybe_unused]] int32_t even, [[ma
 #endif
 }
 
+// 16 x 16 numbers of 32 bits, transposed. Static, so that each file has its own to inline.
+static inline void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; ++j) {
+            t[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            t[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {
+        r[j] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0x88);
+        r[j + 8] = _mm512_shuffle_i32x4(t[j], t[j + 8], 0xdd);
+    }
+}
+static inline void transpose(F16 (&r)[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; ++i) t[i] = _mm512_castps_si512(r[i].v);
+    transpose(t);
+    for (int i = 0; i < 16; ++i) r[i].v = _mm512_castsi512_ps(t[i]);
+}
+
 #else  // two halves of eight, or plain vectors
 
 constexpr bool kManyRegisters = false;
@@ -198,6 +228,38 @@ inline __m256 widen_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 inline F16 load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+
+// Eight rows of eight numbers, transposed.
+inline void transpose(__m256 (&r)[8]) {
+    __m256 t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            r[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+            r[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+        }
+    for (int j = 0; j < 4; ++j) {
+        t[j] = _mm256_permute2f128_ps(r[j], r[j + 4], 0x20);
+        t[j + 4] = _mm256_permute2f128_ps(r[j], r[j + 4], 0x31);
+    }
+    for (int j = 0; j < 8; ++j) r[j] = t[j];
+}
+// 16 x 16 numbers, transposed.
+inline void transpose(F16 (&r)[16]) {
+    __m256 blocks[4][8];
+    for (int i = 0; i < 8; ++i) {
+        blocks[0][i] = r[i].a, blocks[1][i] = r[i].b;
+        blocks[2][i] = r[8 + i].a, blocks[3][i] = r[8 + i].b;
+    }
+    for (auto& block : blocks) transpose(block);
+    for (int i = 0; i < 8; ++i) {
+        r[i] = {blocks[0][i], blocks[2][i]};
+        r[8 + i] = {blocks[1][i], blocks[3][i]};
+    }
+}
 
 inline I16 splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline F16 to_float(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
@@ -260,6 +322,11 @@ inline float sum(F16 x) {
 }
 inline F16 load_bf16(const uint16_t* p) { return each([&](int i) { return from_bf16(p[i]); }); }
 
+inline void transpose(F16 (&r)[16]) {
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < i; ++j) std::swap(r[i].v[j], r[j].v[i]);
+}
+
 inline I16 splat_int(int32_t x) {
     I16 out;
     for (int32_t& lane : out.v) lane = x;
@@ -294,11 +361,13 @@ inline I16 dot4(I16 acc, Bytes w, int32_t x, int32_t, int32_t) {
 // What both do by way of memory.
 
 inline F16 load_n(const float* p, int64_t n) {
+    if (n >= kLanes) return load(p);
     float lanes[16] = {};
     std::memcpy(lanes, p, std::min(n, kLanes) * sizeof(float));
     return load(lanes);
 }
 inline void store_n(float* p, F16 x, int64_t n) {
+    if (n >= kLanes) return store(p, x);
     float lanes[16];
     store(lanes, x);
     std::memcpy(p, lanes, std::min(n, kLanes) * sizeof(float));
