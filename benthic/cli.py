@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup, TyperOption
 
 from benthic import __version__, console, torchrun
 from benthic.errors import InputError, WorkFailed
@@ -25,12 +26,27 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
+
+class _Group(TyperGroup):
+    """A group of commands whose ``--help`` is a plain False where it is not given: for a missing one typer imports
+    pydantic, a tenth of a second, before it shows any command's help.
+    """
+
+    def get_help_option(self, ctx: Any) -> TyperOption | None:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Train, talk to and measure DeepSeek-V3-style models on the hardware you have.",
     epilog="Begin with: benthic run --out runs/quickstart",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
 bench = typer.Typer(
+    cls=_Group,
     help="Measure speed here, as a share of what this machine can do at best.",
     epilog="Example: benthic bench train --json", no_args_is_help=True,
 )  # fmt: skip
@@ -197,13 +213,13 @@ def _print_dry_run(config: "RunConfig", gpu: str | None, json_: bool) -> None:
 
 @app.command(epilog="Example: benthic sft chats.toml --out runs/assistant --from runs/quickstart")
 def sft(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
-    """Fine-tune a model on the answers in conversations, [posttrain.sft] of a recipe; run it again to resume."""
+    """Fine-tune a model on the answers in conversations, posttrain.sft of a recipe; run it again to resume."""
     _posttrain("sft", recipe, out, from_, set_)
 
 
 @app.command(epilog="Example: benthic rl sums.toml --out runs/reasoner --from runs/assistant")
 def rl(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
-    """Let a model learn from rewards (GRPO), [posttrain.rl] of a recipe; run it again to resume."""
+    """Let a model learn from rewards (GRPO), posttrain.rl of a recipe; run it again to resume."""
     _posttrain("rl", recipe, out, from_, set_)
 
 
@@ -212,7 +228,7 @@ def problems(
     recipe: Recipe, out: Out, set_: Set = None,
     count: Annotated[int, typer.Option("--count", min=1, help="Problems of each source with their answers.")] = 1000,
 ) -> None:  # fmt: skip
-    """Write problems of [posttrain.rl] with answers, to fine-tune on first, and task files of those held out."""
+    """Write problems of posttrain.rl with answers, to fine-tune on first, and task files of those held out."""
     from benthic.config.load import load_posttrain_config
     from benthic.config.presets import PRESETS
     from benthic.posttrain.problem_files import write_problems
@@ -225,7 +241,7 @@ def problems(
 
 @app.command(epilog="Example: benthic distil teacher.toml --out answers")
 def distil(recipe: Recipe, out: Out, set_: Set = None, json_: Json = False) -> None:
-    """Sample a teacher's answers, [posttrain.distil] of a recipe, and keep the good ones to fine-tune on; run it again
+    """Sample a teacher's answers, posttrain.distil of a recipe, and keep the good ones to fine-tune on; run it again
     to resume.
     """
     from benthic import api
@@ -248,7 +264,7 @@ def distil(recipe: Recipe, out: Out, set_: Set = None, json_: Json = False) -> N
 
 @app.command(epilog="Example: benthic reward preferences.toml --out runs/judge --from runs/assistant")
 def reward(recipe: Recipe, out: Out, from_: From, set_: Set = None) -> None:
-    """Train a reward model on pairs of answers, [posttrain.reward] of a recipe; run it again to resume."""
+    """Train a reward model on pairs of answers, posttrain.reward of a recipe; run it again to resume."""
     _refuse_several_processes()
     from benthic.api import train_reward_model
 

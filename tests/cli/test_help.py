@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import typer
+
+from benthic.cli import app
 
 COMMANDS = ["run", "data", "train", "sft", "distil", "eval", "chat", "generate", "serve", "import", "export",
             "report", "plan", "timeline", "bench stages", "bench train", "bench prefill", "bench decode"]  # fmt: skip
@@ -28,6 +31,12 @@ def test_help_within_half_a_second(command):
             break
     assert seconds < 0.5
     assert re.search(f"(Example|Begin with): benthic {command}", text)
+
+
+def test_help_says_all_that_a_command_s_docstring_does():
+    """What stands in brackets would be taken for markup, and not shown."""
+    for command in typer.main.get_command(app).commands.values():
+        assert not re.search(r"\[/?[a-z]", command.help or "")
 
 
 def test_a_mistake_leaves_no_traceback():
