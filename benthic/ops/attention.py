@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
-from benthic.ops.product import units_here
+from benthic.ops.product import units_for
 
 
 def causal_attention_reference(
@@ -66,7 +66,7 @@ class _NativeAttention(torch.autograd.Function):
         q_BTHK, kv_BTHX, k_rope_BTR = q_BTHK.contiguous(), kv_BTHX.contiguous(), k_rope_BTR.contiguous()
         out_BTHV, lse_BHT = _forward_native(q_BTHK, kv_BTHX, k_rope_BTR, first_BT, scale)
         ctx.save_for_backward(q_BTHK, kv_BTHX, k_rope_BTR, first_BT, out_BTHV, lse_BHT)
-        ctx.scale, ctx.units = scale, units_here()
+        ctx.scale, ctx.units = scale, units_for(q_BTHK)
         return out_BTHV
 
     @staticmethod
@@ -95,7 +95,7 @@ def _forward_native(
     lse_BHT = q_BTHK.new_empty(batch, heads, time, dtype=torch.float32)
     native.call(
         "attention_forward", q_BTHK, kv_BSHX, k_rope_BSR, first_BT, out_BTHV, lse_BHT, *sizes, scale,
-        kv_BSHX.shape[1] - time, int(units_here()),
+        kv_BSHX.shape[1] - time, int(units_for(q_BTHK)),
     )  # fmt: skip
     return out_BTHV, lse_BHT
 

@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx_ND is not None:
                 multiply(dlogits_CV, weight_VD, dx_ND[rows])
             if dweight_VD is not None:
-                _add_product(dweight_VD, dlogits_CV, x_ND[rows])
+                multiply(dlogits_CV.T, x_ND[rows], dweight_VD, add=True)
         ctx.save_for_backward(dx_ND, dweight_VD)
         return total / max(counted, 1)
 
@@ -71,16 +71,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (scale,) = grads
         pairs = zip(ctx.saved_tensors, wanted(ctx), strict=False)
         return *(d * scale.to(d.dtype) if d is not None and asked else None for d, asked in pairs), None
-
-
-def _add_product(total_VD: Tensor, dlogits_CV: Tensor, x_CD: Tensor) -> None:
-    """``total += dlogits.T @ x``, where ``total`` may be more precise than the factors."""
-    if total_VD.dtype == x_CD.dtype:
-        multiply(dlogits_CV.T, x_CD, total_VD, add=True)
-    elif native.usable(dlogits_CV, x_CD):
-        native.call("add_product", dlogits_CV, x_CD.contiguous(), total_VD, *total_VD.shape, len(x_CD))
-    else:
-        total_VD.add_(dlogits_CV.T @ x_CD)
 
 
 def _chunk_loss(logits_CV: Tensor, target_C: Tensor, counted: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from benthic.ops import native
-from benthic.ops.product import Units, units_here
+from benthic.ops.product import Units, units_for
 from benthic.ops.wanted import wanted
 
 
@@ -56,7 +56,7 @@ class _RoutedExperts(torch.autograd.Function):
         run = _forward_native if native.usable(x_ND, gate_up_EGD, down_EDF) else _forward_torch
         gate_up_SG, out_ND = run(*inputs)
         ctx.save_for_backward(*inputs, gate_up_SG, order_S)
-        ctx.units = units_here()
+        ctx.units = units_for(x_ND)
         return out_ND
 
     @staticmethod
@@ -82,7 +82,7 @@ def _forward_native(
     gate_up_SG, y_SD, out_ND = (x_ND.new_empty(shape) for shape in ((rows, 2 * f), (rows, d), (n, d)))
     native.call(
         "experts_forward", x_ND, token_S, slot_NK, _offsets(counts), gate_S.float(), gate_up_EGD, down_EDF, gate_up_SG,
-        y_SD, out_ND, n, e, d, f, slot_NK.shape[1], int(units_here()),
+        y_SD, out_ND, n, e, d, f, slot_NK.shape[1], int(units_for(x_ND)),
     )  # fmt: skip
     return gate_up_SG, out_ND
 

@@ -1,10 +1,11 @@
-"""Products of fp32 by Benthic's own kernels where the BLAS is slow: on vector units, or on the processor's bf16 tiles.
+"""Products by Benthic's own kernels where the BLAS is slow: on vector units, or of fp32 on the processor's bf16 tiles.
 
-On processors that are not Intel's, MKL leaves a quarter of the vector units' rate and more unused
-(``native/vector_gemm.cpp``). On tiles a number of fp32 is the sum of three of bf16; of the nine products of two such
+On processors that are not Intel's, MKL leaves a quarter of the vector units' rate and more unused, and in bf16 most of
+it (``native/vector_gemm.cpp``). On tiles a number of fp32 is the sum of three of bf16; of the nine products of two such
 sums, the six that matter in fp32 are computed (``native/amx.cpp``): as exact as fp32, and mostly faster, but slow at
 times on machines shared with others, so they are only for those who ask. Results differ from PyTorch's in the last
-bits, so nothing is multiplied by either unless it runs inside of :func:`own_products`.
+bits, so nothing of fp32 is multiplied by either unless it runs inside of :func:`own_products`. Kernels of bf16, whose
+results are rounded far above those bits, use the vector units wherever the BLAS is slow.
 
 Dimensions: T rows, D in, F out; M, N and K of any product.
 """
@@ -54,6 +55,13 @@ def units_here() -> Units:
     return _here.units
 
 
+def units_for(x: Tensor) -> Units:
+    """What kernels multiply such numbers on, in this place."""
+    if x.dtype == torch.bfloat16:
+        return Units.VECTORS if native.has_fast_vectors() else Units.BLAS
+    return units_here()
+
+
 def said_of_kernels(weight: Tensor, *, tiles: bool) -> str:
     """For reports: which kernels compute with such weights inside of :func:`own_products`."""
     if weight.device.type != "cpu":
@@ -91,9 +99,16 @@ def linear_as_here() -> Callable[..., Tensor]:
 
 
 def multiply(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, add: bool = False) -> None:
-    """``out = a @ b`` or ``out += a @ b``, on the units of this place; ``a`` and ``b`` may be transposed."""
-    if units_here() and _fit(a_MK, b_KN, out_MN):
-        _multiply_on(units_here(), a_MK, b_KN, out_MN, add=add)
+    """``out = a @ b`` or ``out += a @ b``, on the units of this place; ``a`` and ``b`` may be transposed.
+
+    A result of fp32 may have factors of bf16; it is then summed in fp32.
+    """
+    mixed = out_MN.dtype != a_MK.dtype
+    if (mixed or units_for(a_MK)) and _fit(a_MK, b_KN, out_MN):
+        _multiply_on(units_for(a_MK), a_MK, b_KN, out_MN, add=add)
+    elif mixed:
+        product = a_MK @ b_KN
+        out_MN.add_(product) if add else out_MN.copy_(product)
     elif add:
         out_MN.addmm_(a_MK, b_KN)
     else:
@@ -156,11 +171,12 @@ def _units_for(weight: Tensor, *, tiles: bool) -> Units:
 
 
 def _fit(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> bool:
-    three = a_MK, b_KN, out_MN
     return (
-        all(x.dtype == torch.float32 and (_dense(x) or _dense(x.T)) for x in three)
+        out_MN.dtype == torch.float32
+        and all(_dense(x) or _dense(x.T) for x in (a_MK, b_KN))
         and _dense(out_MN)
-        and native.usable(*three)
+        and native.usable(a_MK, b_KN)
+        and native.is_plain(out_MN)
     )
 
 
@@ -176,7 +192,7 @@ def _product_on(units: Units, a_MK: Tensor, b_KN: Tensor) -> Tensor:
 
 
 def _multiply_on(units: Units, a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, add: bool) -> None:
-    """Of matrices that are dense in one of their dimensions each, ``out`` in its last."""
+    """Of matrices that are dense in one of their dimensions each, ``out``, of fp32, in its last."""
     (m, k), n = a_MK.shape, b_KN.shape[1]
     native.call(
         "product", a_MK, *_layout(a_MK), b_KN, *_layout(b_KN), out_MN, out_MN.stride(0), m, n, k, int(add), int(units)

@@ -19,7 +19,8 @@ def compute_dtype(compute: Compute) -> torch.dtype:
 def fast_matmul_dtype(device: torch.device) -> torch.dtype:
     """The dtype for matrix products that need not be exact: bf16 where the device has units for it."""
     if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16", False) else torch.float32
+        able = torch.cpu.get_capabilities()
+        return torch.bfloat16 if able.get("amx_bf16") or able.get("avx512_bf16") else torch.float32
     return torch.bfloat16
 
 

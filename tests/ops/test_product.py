@@ -42,7 +42,7 @@ own = partial(own_products, tiles=True)
 def laid_out(x: Tensor, *, across: bool, spare: int) -> Tensor:
     """The same matrix with its first dimension dense instead of its second, and a gap between rows (or columns)."""
     rows = x.T if across else x
-    wide = torch.full((rows.shape[0], rows.shape[1] + spare), float("nan"))
+    wide = torch.full((rows.shape[0], rows.shape[1] + spare), float("nan"), dtype=x.dtype)
     wide[:, : rows.shape[1]] = rows
     view = wide[:, : rows.shape[1]]
     return view.T if across else view
@@ -50,7 +50,7 @@ def laid_out(x: Tensor, *, across: bool, spare: int) -> Tensor:
 
 def product(units: Units, a: Tensor, b: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
     """``a @ b`` by the kernel, into or added to ``out``."""
-    if units == Units.BLAS:
+    if not native.usable(a, b) or (units == Units.BLAS and a.dtype == torch.float32):
         pytest.skip("a kernel's own test")
     (m, k), n = a.shape, b.shape[1]
     (x, across_a, lda), (y, across_b, ldb) = (
@@ -75,16 +75,14 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("across_a", "across_b"), [(False, False), (False, True), (True, False), (True, True)])
-def test_a_product_is_as_exact_as_fp32(
-    units: Units, shape: tuple[int, int, int], across_a: bool, across_b: bool
-) -> None:
+def assert_exact(units: Units, shape: tuple[int, int, int], across_a: bool, across_b: bool, dtype: torch.dtype) -> None:
+    """A product of random factors, into a matrix and added to one, is within rounding of fp32."""
     m, n, k = shape
     generator = torch.Generator().manual_seed(m + n + k)
     # Rows of very different sizes: an error must be small beside its own row's numbers.
     a = torch.randn(m, k, generator=generator) * torch.logspace(-12, 12, m)[:, None]
     b = torch.randn(k, n, generator=generator) * torch.logspace(-6, 9, n)
+    a, b = a.to(dtype), b.to(dtype)
     a, b = laid_out(a, across=across_a, spare=5), laid_out(b, across=across_b, spare=3)
     assert error(product(units, a, b), a, b) < 1e-6
     wide = torch.randn(m, n + 7, generator=generator)
@@ -94,6 +92,28 @@ def test_a_product_is_as_exact_as_fp32(
     product(units, a, b, out.copy_(before[:, :n]), add=True)
     assert error(out, a, b, before[:, :n]) < 1e-6
     assert torch.equal(wide[:, n:], before[:, n:]), "written beyond the result"
+
+
+layouts = pytest.mark.parametrize(
+    ("across_a", "across_b"), [(False, False), (False, True), (True, False), (True, True)]
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@layouts
+def test_a_product_is_as_exact_as_fp32(
+    units: Units, shape: tuple[int, int, int], across_a: bool, across_b: bool
+) -> None:
+    assert_exact(units, shape, across_a, across_b, torch.float32)
+
+
+@pytest.mark.parametrize("units", [Units.VECTORS, Units.BLAS], ids=["vectors", "blas"])
+@pytest.mark.parametrize("shape", SHAPES)
+@layouts
+def test_a_product_of_bf16_is_as_exact_as_fp32(
+    units: Units, shape: tuple[int, int, int], across_a: bool, across_b: bool
+) -> None:
+    assert_exact(units, shape, across_a, across_b, torch.bfloat16)
 
 
 @pytest.mark.slow
@@ -109,7 +129,8 @@ def test_vector_units_of_any_width(
     monkeypatch.setattr(native, "_load", lambda: (compiled_for(architecture, tmp_path), "compiled for a test"))
     for shape in SHAPES:
         for across_a, across_b in ((False, False), (False, True), (True, False), (True, True)):
-            test_a_product_is_as_exact_as_fp32(Units.VECTORS, shape, across_a, across_b)
+            for dtype in (torch.float32, torch.bfloat16):
+                assert_exact(Units.VECTORS, shape, across_a, across_b, dtype)
 
 
 def compiled_for(architecture: str, folder: Path) -> ctypes.CDLL:
@@ -137,13 +158,16 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_row_is_the_same_in_any_company_and_on_any_threads(
-    units: Units, seed: int, threads: Callable[[int], None]
+    units: Units, dtype: torch.dtype, seed: int, threads: Callable[[int], None]
 ) -> None:
     """With more rows than columns and with fewer, which exchanges the factors."""
     generator = torch.Generator().manual_seed(seed)
     k, n = (int(x) for x in torch.randint(200, 1200, (2,), generator=generator))
-    a, weight = torch.randn(900, k, generator=generator), torch.randn(n, k, generator=generator)
+    if dtype == torch.bfloat16:
+        units = Units.VECTORS
+    a, weight = (torch.randn(rows, k, generator=generator).to(dtype) for rows in (900, n))
     whole = product(units, a, weight.T)
     for count in (1, 2, 3):
         threads(count)
@@ -311,6 +335,31 @@ def test_gradients_of_cross_entropy(units: Units, positions: int, called: list[t
     )
     if units:
         assert [name for name, _ in called].count("product") == 3 * -(-positions // 512)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_kernels_of_bf16_use_vector_units_wherever_the_blas_is_slow(
+    fast: bool, called: list[tuple[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside of ``own_products`` or not; gradients of the head are summed in fp32."""
+    if not native.usable(torch.zeros(1, dtype=torch.bfloat16)):
+        pytest.skip("no kernels of bf16")
+    monkeypatch.setattr(native, "has_fast_vectors", lambda: fast)
+    torch.manual_seed(0)
+    x, index = torch.randn(70, 64).bfloat16(), torch.rand(70, 4).topk(2, -1).indices
+    gate, gate_up, down = torch.rand(70, 2), torch.randn(4, 48, 64).bfloat16(), torch.randn(4, 64, 24).bfloat16()
+    q, kv, k_rope = (torch.randn(*shape).bfloat16() for shape in ((1, 70, 2, 48), (1, 70, 2, 64), (1, 70, 16)))
+    head, target = torch.randn(90, 64).bfloat16() * 0.1, torch.randint(90, (70,))
+    for kernel, reference, *inputs in (
+        (routed_experts, routed_experts_reference, x, index, gate, gate_up, down),
+        (partial(causal_attention, scale=0.3), partial(causal_attention_reference, scale=0.3), q, kv, k_rope),
+        (linear_cross_entropy, lambda x, head, target: F.cross_entropy(x @ head.T, target), x, head, target),
+    ):
+        wide = [t.double() if t.is_floating_point() else t for t in inputs]
+        for found, exact in zip(gradients_of(kernel, *inputs), gradients_of(reference, *wide), strict=True):
+            torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-2 * float(exact.abs().max()))
+    forward_and_back = ("experts_forward", "experts_backward", "attention_forward", "attention_backward", "product")
+    assert [units for name, units in called if name in forward_and_back] == [Units.VECTORS if fast else Units.BLAS] * 5
 
 
 def gradients(seed: int) -> list[Tensor]:

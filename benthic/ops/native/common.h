@@ -44,17 +44,18 @@ struct bf16 {
     }
 };
 
-// What a product of fp32 is to run on; what does not pay on tiles is left to the BLAS. Python's ops/product.py has the
-// same numbers.
+// What a product is to run on; what does not pay on tiles is left to the BLAS. Python's ops/product.py has the same
+// numbers.
 enum Units : int64_t { kBlas, kVectors, kTiles };
 
 // A product of fp32 on the processor's bf16 tiles (amx.cpp); false, and nothing done, where that would not pay.
 bool tile_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
                const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
 
-// The same on its vector units (vector_gemm.cpp).
-bool vector_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float* a, int64_t lda,
-                 const float* b, int64_t ldb, float beta, float* c, int64_t ldc);
+// The same on its vector units, of fp32 or of bf16 (vector_gemm.cpp).
+template <typename T>
+bool vector_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const T* a, int64_t lda,
+                 const T* b, int64_t ldb, float beta, float* c, int64_t ldc);
 
 template <typename T>
 constexpr bool is_float = std::is_same_v<T, float>;
@@ -72,14 +73,13 @@ inline void gemm(char trans_a, char trans_b, int m, int n, int k, float alpha, c
                            k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
-// The same on one thread and on such units: only fp32 has use for them.
+// The same on one thread and on such units; tiles are for fp32, as for bf16 the BLAS uses them itself.
 template <typename T>
 void gemm(int64_t units, char trans_a, char trans_b, int m, int n, int k, float alpha, const T* a, int lda, const T* b,
           int ldb, float beta, float* c, int ldc) {
-    if constexpr (is_float<T>) {
+    if constexpr (is_float<T>)
         if (units == kTiles && tile_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
-        if (units == kVectors && vector_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
-    }
+    if (units == kVectors && vector_gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc)) return;
     gemm(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 

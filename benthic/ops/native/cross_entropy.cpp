@@ -42,17 +42,8 @@ void cross_entropy_rows(T* logits, const int64_t* target, double* nats, int64_t 
     }
 }
 
-// total (v, d), always fp32, += transposed a (c, v) times b (c, d).
-template <typename T>
-void add_product(const T* a, const T* b, float* total, int64_t v, int64_t d, int64_t c) {
-    gemm('T', 'N', v, d, c, 1.0f, a, v, b, d, 1.0f, total, d);
-}
-
 }  // namespace
 
 #define ARGS(T) (T* logits, const int64_t* target, double* nats, int64_t n, int64_t v, int64_t ignore, float scale)
 BENTHIC_EXPORT(cross_entropy_rows, ARGS, (logits, target, nats, n, v, ignore, scale))
-#undef ARGS
-#define ARGS(T) (const T* a, const T* b, float* total, int64_t v, int64_t d, int64_t c)
-BENTHIC_EXPORT(add_product, ARGS, (a, b, total, v, d, c))
 #undef ARGS

@@ -1,13 +1,15 @@
-// One large fp32 product on all threads, each of which takes a part of the longer side.
+// One large product on all threads, each of which takes a part of the longer side.
 
 #include "common.h"
 
 using namespace benthic;
 
-// c (m, n) = a b, or c += a b. A factor whose first dimension is the dense one lies `across`.
-extern "C" void product_f32(const float* a, int64_t across_a, int64_t lda, const float* b, int64_t across_b,
-                            int64_t ldb, float* c, int64_t ldc, int64_t m, int64_t n, int64_t k, int64_t add,
-                            int64_t units) {
+namespace {
+
+// c (m, n), always fp32, = a b, or c += a b. A factor whose first dimension is the dense one lies `across`.
+template <typename T>
+void product(const T* a, int64_t across_a, int64_t lda, const T* b, int64_t across_b, int64_t ldb, float* c,
+             int64_t ldc, int64_t m, int64_t n, int64_t k, int64_t add, int64_t units) {
     constexpr int64_t grain = 32;
     const char trans_a = across_a ? 'T' : 'N', trans_b = across_b ? 'T' : 'N';
     const bool by_rows = m >= n;
@@ -27,3 +29,10 @@ extern "C" void product_f32(const float* a, int64_t across_a, int64_t lda, const
         }
     }
 }
+
+}  // namespace
+
+#define ARGS(T) (const T* a, int64_t across_a, int64_t lda, const T* b, int64_t across_b, int64_t ldb, float* c,       \
+                 int64_t ldc, int64_t m, int64_t n, int64_t k, int64_t add, int64_t units)
+BENTHIC_EXPORT(product, ARGS, (a, across_a, lda, b, across_b, ldb, c, ldc, m, n, k, add, units))
+#undef ARGS

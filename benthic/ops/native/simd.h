@@ -11,6 +11,9 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define BENTHIC_AVX512 1
+#ifdef __AVX512BF16__
+#define BENTHIC_BF16_PAIRS 1
+#endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #define BENTHIC_AVX2 1
@@ -82,6 +85,24 @@ inline F16 widen_bf16(__m256i half) {
 }
 inline F16 load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline F16 load_bf16_n(const uint16_t* p, int64_t n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+
+#if BENTHIC_BF16_PAIRS
+// Pairs of bf16, one to a lane: of 32 numbers in a row, of which the first n are there; the first of a pair from `even`
+// and the second from `odd`, as many as there are.
+inline F16 load_pairs(const uint16_t* p, int64_t n) {
+    const __mmask32 there = n >= 2 * kLanes ? 0xffffffff : (1u << n) - 1;
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, p))};
+}
+inline F16 zip_pairs(const uint16_t* even, const uint16_t* odd, int64_t evens, int64_t odds) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(evens), even));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(odds), odd));
+    return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+}
+// c plus both products of two lanes' pairs; numbers below 2^-126 count as zero.
+inline F16 fma_pairs(F16 a, F16 b, F16 c) {
+    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+#endif
 
 // E4M3 numbers over 256, by way of fp16, whose exponent is larger by 8 and whose subnormals cost nothing.
 inline F16 widen_e4m3(__m128i bytes) {
