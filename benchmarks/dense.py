@@ -22,7 +22,7 @@ from benthic.lab.figures import draw_curves, figures, told
 
 VALIDATIONS = 16
 RECIPE = Variant("recipe")
-BASELINE = (256, 5, 768, 5e-3)
+BASELINE = (192, 5, 576, 5e-3)
 """Width, layers, width of the feed-forward and Muon's rate, as :data:`CANDIDATES` are."""
 CANDIDATES = (
     (256, 5, 768, 5e-3), (256, 5, 768, 1e-2), (192, 5, 576, 5e-3),

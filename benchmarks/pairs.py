@@ -21,7 +21,7 @@ from steps import compute_of, config_of, script_parser
 
 from benthic.config.schema import RunConfig
 from benthic.console import mistakes_in_one_line
-from benthic.parallel.group import open_world
+from benthic.parallel.open import open_world
 from benthic.parallel.turns import Turns
 from benthic.train.memory import settle_memory
 from benthic.train.trial import RandomSequences, Trial

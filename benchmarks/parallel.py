@@ -71,7 +71,7 @@ def _start(command: list[str], variables: Mapping[str, str]) -> "subprocess.Pope
 
 def work(settings: str) -> None:
     """What a process does."""
-    from benthic.parallel.group import open_world
+    from benthic.parallel.open import open_world
     from benthic.train.memory import settle_memory
     from benthic.train.trial import RandomSequences, Trial
 

@@ -33,7 +33,7 @@ from benthic.files import write_atomically
 from benthic.inference import engine
 from benthic.lock import locked
 from benthic.model import LanguageModel, Trainable, Transformer
-from benthic.parallel.group import open_world
+from benthic.parallel.open import open_world
 from benthic.parallel.world import ALONE, World
 from benthic.plan.memory import refuse_too_large, refuse_too_large_together
 from benthic.posttrain import distil as distillation

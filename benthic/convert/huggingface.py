@@ -22,6 +22,7 @@ from benthic.data.tokenizer import Tokenizer
 from benthic.errors import InputError
 from benthic.files import read_json_object
 from benthic.model import LanguageModel, build_model
+from benthic.model.memory import give_memory
 from benthic.plan.memory import refuse_too_large
 from benthic.report.card import FILE_NAME as CARD
 from benthic.report.card import is_untouched
@@ -85,7 +86,7 @@ def load_hf(
     published = open_hf(folder)
     refuse_too_large(published.config, doing="loading", bytes_per_parameter=(dtype or published.dtype).itemsize)
     model = build_model(published.config, device="meta", dtype=dtype or published.dtype)
-    model.to_empty(device=device or "cpu")
+    give_memory(model, device)
     _fill(model.state_dict(), published)
     return model, published.config
 

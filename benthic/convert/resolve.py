@@ -11,6 +11,7 @@ from benthic.convert.huggingface import load_hf, open_hf
 from benthic.errors import InputError
 from benthic.model import LanguageModel, build_model
 from benthic.model.language_model import cast_parameters
+from benthic.model.memory import give_memory
 from benthic.plan.memory import refuse_too_large
 from benthic.train import checkpoint
 
@@ -102,7 +103,7 @@ def load_checkpoint(
     """
     # The model, and what is read from the file before it is copied there.
     refuse_too_large(config, doing="loading", bytes_per_parameter=2 * torch.float32.itemsize)
-    model = build_model(config, device="meta").to_empty(device=device or "cpu")
+    model = give_memory(build_model(config, device="meta"), device)
     tensors = checkpoint.load(path, groups=("model", "average")).tensors
     checkpoint.copy_into(model.state_dict(), tensors.get("model", {}), str(path / "model.safetensors"))
     if "average" in tensors:

@@ -13,15 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from benthic import torchrun
-from benthic.config.schema import ParallelConfig, RunConfig
+from benthic.config.schema import ParallelConfig
 from benthic.errors import InputError, WorkFailed
 from benthic.parallel import gather, messages
 from benthic.parallel.attempt import fresh_store
 from benthic.parallel.board import Board
 from benthic.parallel.dispatch import Sender
 from benthic.parallel.experts import divide_experts
-from benthic.parallel.fits import refuse_misfit
 from benthic.parallel.hash import CopiesDiffer, differences, hashes_of
 from benthic.parallel.layout import Layout, passes_of_ranks, rows_of_rank
 from benthic.parallel.mesh import Mesh
@@ -30,7 +28,7 @@ from benthic.parallel.shard import gathered, materialise, reduce_in_pass, shard
 from benthic.parallel.traffic import Traffic
 from benthic.parallel.turns import Turns
 from benthic.parallel.watch import Watch
-from benthic.parallel.world import ALONE, Stop, Tensors, World
+from benthic.parallel.world import Stop, Tensors, World
 from benthic.precision.compute import Compute
 
 _Item = TypeVar("_Item")
@@ -43,22 +41,7 @@ _ERRORS: dict[str, type[Exception]] = {"input": InputError, "work": WorkFailed}
 
 
 @contextmanager
-def open_world(config: RunConfig) -> Iterator[World]:
-    """The processes that torchrun has started, or this one alone.
-
-    Raises:
-        InputError: the settings of ``parallel`` do not fit their number, or the model, or the batch.
-    """
-    refuse_misfit(config, torchrun.processes())
-    if torchrun.processes() == 1:
-        yield ALONE
-        return
-    with _process_group(config.parallel.timeout_seconds):
-        yield Group(config.parallel)
-
-
-@contextmanager
-def _process_group(timeout_seconds: float) -> Iterator[None]:
+def process_group(timeout_seconds: float) -> Iterator[None]:
     """The group of all processes, unless it is there already."""
     if dist.is_initialized():
         yield

@@ -1,14 +1,27 @@
-"""What this process holds of a tensor that is divided among several."""
+"""What this process holds of a tensor that is divided among several.
+
+Most processes never divide anything. PyTorch's modules for it take a second to import, so nobody imports them to find
+that out: a tensor can be divided only where they have been imported already.
+"""
+
+import sys
+from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+
+def may_divide() -> bool:
+    """Whether this process has imported what divides weights (:mod:`benthic.parallel.shard`)."""
+    return "benthic.parallel.shard" in sys.modules
 
 
 def is_divided(tensor: Tensor) -> bool:
     """Whether others hold parts of it, or copies of this part."""
-    return isinstance(tensor, DTensor)
+    divided = sys.modules.get("torch.distributed.tensor")
+    return divided is not None and isinstance(tensor, divided.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part held here, in the same memory; a tensor that is not divided is its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    held: Any = tensor
+    return held.to_local() if is_divided(tensor) else tensor

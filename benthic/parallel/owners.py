@@ -4,22 +4,24 @@ Two messages carry all of them there and back, and each rank works on about as m
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from benthic.parallel.layout import chunk
+from benthic.parallel.local import is_divided
 
 Work = Callable[[int, Tensor], Tensor]
 
 
 def dividing_group(tensor: Tensor) -> dist.ProcessGroup | None:
     """The ranks among which a tensor is divided along its first dimension; none if this one has it whole."""
-    if not isinstance(tensor, DTensor):
+    if not is_divided(tensor):
         return None
-    group: dist.ProcessGroup = tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
+    mesh: Any = getattr(tensor, "device_mesh")  # noqa: B009 - of a DTensor
+    group: dist.ProcessGroup = mesh.get_group(mesh.ndim - 1)
     return group if group.size() > 1 else None
 
 

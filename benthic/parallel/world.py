@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from benthic.model.memory import give_memory
 from benthic.parallel.board import Board
 from benthic.parallel.pieces import Holding
 from benthic.precision.compute import Compute
@@ -44,7 +45,7 @@ class World:
 
     def materialise(self, objective: nn.Module) -> None:
         """Give memory, whose content is not set, to what this process has of a model that was spread."""
-        objective.to_empty(device="cpu")
+        give_memory(objective)
 
     def rows(self, batch: int, micro_batch: int) -> range:
         """The rows of a batch that this process learns from."""

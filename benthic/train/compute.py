@@ -21,7 +21,7 @@ from benthic.model.moe import Experts, MoE, Router
 from benthic.ops import native
 from benthic.ops.product import own_products
 from benthic.parallel.experts import senders_of
-from benthic.parallel.shard import names_rounded_when_gathered
+from benthic.parallel.local import may_divide
 from benthic.precision.compute import Compute, call_rounded
 from benthic.precision.fp8_experts import fp8_experts, fp8_swiglu
 from benthic.precision.fp8_linear import fp8_linear
@@ -34,9 +34,17 @@ def compute_in(compute: Compute, module: nn.Module, *args: Any) -> Any:
         with fp8_products(module):
             return module(*args)
     if compute == "bf16":
-        return call_rounded(module, *args, keep=router_weights(module) | names_rounded_when_gathered(module))
+        return call_rounded(module, *args, keep=router_weights(module) | _rounded_when_gathered(module))
     with own_products(next(module.parameters()), tiles=compute == "fp32-tiles"):
         return module(*args)
+
+
+def _rounded_when_gathered(module: nn.Module) -> set[str]:
+    if not may_divide():
+        return set()
+    from benthic.parallel.shard import names_rounded_when_gathered
+
+    return names_rounded_when_gathered(module)
 
 
 def refuse_stages_without_tiles(stages: Iterable[Stage]) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from benthic.data.batches import Batch
 from benthic.model import LanguageModel, Routing
-from benthic.parallel.shard import whole_for_step
 from benthic.precision.compute import Compute
 from benthic.train.compute import compute_in
 from benthic.train.objective import Losses, Objective, cross_entropies
@@ -43,6 +42,8 @@ def learn(
 
     Loads have rows for all layers of the model.
     """
+    from benthic.parallel.shard import whole_for_step  # takes a second, and one process alone has no use for it
+
     model = objective.model
     assert isinstance(model, LanguageModel)
     experts = model.config.n_routed_experts

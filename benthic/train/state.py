@@ -12,6 +12,7 @@ from benthic.config.schema import ModelConfig, RunConfig
 from benthic.errors import InputError
 from benthic.model import Trainable
 from benthic.model.initial import InitialWeights, Part
+from benthic.model.memory import give_memory
 from benthic.parallel.local import local
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
@@ -145,7 +146,7 @@ class TrainState:
         weights = self._world.whole(self.model, {"model": self.model.state_dict()})["model"]
         if self._world.processes == 1 or not self._world.main:
             return self.model
-        model = _without_memory(self._architecture, self._model_config).to_empty(device="cpu")
+        model = give_memory(_without_memory(self._architecture, self._model_config))
         copy_into(model.state_dict(), weights, "the processes")
         return model
 

@@ -10,7 +10,7 @@ from processes import run_processes
 
 from benthic import api
 from benthic.errors import InputError
-from benthic.parallel.group import open_world
+from benthic.parallel.open import open_world
 from benthic.train import loop
 from benthic.train.checkpoint import load
 from benthic.train.metrics import read_metrics

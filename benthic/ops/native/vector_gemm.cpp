@@ -38,7 +38,6 @@ constexpr int64_t kResident = 512 << 10;           // bytes of panels that stay 
 
 // How numbers of fp32 become words.
 struct Singles {
-    using Number = float;
     static constexpr int64_t kPerWord = 1;
 
     // Words of one line, of so many numbers along k from here.
@@ -51,7 +50,6 @@ struct Singles {
 // The same of bf16.
 #if BENTHIC_BF16_PAIRS
 struct Halves {
-    using Number = bf16;
     static constexpr int64_t kPerWord = 2;
 
     static F16 along(const bf16* from, int64_t depth) { return load_pairs(bits(from), depth); }
@@ -65,7 +63,6 @@ struct Halves {
 };
 #else
 struct Halves {
-    using Number = bf16;
     static constexpr int64_t kPerWord = 1;
 
     static F16 along(const bf16* from, int64_t depth) { return load_bf16_n(&from->bits, depth); }
