@@ -412,7 +412,7 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option("--api-key", help="Ask for this key. BENTHIC_API_KEY keeps it out of listings.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML with [serve].")] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="TOML with serve settings.")] = None,
     precision: Kept = None,
     cache_precision: Cached = None,
     set_: Set = None,
@@ -489,7 +489,8 @@ def plan(
     name: Annotated[str, typer.Argument(metavar="PRESET|RECIPE", help="A model preset, or a recipe.")],
     set_: Set = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="How many; by default as many as the recipe's [parallel] says.")
+        int | None,
+        typer.Option("--gpus", min=1, help="How many; by default as many as the recipe's parallel section says."),
     ] = None,
     gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="Of which kind.")] = "H800",
     json_: Json = False,

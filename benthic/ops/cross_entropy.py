@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx_ND is not None:
                 multiply(dlogits_CV, weight_VD, dx_ND[rows])
             if dweight_VD is not None:
-                multiply(dlogits_CV.T, x_ND[rows], dweight_VD, add=True)
+                multiply(dlogits_CV.T, x_ND[rows].contiguous(), dweight_VD, add=True)
         ctx.save_for_backward(dx_ND, dweight_VD)
         return total / max(counted, 1)
 

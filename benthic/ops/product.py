@@ -51,14 +51,14 @@ _here = _Here()
 
 
 def units_here() -> Units:
-    """What the calling thread's kernels multiply on: the BLAS, unless it is inside of :func:`own_products`."""
+    """What the calling thread multiplies fp32 on: the BLAS, unless it is inside of :func:`own_products`."""
     return _here.units
 
 
 def units_for(x: Tensor) -> Units:
     """What kernels multiply such numbers on, in this place."""
     if x.dtype == torch.bfloat16:
-        return Units.VECTORS if native.has_fast_vectors() else Units.BLAS
+        return Units.VECTORS if native.is_plain(x) and native.has_fast_vectors() else Units.BLAS
     return units_here()
 
 
@@ -66,7 +66,8 @@ def said_of_kernels(weight: Tensor, *, tiles: bool) -> str:
     """For reports: which kernels compute with such weights inside of :func:`own_products`."""
     if weight.device.type != "cpu":
         return f"PyTorch kernels (on {weight.device.type})"
-    return native.status() + _SAID[_units_for(weight, tiles=tiles)]
+    units = units_for(weight) if weight.dtype == torch.bfloat16 else _units_inside(weight, tiles=tiles)
+    return native.status() + _SAID[units]
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def own_products(weight: Tensor, *, tiles: bool) -> Iterator[None]:
         weight: one of those to multiply by; unless they are fp32 and on the CPU there is nothing to do.
         tiles: on the processor's tiles, if it has any.
     """
-    units = _units_for(weight, tiles=tiles)
+    units = _units_inside(weight, tiles=tiles)
     if units == Units.BLAS or torch.is_autocast_enabled("cpu"):
         yield
         return
@@ -162,7 +163,7 @@ def _pays(rows: int, columns: int, depth: int, units: Units) -> bool:
     return rows * columns * depth >= _LEAST_ON_VECTORS
 
 
-def _units_for(weight: Tensor, *, tiles: bool) -> Units:
+def _units_inside(weight: Tensor, *, tiles: bool) -> Units:
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         return Units.BLAS
     if tiles and native.has_tiles():
@@ -201,4 +202,6 @@ def _multiply_on(units: Units, a_MK: Tensor, b_KN: Tensor, out_MN: Tensor, *, ad
 
 def _layout(x: Tensor) -> tuple[int, int]:
     """Whether its first dimension is the dense one, and how far apart numbers are in the other."""
-    return (0, x.stride(0)) if x.stride(1) == 1 else (1, x.stride(1))
+    rows, columns = x.shape
+    # Of a single row or column the stride may be anything, which the BLAS would refuse.
+    return (0, max(x.stride(0), columns)) if x.stride(1) == 1 else (1, max(x.stride(1), rows))

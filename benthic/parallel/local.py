@@ -17,8 +17,9 @@ def may_divide() -> bool:
 
 def is_divided(tensor: Tensor) -> bool:
     """Whether others hold parts of it, or copies of this part."""
-    divided = sys.modules.get("torch.distributed.tensor")
-    return divided is not None and isinstance(tensor, divided.DTensor)
+    # It is there without its names while another thread imports it.
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
 
 
 def local(tensor: Tensor) -> Tensor:

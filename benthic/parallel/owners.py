@@ -20,8 +20,8 @@ def dividing_group(tensor: Tensor) -> dist.ProcessGroup | None:
     """The ranks among which a tensor is divided along its first dimension; none if this one has it whole."""
     if not is_divided(tensor):
         return None
-    mesh: Any = getattr(tensor, "device_mesh")  # noqa: B009 - of a DTensor
-    group: dist.ProcessGroup = mesh.get_group(mesh.ndim - 1)
+    divided: Any = tensor
+    group: dist.ProcessGroup = divided.device_mesh.get_group(divided.device_mesh.ndim - 1)
     return group if group.size() > 1 else None
 
 

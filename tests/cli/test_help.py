@@ -33,10 +33,17 @@ def test_help_within_half_a_second(command):
     assert re.search(f"(Example|Begin with): benthic {command}", text)
 
 
-def test_help_says_all_that_a_command_s_docstring_does():
-    """What stands in brackets would be taken for markup, and not shown."""
-    for command in typer.main.get_command(app).commands.values():
-        assert not re.search(r"\[/?[a-z]", command.help or "")
+def with_subcommands(command):
+    return [command, *(one for sub in getattr(command, "commands", {}).values() for one in with_subcommands(sub))]
+
+
+def test_no_help_has_what_would_be_taken_for_markup():
+    """What stands in brackets would not be shown."""
+    commands = with_subcommands(typer.main.get_command(app))
+    helps = [command.help for command in commands]
+    helps += [parameter.help for command in commands for parameter in command.params]
+    assert len(helps) > 100
+    assert [text for text in helps if re.search(r"\[/?[a-z]", text or "")] == []
 
 
 def test_a_mistake_leaves_no_traceback():

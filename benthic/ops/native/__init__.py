@@ -87,7 +87,7 @@ def has_tiles() -> bool:
 
 
 def has_fast_vectors() -> bool:
-    """Whether products of fp32 are faster here by our own kernel than by the BLAS (``native/vector_gemm.cpp``)."""
+    """Whether products are faster here by our own kernel than by the BLAS (``native/vector_gemm.cpp``)."""
     library = _load()[0]
     return library is not None and os.environ.get("BENTHIC_NATIVE") != "blas" and bool(library.has_fast_vectors())
 

@@ -87,18 +87,18 @@ inline F16 load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(r
 inline F16 load_bf16_n(const uint16_t* p, int64_t n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
 #if BENTHIC_BF16_PAIRS
-// Pairs of bf16, one to a lane: of 32 numbers in a row, of which the first n are there; the first of a pair from `even`
-// and the second from `odd`, as many as there are.
+// A pair of bf16 in each lane, of neighbours in a row of which n numbers are there; the others are 0.
 inline F16 load_pairs(const uint16_t* p, int64_t n) {
     const __mmask32 there = n >= 2 * kLanes ? 0xffffffff : (1u << n) - 1;
     return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, p))};
 }
+// A pair in each lane of a number of `even` and the one beside it in `odd`, of which so many are there.
 inline F16 zip_pairs(const uint16_t* even, const uint16_t* odd, int64_t evens, int64_t odds) {
     const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(evens), even));
     const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(odds), odd));
     return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
 }
-// c plus both products of two lanes' pairs; numbers below 2^-126 count as zero.
+// c plus both products of two lanes' pairs. Numbers and sums below 2^-126 count as zero.
 inline F16 fma_pairs(F16 a, F16 b, F16 c) {
     return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
 }

@@ -9,8 +9,8 @@
 // What is laid out are words of 32 bits: a number of fp32, or, where the processor adds the products of pairs of bf16,
 // two of those, of one line and of neighbouring k. Elsewhere a bf16 becomes fp32 when it is laid out.
 //
-// Each element of the result is one chain of fused multiply-adds over k in order, cut into blocks that k and the layout
-// alone decide, whatever is computed beside it.
+// Each element of the result is one chain of fused multiply-adds over k in order (of pairs, a pair after another), cut
+// into blocks that k and the layout alone decide, whatever is computed beside it.
 
 #include "common.h"
 
