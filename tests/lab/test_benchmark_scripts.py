@@ -225,6 +225,8 @@ def test_gains_are_of_each_seed_and_intervals_are_apart_where_all_are():
         ("train_vs_transformers", ["tiny", "precision.compute=bf16"], ["in bf16", "times eager"]),
         ("memory_vs_transformers", ["tiny"], ["recomputing", "of transformers'"]),
         ("train_vs_blas", ["tiny", "--pairs", "1"], ["our own", "by the BLAS", "1 pairs"]),
+        ("train_vs_blas", ["tiny", "--bf16", "--pairs", "1"], ["our own", "by the BLAS", "1 pairs"]),
+        ("products_vs_blas", ["--rounds", "1"], ["2,048 x 2,048 x 2,048", "bf16", "fp32"]),
         ("prefill_vs_blas", ["tiny", "--context", "9", "--pairs", "1"], ["our own", "by the BLAS", "1 pairs"]),
         ("pairs", ["train.steps=1", "--ms", "1"], ["one after the other", "in turns", "of the time"]),
         ("rollouts", ["tiny", "--tokens", "3"], ["64 at once", "one at a time", "ratio"]),
@@ -233,7 +235,8 @@ def test_gains_are_of_each_seed_and_intervals_are_apart_where_all_are():
 def test_benchmarks_run(run_script, monkeypatch, capfd, name, arguments, said):
     if "transformers" in name:
         pytest.importorskip("transformers")
-    if "blas" in name and not (native.has_tiles() or native.has_fast_vectors()):
+    own = native.has_fast_vectors() or (name != "products_vs_blas" and native.has_tiles())
+    if "blas" in name and not own:
         pytest.skip("the BLAS is the faster here")
     monkeypatch.setenv("BENTHIC_NATIVE", os.environ.get("BENTHIC_NATIVE", "1"))  # which some of them change
     assert run_script(name, *arguments) == 0

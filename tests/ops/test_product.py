@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import itertools
 import platform
 import threading
 from collections.abc import Callable, Iterator
@@ -75,7 +76,11 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def assert_exact(units: Units, shape: tuple[int, int, int], across_a: bool, across_b: bool, dtype: torch.dtype) -> None:
+PRODUCTS = list(itertools.product(SHAPES, (False, True), (False, True)))
+Shape = tuple[int, int, int]
+
+
+def assert_exact(units: Units, shape: Shape, across_a: bool, across_b: bool, dtype: torch.dtype) -> None:
     """A product of random factors, into a matrix and added to one, is within rounding of fp32."""
     m, n, k = shape
     generator = torch.Generator().manual_seed(m + n + k)
@@ -94,25 +99,17 @@ def assert_exact(units: Units, shape: tuple[int, int, int], across_a: bool, acro
     assert torch.equal(wide[:, n:], before[:, n:]), "written beyond the result"
 
 
-layouts = pytest.mark.parametrize(
-    ("across_a", "across_b"), [(False, False), (False, True), (True, False), (True, True)]
-)
+of_any_shape = pytest.mark.parametrize(("shape", "across_a", "across_b"), PRODUCTS)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@layouts
-def test_a_product_is_as_exact_as_fp32(
-    units: Units, shape: tuple[int, int, int], across_a: bool, across_b: bool
-) -> None:
+@of_any_shape
+def test_a_product_is_as_exact_as_fp32(units: Units, shape: Shape, across_a: bool, across_b: bool) -> None:
     assert_exact(units, shape, across_a, across_b, torch.float32)
 
 
 @pytest.mark.parametrize("units", [Units.VECTORS, Units.BLAS], ids=["vectors", "blas"])
-@pytest.mark.parametrize("shape", SHAPES)
-@layouts
-def test_a_product_of_bf16_is_as_exact_as_fp32(
-    units: Units, shape: tuple[int, int, int], across_a: bool, across_b: bool
-) -> None:
+@of_any_shape
+def test_a_product_of_bf16_is_as_exact_as_fp32(units: Units, shape: Shape, across_a: bool, across_b: bool) -> None:
     assert_exact(units, shape, across_a, across_b, torch.bfloat16)
 
 
@@ -127,10 +124,9 @@ def test_vector_units_of_any_width(
     if kernels == "torch" or feature not in build._processor():
         pytest.skip("a kernel's own test, on a processor that can run it")
     monkeypatch.setattr(native, "_load", lambda: (compiled_for(architecture, tmp_path), "compiled for a test"))
-    for shape in SHAPES:
-        for across_a, across_b in ((False, False), (False, True), (True, False), (True, True)):
-            for dtype in (torch.float32, torch.bfloat16):
-                assert_exact(Units.VECTORS, shape, across_a, across_b, dtype)
+    for shape, across_a, across_b in PRODUCTS:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_exact(Units.VECTORS, shape, across_a, across_b, dtype)
 
 
 def compiled_for(architecture: str, folder: Path) -> ctypes.CDLL:

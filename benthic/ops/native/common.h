@@ -1,5 +1,6 @@
 // What the kernels share: fp32 and bf16 numbers, an exponential that compilers vectorise, and matrix products, on the
-// BLAS inside PyTorch or by kernels of our own. Kernels are templates over T, the number type of tensors; arithmetic is always fp32.
+// BLAS inside PyTorch or by kernels of our own. Kernels are templates over T, the number type of tensors; arithmetic is
+// always fp32.
 #pragma once
 
 #include <omp.h>

@@ -315,10 +315,16 @@ bool keeps_left(const FactorOf<T>& left, const FactorOf<T>& right) {
     return left.along_k() == right.along_k() ? left.lines < right.lines : right.along_k();
 }
 
+}  // namespace
+
+namespace benthic {
+
 template <typename T>
-bool multiply_all(const FactorOf<T>& left, const FactorOf<T>& right, int64_t k, float alpha, float beta, float* c,
-                  int64_t ldc) {
-    if ((beta != 0.0f && beta != 1.0f) || std::min({left.lines, right.lines, k}) < 1) return false;
+bool vector_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const T* a, int64_t lda,
+                 const T* b, int64_t ldb, float beta, float* c, int64_t ldc) {
+    if ((beta != 0.0f && beta != 1.0f) || std::min({m, n, k}) < 1) return false;
+    const FactorOf<T> left = trans_a == 'N' ? FactorOf<T>{a, m, lda, 1} : FactorOf<T>{a, m, 1, lda};
+    const FactorOf<T> right = trans_b == 'N' ? FactorOf<T>{b, n, 1, ldb} : FactorOf<T>{b, n, ldb, 1};
     const bool exchanged = keeps_left(left, right);
     const bool whole = left.along_k() && right.along_k() && words<T>(k) <= kWhole;
     const int64_t block_k = (whole ? kWhole : kBlock) * NumbersOf<T>::kPerWord;
@@ -329,18 +335,6 @@ bool multiply_all(const FactorOf<T>& left, const FactorOf<T>& right, int64_t k, 
                   : Product<T>(left.from(0, at), right.from(0, at), depth, target).run();
     }
     return true;
-}
-
-}  // namespace
-
-namespace benthic {
-
-template <typename T>
-bool vector_gemm(char trans_a, char trans_b, int64_t m, int64_t n, int64_t k, float alpha, const T* a, int64_t lda,
-                 const T* b, int64_t ldb, float beta, float* c, int64_t ldc) {
-    const FactorOf<T> left = trans_a == 'N' ? FactorOf<T>{a, m, lda, 1} : FactorOf<T>{a, m, 1, lda};
-    const FactorOf<T> right = trans_b == 'N' ? FactorOf<T>{b, n, 1, ldb} : FactorOf<T>{b, n, ldb, 1};
-    return multiply_all(left, right, k, alpha, beta, c, ldc);
 }
 template bool vector_gemm(char, char, int64_t, int64_t, int64_t, float, const float*, int64_t, const float*, int64_t,
                           float, float*, int64_t);
