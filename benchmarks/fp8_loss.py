@@ -23,11 +23,14 @@ from benthic.lab.figures import figures, summary, windows
 
 WINDOW = 50
 SETTINGS = (
+    "model.num_hidden_layers=4",
+    "train.embedding_std=0.02",
     "train.batch_size=4",
     "train.sequence_length=128",
     "train.validate_every=1000000",
     "train.optimizer.name=adamw",
     "train.optimizer.learning_rate=1e-3",
+    "train.optimizer.embedding_learning_rate=1e-3",
     "precision.compute=fp32",
 )
 FP32, FP8 = Variant("fp32"), Variant("fp8", ("precision.compute=fp8",))

@@ -112,6 +112,8 @@ class OptimizerConfig(Settings):
     learning_rate: Annotated[float, Field(gt=0)] = 2.2e-4
     matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Muon's peak rate for hidden matrices; ``learning_rate`` then serves embedding, head, norms and gates."""
+    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """AdamW's peak rate for the embedding; by default ``learning_rate``."""
     matrix_products: Literal["auto", "fp32", "bf16"] = "auto"
     """What Muon orthogonalises in; ``auto`` is bf16 where the device has units for it, as found when the run begins."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -201,6 +203,8 @@ class TrainConfig(Settings):
     """Compute outputs of norms, MLA's up-projections and SwiGLU again in the backward pass instead of keeping them
     (V3 report section 3.2.3): less memory, a little more time, the same numbers."""
     seed: Natural = 0
+    embedding_std: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation that the embedding begins with; by default ``model.initializer_range``, as published."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay, a step, of an exponential moving average of the weights kept beside them; 0 keeps none."""
     ema_span: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -162,11 +162,13 @@ def _by_its_loss_alone(
 
 
 def slower(optimizer: OptimizerConfig, rate: float) -> OptimizerConfig:
-    """The same optimizer with another peak rate of AdamW's; Muon's changes in proportion."""
-    share = rate / optimizer.learning_rate
-    return optimizer.model_copy(
-        update={"learning_rate": rate, "matrix_learning_rate": optimizer.matrix_learning_rate * share}
-    )
+    """The same optimizer with another peak rate of AdamW's; the others change in proportion."""
+    share, embedding = rate / optimizer.learning_rate, optimizer.embedding_learning_rate
+    others = {
+        "matrix_learning_rate": optimizer.matrix_learning_rate * share,
+        "embedding_learning_rate": None if embedding is None else embedding * share,
+    }
+    return optimizer.model_copy(update={"learning_rate": rate, **others})
 
 
 def held(schedule: ScheduleConfig) -> ScheduleConfig:

@@ -34,16 +34,20 @@ class InitialWeights:
         """Raises ValueError if it has buffers other than routers' bias."""
         norms = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
         biases = {id(module.bias) for module in model.modules() if isinstance(module, Router)}
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         self._constant = {name: 1.0 for name, parameter in model.named_parameters() if id(parameter) in norms}
         for name, buffer in model.named_buffers():
             if id(buffer) not in biases:
                 raise ValueError(f"{name}: nothing says what it is at first")
             self._constant[name] = 0.0
         self._drawn = {name: p.numel() for name, p in model.named_parameters() if name not in self._constant}
+        self._embeddings = {name for name, parameter in model.named_parameters() if id(parameter) in embeddings}
 
     @torch.no_grad()
-    def fill(self, parts: Mapping[str, Part], std: float, seed: int) -> None:
+    def fill(self, parts: Mapping[str, Part], std: float, seed: int, *, embedding_std: float | None = None) -> None:
         """Set what a process holds, by the names of the whole model: all on one device, if not the CPU all whole.
+
+        The embedding has ``embedding_std`` where that is given; the same numbers are drawn for all.
 
         Raises ValueError if a name is not one of the model's.
         """
@@ -60,6 +64,8 @@ class InitialWeights:
         for name, numel in self._drawn.items():
             part = parts.get(name, nothing)
             stream.fill(part.tensor, part.start, numel)
+            if embedding_std is not None and name in self._embeddings:
+                part.tensor.mul_(embedding_std / std)
 
 
 def initialise(model: nn.Module, std: float, seed: int) -> None:

@@ -6,7 +6,7 @@ states, stay with AdamW.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,9 @@ class ModelOptimizer:
         of_muon = hidden_matrices(model) if config.name == "muon" and isinstance(model, Trainable) else {}
         matrices = {held[name]: of_muon[parameter] for name, parameter in parameters.items() if parameter in of_muon}
         others = [parameter for parameter in self._names if parameter not in matrices]
-        self._parts: list[tuple[torch.optim.Optimizer, float, tuple[str, ...]]] = [
-            (adamw(others, config, moments), config.learning_rate, _ADAMW_STATE)
+        embeddings = {id(held[name]) for name, p in parameters.items() if id(p) in _embeddings(model)}
+        self._parts: list[tuple[torch.optim.Optimizer, tuple[str, ...]]] = [
+            (adamw(others, config, moments, embeddings), _ADAMW_STATE)
         ]
         if matrices:
             products = matrix_products(config, next(iter(matrices)).device)
@@ -60,7 +61,8 @@ class ModelOptimizer:
                 dtype=compute_dtype(products),
                 divided=_divisions(self._divided),
             )
-            self._parts.append((muon, config.matrix_learning_rate, _MUON_STATE))
+            self._parts.append((muon, _MUON_STATE))
+        self._groups = [(group, group["lr"]) for optimizer, _ in self._parts for group in optimizer.param_groups]
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -81,9 +83,9 @@ class ModelOptimizer:
         grads = list(self._grads())
         if grad_norm > self.config.clip_norm:
             torch._foreach_mul_(grads, self.config.clip_norm / grad_norm)
-        for optimizer, peak, _ in self._parts:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate_factor
+        for group, peak in self._groups:
+            group["lr"] = peak * learning_rate_factor
+        for optimizer, _ in self._parts:
             optimizer.step()
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -93,7 +95,7 @@ class ModelOptimizer:
         """
         return {
             f"{self._names[parameter]}.{key}": state[key]
-            for optimizer, _, keys in self._parts
+            for optimizer, keys in self._parts
             for parameter, state in optimizer.state.items()
             for key in keys
         }
@@ -106,7 +108,7 @@ class ModelOptimizer:
         there = self.state_tensors()
         self._room = {
             name: there[name] if name in there else self._empty_state(key, parameter)
-            for optimizer, _, keys in self._parts
+            for optimizer, keys in self._parts
             for parameter in _parameters(optimizer)
             for key in keys
             for name in [f"{self._names[parameter]}.{key}"]
@@ -117,11 +119,11 @@ class ModelOptimizer:
         """Take over a saved state. Raises InputError, naming ``source``, if it is of another model or optimizer."""
         room, self._room = self._room, {}
         if not tensors:
-            for optimizer, _, _ in self._parts:
+            for optimizer, _ in self._parts:
                 optimizer.state.clear()
             return
         absent = self._late if not any(_MTP.match(key) for key in tensors) else set()
-        for optimizer, _, keys in self._parts:
+        for optimizer, keys in self._parts:
             optimizer.state.clear()
             for parameter in _parameters(optimizer):
                 if parameter in absent:
@@ -157,12 +159,22 @@ def matrix_products(config: OptimizerConfig, device: torch.device) -> Cast:
 
 
 def adamw(
-    parameters: list[Tensor], config: OptimizerConfig, moments: torch.dtype = torch.float32
+    parameters: list[Tensor],
+    config: OptimizerConfig,
+    moments: torch.dtype = torch.float32,
+    embeddings: Collection[int] = (),
 ) -> torch.optim.Optimizer:
-    """AdamW as it is set, with decay for matrices alone; ``moments`` is the dtype of its moments."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    """AdamW as it is set, with decay for matrices alone; ``moments`` is the dtype of its moments.
+
+    ``embeddings`` are the ids of those among the parameters that have a rate of their own.
+    """
+    apart = [p for p in parameters if id(p) in embeddings]
+    others = [p for p in parameters if id(p) not in embeddings]
+    rate = config.embedding_learning_rate or config.learning_rate
+    groups: list[dict[str, Any]] = [
+        {"params": apart, "weight_decay": config.weight_decay, "lr": rate},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     if moments == torch.float32:
@@ -178,6 +190,10 @@ def hidden_matrices(model: Trainable) -> dict[Tensor, int]:
     fused |= {id(module.gate_up) for module in model.modules() if isinstance(module, Experts)}
     kept = {id(parameter) for parameter in apart}
     return {p: 2 if id(p) in fused else 1 for p in model.parameters() if p.ndim >= 2 and id(p) not in kept}
+
+
+def _embeddings(model: nn.Module) -> set[int]:
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def _groups_by_parts(matrices: dict[Tensor, int]) -> list[dict[str, Any]]:

@@ -76,7 +76,8 @@ class TrainState:
         """What each process holds, where there are several."""
         world.materialise(self.objective)
         if fresh:
-            initial.fill(self._parts(), config.model.initializer_range, config.train.seed)
+            std, train = config.model.initializer_range, config.train
+            initial.fill(self._parts(), std, train.seed, embedding_std=train.embedding_std)
         moments = moments_dtype(compute)
         self.adapters = Adapters(self.model, adapter, config.train.seed) if adapter else None
         self.optimizer = (

@@ -85,13 +85,17 @@ def test_every_stage_is_itself_a_valid_run(recipe):
             assert stages(stage.config)[0].config == stage.config
 
 
-def test_muons_rate_keeps_its_proportion(recipe):
+def test_muons_and_the_embeddings_rates_keep_their_proportion(recipe):
     text = MINIMAL + "[train.optimizer]\nname = 'muon'\nlearning_rate = 8e-3\nmatrix_learning_rate = 5e-3\n"
     config = load_run_config(recipe(text + PHASES + "learning_rate = 2e-3\n"))
     default, given = (stage.config.train.optimizer for stage in stages(config)[1:])
     tail = config.train.schedule.tail_factor
     assert (default.learning_rate, default.matrix_learning_rate) == pytest.approx((8e-3 * tail, 5e-3 * tail))
     assert (given.learning_rate, given.matrix_learning_rate) == pytest.approx((2e-3, 5e-3 / 4))
+    assert default.embedding_learning_rate is given.embedding_learning_rate is None
+    config = load_run_config(recipe(text + "embedding_learning_rate = 4e-2\n" + PHASES + "learning_rate = 2e-3\n"))
+    default, given = (stage.config.train.optimizer.embedding_learning_rate for stage in stages(config)[1:])
+    assert (default, given) == pytest.approx((4e-2 * tail, 1e-2))
 
 
 @pytest.mark.parametrize("decay", [(0.3, 0.8), (0.3, 1.0), (1.0, 1.0)])

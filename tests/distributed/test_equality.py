@@ -34,6 +34,10 @@ LAYOUTS = [
     if expert * shard * replicate in (2, 4, 8)
 ]
 MUON = {"optimizer": {"name": "muon", "matrix_learning_rate": 1e-3, "matrix_products": "fp32", "clip_norm": 0.5}}
+EMBEDDING = {
+    "embedding_std": 1.0,
+    "optimizer": {"learning_rate": 1e-3, "embedding_learning_rate": 1e-2, "clip_norm": 0.5},
+}
 
 
 def assert_equal(config, architecture, parallel, tolerance):
@@ -57,6 +61,8 @@ def assert_equal(config, architecture, parallel, tolerance):
         ({"recompute": True}, {"expert": 2, "replicate": 2, "zero": 3}),
         ({"compute": "fp8"}, {"expert": 2, "fp8_dispatch": True}),
         (MUON, {"shard": 2}),
+        (EMBEDDING, {"shard": 2, "zero": 1}),
+        (EMBEDDING, {"shard": 2, "zero": 3}),
         (MUON, {"expert": 2, "shard": 2, "zero": 2}),
     ],
 )

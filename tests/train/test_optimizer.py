@@ -76,6 +76,22 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest(model):
         assert moved == pytest.approx(1e-9 if apart else 0.2, rel=0.3, abs=1e-7 if apart else 0), name
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_embedding_has_its_rate_where_one_is_given(model, name, moments):
+    rates = {"learning_rate": 1e-3, "embedding_learning_rate": 0.05, "matrix_learning_rate": 1e-3}
+    optimizer = ModelOptimizer(model, OptimizerConfig(name=name, weight_decay=0, **rates), moments)
+    set_gradients(model, 0, 1.0)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    update(model, optimizer, 0.5)
+    for key, parameter in model.named_parameters():
+        moved = (parameter.detach() - before[key]).abs().max()  # by AdamW's first step: the rate
+        if "embed.weight" in key:
+            assert moved == pytest.approx(0.05 * 0.5, rel=1e-3)
+        elif name == "adamw" or "head" in key:
+            assert moved == pytest.approx(1e-3 * 0.5, rel=1e-3), key
+
+
 def test_gate_and_up_are_orthogonalised_apart(model):
     optimizer = ModelOptimizer(model, OptimizerConfig(name="muon", matrix_learning_rate=1.0, weight_decay=0))
     set_gradients(model, 0, 1.0)
