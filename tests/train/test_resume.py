@@ -50,9 +50,9 @@ def test_a_run_that_goes_on_draws_no_weights(tiny_run_config, make_run, monkeypa
     config, out, drawn = tiny_run_config(steps=4, checkpoint_every=2), make_run(), []
     fill = InitialWeights.fill
 
-    def noted(weights, *arguments):
+    def noted(weights, *arguments, **named):
         drawn.append(arguments)
-        fill(weights, *arguments)
+        fill(weights, *arguments, **named)
 
     monkeypatch.setattr(InitialWeights, "fill", noted)
     with monkeypatch.context() as patch:
