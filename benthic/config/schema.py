@@ -113,7 +113,8 @@ class OptimizerConfig(Settings):
     matrix_learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Muon's peak rate for hidden matrices; ``learning_rate`` then serves embedding, head, norms and gates."""
     embedding_learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """AdamW's peak rate for the embedding; by default ``learning_rate``."""
+    """AdamW's peak rate for the embedding; by default ``learning_rate``. It keeps its proportion in context extension
+    and fine-tuning; adapters, and stages that learn from rewards, have one rate for all."""
     matrix_products: Literal["auto", "fp32", "bf16"] = "auto"
     """What Muon orthogonalises in; ``auto`` is bf16 where the device has units for it, as found when the run begins."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)

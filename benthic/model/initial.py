@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benthic.model.layers import RMSNorm
 from benthic.model.moe import Router
+from benthic.model.trainable import embedding_names
 from benthic.ops.normal_stream import NormalStream
 
 
@@ -34,14 +35,13 @@ class InitialWeights:
         """Raises ValueError if it has buffers other than routers' bias."""
         norms = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
         biases = {id(module.bias) for module in model.modules() if isinstance(module, Router)}
-        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         self._constant = {name: 1.0 for name, parameter in model.named_parameters() if id(parameter) in norms}
         for name, buffer in model.named_buffers():
             if id(buffer) not in biases:
                 raise ValueError(f"{name}: nothing says what it is at first")
             self._constant[name] = 0.0
         self._drawn = {name: p.numel() for name, p in model.named_parameters() if name not in self._constant}
-        self._embeddings = {name for name, parameter in model.named_parameters() if id(parameter) in embeddings}
+        self._embeddings = embedding_names(model)
 
     @torch.no_grad()
     def fill(self, parts: Mapping[str, Part], std: float, seed: int, *, embedding_std: float | None = None) -> None:

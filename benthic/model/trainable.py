@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from benthic.model.moe import Routing
 
 
+def embedding_names(model: nn.Module) -> frozenset[str]:
+    """Of the parameters that turn tokens into states."""
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+
+
 class Trunk(nn.Module, ABC):
     """A model from its tokens to the state that its head reads."""
 

@@ -6,7 +6,7 @@ states, stay with AdamW.
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from benthic.config.schema import OptimizerConfig
 from benthic.model import Trainable
 from benthic.model.layers import SwiGLU
 from benthic.model.moe import Experts, Router
+from benthic.model.trainable import embedding_names
 from benthic.ops.total_norm import total_norm
 from benthic.parallel.local import is_divided, local
 from benthic.parallel.owners import dividing_group
@@ -48,7 +49,7 @@ class ModelOptimizer:
         of_muon = hidden_matrices(model) if config.name == "muon" and isinstance(model, Trainable) else {}
         matrices = {held[name]: of_muon[parameter] for name, parameter in parameters.items() if parameter in of_muon}
         others = [parameter for parameter in self._names if parameter not in matrices]
-        embeddings = {id(held[name]) for name, p in parameters.items() if id(p) in _embeddings(model)}
+        embeddings = [held[name] for name in sorted(embedding_names(model) & held.keys())]
         self._parts: list[tuple[torch.optim.Optimizer, tuple[str, ...]]] = [
             (adamw(others, config, moments, embeddings), _ADAMW_STATE)
         ]
@@ -162,17 +163,17 @@ def adamw(
     parameters: list[Tensor],
     config: OptimizerConfig,
     moments: torch.dtype = torch.float32,
-    embeddings: Collection[int] = (),
+    embeddings: Sequence[Tensor] = (),
 ) -> torch.optim.Optimizer:
     """AdamW as it is set, with decay for matrices alone; ``moments`` is the dtype of its moments.
 
-    ``embeddings`` are the ids of those among the parameters that have a rate of their own.
+    ``embeddings`` are those of the parameters that have a rate of their own.
     """
-    apart = [p for p in parameters if id(p) in embeddings]
-    others = [p for p in parameters if id(p) not in embeddings]
+    apart = set(embeddings)
+    others = [p for p in parameters if p not in apart]
     rate = config.embedding_learning_rate or config.learning_rate
     groups: list[dict[str, Any]] = [
-        {"params": apart, "weight_decay": config.weight_decay, "lr": rate},
+        {"params": list(embeddings), "weight_decay": config.weight_decay, "lr": rate},
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
@@ -190,10 +191,6 @@ def hidden_matrices(model: Trainable) -> dict[Tensor, int]:
     fused |= {id(module.gate_up) for module in model.modules() if isinstance(module, Experts)}
     kept = {id(parameter) for parameter in apart}
     return {p: 2 if id(p) in fused else 1 for p in model.parameters() if p.ndim >= 2 and id(p) not in kept}
-
-
-def _embeddings(model: nn.Module) -> set[int]:
-    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
 def _groups_by_parts(matrices: dict[Tensor, int]) -> list[dict[str, Any]]:
