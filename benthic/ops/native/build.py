@@ -40,7 +40,7 @@ _LIBRARIES = {
         ("-ltorch_cpu", *_TORCH_LIBRARIES),
     ),
     # Sums stay in order, so that they are the same wherever a product is inlined.
-    "decode": _Library(_HERE / "decode", ("-ffp-contract=off", "-pthread"), ()),
+    "decode": _Library(_HERE / "decode", ("-ffp-contract=off", "-pthread"), ("-ldl",)),
     # Here neither sums nor quotients may be anything but what is written, for results are exact.
     "fp8": _Library(_HERE / "fp8", ("-ffp-contract=off", "-fopenmp"), ("-ltorch_cpu", *_TORCH_LIBRARIES)),
     "memory": _Library(_HERE / "memory", (f"-I{_TORCH / 'include'}",), ("-lc10", *_TORCH_LIBRARIES)),

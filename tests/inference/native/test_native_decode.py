@@ -1,6 +1,8 @@
 """Native decode steps against plain PyTorch, and against themselves in other company."""
 
+import ctypes
 import os
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,16 @@ from benthic.model import build_model
 from benthic.model.transformer import attention_context
 from benthic.ops import native
 
+OPENMP_CAN_PAUSE = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "omp_pause_resource_all")
 LENGTHS = [0, 1, 5, 31, 32, 33, 63, 64, 65, 127, 130, 520, 1100]
+
+
+def keep_openmp_threads():
+    """Let an operation of PyTorch be shared out, so that OpenMP has threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    torch.zeros(2**20).exp_()
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("seed", range(14))
@@ -183,11 +194,25 @@ def test_a_forked_process_decodes_too(odd_model, batch_of):
     model = odd_model(1)
     decoder = NativeDecoder(model, threads=2)
     expected_BV, _ = decoder(*batch_of(model, [70]).arguments())
+    batch = batch_of(model, [70])
+    keep_openmp_threads()
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(decoder(*batch_of(model, [70]).arguments())[0], expected_BV) else 1)
+        # Of PyTorch, nothing that is shared out: OpenMP waits for ever for threads that stayed with the parent.
+        os._exit(0 if torch.equal(decoder(*batch.arguments())[0], expected_BV) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert torch.equal(decoder(*batch_of(model, [70]).arguments())[0], expected_BV)
+
+
+@pytest.mark.skipif(not OPENMP_CAN_PAUSE, reason="needs OpenMP 5.0 and Linux")
+def test_pytorchs_threads_do_not_spin_beside_a_step(odd_model, batch_of):
+    model = odd_model(1)
+    decoder = NativeDecoder(model, threads=2)
+    batch = batch_of(model, [70])
+    keep_openmp_threads()
+    before = set(os.listdir("/proc/self/task"))
+    decoder(*batch.arguments())
+    assert set(os.listdir("/proc/self/task")) < before
 
 
 def test_without_the_library_there_is_none_and_a_reason(monkeypatch, odd_model):
