@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,9 +211,9 @@ def test_pytorchs_threads_do_not_spin_beside_a_step(odd_model, batch_of):
     decoder = NativeDecoder(model, threads=2)
     batch = batch_of(model, [70])
     keep_openmp_threads()
-    before = set(os.listdir("/proc/self/task"))
+    before = set(Path("/proc/self/task").iterdir())
     decoder(*batch.arguments())
-    assert set(os.listdir("/proc/self/task")) < before
+    assert set(Path("/proc/self/task").iterdir()) < before
 
 
 def test_without_the_library_there_is_none_and_a_reason(monkeypatch, odd_model):
