@@ -5,8 +5,8 @@ and a resumed run needs nothing but its step. Published values: DeepSeek-V3 repo
 """
 
 import math
-from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from benthic.config.schema import ScheduleConfig
 
@@ -35,6 +35,8 @@ class Course:
         self.steps = steps
         expected = steps * batch_size / steps_per_full_batch(schedule)
         self._starts = _starts(schedule, steps, batch_size, multiple, expected)
+        sizes = (end - start if self._mtp_weight(step) else 0 for step, (start, end) in enumerate(pairwise(self._starts)))
+        self._with_mtp = (0, *accumulate(sizes))
 
     @property
     def sequences(self) -> int:
@@ -47,10 +49,7 @@ class Course:
 
     def sequences_with_mtp(self, step: int) -> int:
         """Of those, how many the MTP modules read too: they do not run where their loss weighs nothing."""
-        late = bisect_left(self._starts, self.schedule.mtp_late_start, key=lambda start: start / self.sequences)
-        early = self._starts[min(step, late)]
-        counted = early if self.schedule.mtp_loss_weight else 0
-        return counted + (self._starts[step] - early if self.schedule.mtp_late_loss_weight else 0)
+        return self._with_mtp[step]
 
     def at(self, step: int) -> StepSettings:
         """Settings of a step, counted from 0."""
@@ -61,9 +60,13 @@ class Course:
             batch_size=end - start,
             learning_rate_factor=warmup_factor(self.schedule, (step + 1) / self.steps) * decay(self.schedule, seen),
             bias_speed=self.schedule.bias_update_speed if seen < self.schedule.bias_update_until else 0.0,
-            mtp_weight=mtp_weight(self.schedule, seen),
+            mtp_weight=self._mtp_weight(step),
             balance_weight=self.schedule.balance_loss_weight,
         )
+
+    def _mtp_weight(self, step: int) -> float:
+        counts = (step + 1) % self.schedule.mtp_every == 0
+        return mtp_weight(self.schedule, self._starts[step] / self.sequences) if counts else 0.0
 
 
 def warmup_factor(schedule: ScheduleConfig, steps_done: float) -> float:
@@ -84,7 +87,7 @@ def decay(schedule: ScheduleConfig, seen: float) -> float:
 
 
 def mtp_weight(schedule: ScheduleConfig, seen: float) -> float:
-    """Weight of the multi-token-prediction loss once ``seen`` of the tokens are read."""
+    """Weight of the multi-token-prediction loss, in steps where it counts, once ``seen`` of the tokens are read."""
     return schedule.mtp_loss_weight if seen < schedule.mtp_late_start else schedule.mtp_late_loss_weight
 
 

@@ -46,7 +46,12 @@ def test_parts_of_a_run_count_by_their_share(tiny_run_config, batches, monkeypat
     monkeypatch.setattr(calibrate, "_median_seconds", lambda trial, mtp_weight, budget: 2.0 if mtp_weight else 1.0)
     late = {"mtp_loss_weight": 0.0, "mtp_late_loss_weight": 0.3, "mtp_late_start": 0.75}
     assert seconds_per_step(tiny_run_config(schedule=late), batches, "fp32") == pytest.approx(1.25)
+    sometimes = late | {"mtp_every": 5}
+    assert seconds_per_step(tiny_run_config(schedule=sometimes), batches, "fp32") == pytest.approx(1.05)
+    assert seconds_per_step(tiny_run_config(schedule={"mtp_every": 4}), batches, "fp32") == pytest.approx(1.25)
     assert seconds_per_step(tiny_run_config(), batches, "fp32") == 2.0
+    never = {"mtp_loss_weight": 0.0, "mtp_late_loss_weight": 0.0}
+    assert seconds_per_step(tiny_run_config(schedule=never), batches, "fp32") == 1.0
 
 
 def test_a_batch_ramp_affords_more_steps(tiny_run_config):

@@ -157,13 +157,13 @@ def test_one_recipe_serves_a_small_run_and_the_published_one(course, steps):
 
 @pytest.mark.parametrize(("early", "late"), [(0.0, 0.3), (0.3, 0.0), (0.3, 0.1), (0.0, 0.0)])
 @pytest.mark.parametrize("late_start", [0.0, 0.3, 0.55, 1.0])
-def test_sequences_with_mtp_are_those_of_steps_where_it_counts(early, late, late_start):
-    schedule = ScheduleConfig(
-        mtp_loss_weight=early, mtp_late_loss_weight=late, mtp_late_start=late_start, batch_ramp=0.4
-    )
-    course = Course(schedule, 37, 8)
+@pytest.mark.parametrize("every", [1, 4])
+def test_sequences_with_mtp_are_those_of_steps_where_it_counts(early, late, late_start, every):
+    settings = {"mtp_loss_weight": early, "mtp_late_loss_weight": late, "mtp_late_start": late_start, "batch_ramp": 0.4}
+    course, each = (Course(ScheduleConfig(**settings, mtp_every=n), 37, 8) for n in (every, 1))
     counted = 0
     for step in range(37):
         assert course.sequences_with_mtp(step) == counted
+        assert course.at(step).mtp_weight == (each.at(step).mtp_weight if step % every == every - 1 else 0.0)
         counted += course.at(step).batch_size if course.at(step).mtp_weight else 0
     assert course.sequences_with_mtp(37) == counted
