@@ -31,6 +31,8 @@ WARM_UP, WINDOW = 0.1, 50
 BAR = 1.5
 WEIGHTS = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNE_SEED = 100
+MTP_IN_EACH = "train.schedule.mtp_every=1"
+"""Else the MTP layer would end with its warm-up."""
 NO_BIAS = "train.schedule.bias_update_speed=0"
 BIAS = Variant("bias")
 LOSSES = {
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tune-steps", type=positive, default=250)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["batch-loss"])
     arguments = parser.parse_args()
-    study = Study(arguments.directory, (*KEPT_SHORT, *arguments.settings))
+    study = Study(arguments.directory, (*KEPT_SHORT, MTP_IN_EACH, *arguments.settings))
     variants = [BIAS, *(tuned(study, LOSSES[name], arguments.tune_steps) for name in arguments.losses)]
     report(study, [variant.lasting(arguments.steps) for variant in variants], arguments.seeds)
 

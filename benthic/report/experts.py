@@ -31,17 +31,16 @@ def map_of(facts: Facts) -> Markup | None:
 
 
 def _of_every_expert(facts: Facts, stage: str, course: StageCourse) -> Markup:
-    latest = course.loads[-1].load_ME
-    alike = [one for one in course.loads if list(map(len, one.load_ME)) == list(map(len, latest))]
-    sums_ME = [
-        [sum(column) for column in zip(*rows, strict=True)]
-        for rows in zip(*(one.load_ME for one in alike), strict=True)
-    ]
+    records = course.loads
+    # MTP modules, last, do not run in every step.
+    layers = max(len(one.load_ME) for one in records)
+    by_layer = [[one.load_ME[layer] for one in records if layer < len(one.load_ME)] for layer in range(layers)]
+    sums_ME = [[sum(column) for column in zip(*loads, strict=True)] for loads in by_layer]
     rows = [(_layer(facts, number), _over_mean(row)) for number, row in enumerate(sums_ME)]
     steps = (
-        f"step {alike[0].step}"
-        if len(alike) == 1
-        else f"{len(alike)} records, steps {alike[0].step:,} to {alike[-1].step:,}"
+        f"step {records[0].step}"
+        if len(records) == 1
+        else f"{len(records)} records, steps {records[0].step:,} to {records[-1].step:,}"
     )
     return heat_map(
         f"Tokens of each expert, {stage}, {steps}", rows, _SHARES, _SHARE_NAMES, below="expert",

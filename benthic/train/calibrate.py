@@ -93,14 +93,9 @@ def seconds_per_step(
 
 def parts_of_run(schedule: ScheduleConfig) -> list[tuple[float, float]]:
     """Weights of the MTP loss, at 0 of which a step is cheaper, each with its share of the run."""
-    early, late = schedule.mtp_loss_weight, schedule.mtp_late_loss_weight
-    if early and late:
-        share = 1.0
-    else:
-        share = schedule.mtp_late_start if early else 1 - schedule.mtp_late_start
-    share /= schedule.mtp_every
-    parts = [(0.0, 1 - share), (early or late, share)] if early or late else [(0.0, 1.0)]
-    return [(weight, part) for weight, part in parts if part]
+    early, late, start = schedule.mtp_loss_weight, schedule.mtp_late_loss_weight, schedule.mtp_late_start
+    share = sum(part for weight, part in ((early, start), (late, 1 - start)) if weight) / schedule.mtp_every
+    return [(weight, part) for weight, part in ((0.0, 1 - share), (early or late, share)) if part > 1e-9]
 
 
 def _median_seconds(trial: Trial, mtp_weight: float, budget: float) -> float:

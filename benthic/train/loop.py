@@ -6,8 +6,10 @@ it holds, also in a run that was never interrupted.
 """
 
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +53,8 @@ from benthic.train.track import require_trackers
 from benthic.train.work import Kind, Kinds, Place, Spent, Work
 
 PRETRAINING: Kinds = {"corpus": Corpus}
+_PACES = 20
+"""Steps by whose pace the time left is told: those in which MTP modules learn take longer."""
 
 
 class Trained(NamedTuple):
@@ -201,6 +205,7 @@ class _Trainer:
         self.place = Place(stage, out, run.architecture, self.course, self._began_with, run.world)
         self.writer = open_writer(self.checkpoints, run.world, self.state.shares)
         self.ledger = open_ledger(out, stage.name, config.train.price_per_hour, run.world)
+        self._paces: deque[float] = deque(maxlen=_PACES)
 
     def begin(self, source: Path | None = None) -> None:
         """Take over one of the stage's own checkpoints, or else what the stage before it ended with."""
@@ -293,7 +298,8 @@ class _Trainer:
         metrics.write(row)
         self.ledger.update(*self.work.spent(state.step))
         tokens_left = row["tokens"] * (self.course.sequences / self.course.sequences_before(state.step) - 1)
-        progress.update(state.step, describe(row, state.bits_per_byte), tokens_left / row["tokens_per_s"])
+        self._paces.append(1 / row["tokens_per_s"])
+        progress.update(state.step, describe(row, state.bits_per_byte), tokens_left * fmean(self._paces))
         if report.incident is None:
             return True
         return self._respond(report, range(first, first + settings.batch_size), metrics, progress)

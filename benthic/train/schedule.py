@@ -35,8 +35,9 @@ class Course:
         self.steps = steps
         expected = steps * batch_size / steps_per_full_batch(schedule)
         self._starts = _starts(schedule, steps, batch_size, multiple, expected)
-        sizes = (end - start if self._mtp_weight(step) else 0 for step, (start, end) in enumerate(pairwise(self._starts)))
-        self._with_mtp = (0, *accumulate(sizes))
+        sizes = [end - start for start, end in pairwise(self._starts)]
+        with_mtp = (size if self._mtp_weight(step) else 0 for step, size in enumerate(sizes))
+        self._with_mtp = (0, *accumulate(with_mtp))
 
     @property
     def sequences(self) -> int:

@@ -123,6 +123,10 @@ def test_a_held_schedule_is_what_the_last_step_had(seed):
     assert Course(held(schedule), 7, 4).sequences == 28
 
 
+def test_what_is_held_has_mtp_in_every_step():
+    assert held(ScheduleConfig(mtp_every=5)).mtp_every == 1
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_a_phase_reads_no_more_tokens_at_once_than_pretraining(seed):
     rng = random.Random(seed)

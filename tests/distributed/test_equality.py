@@ -64,6 +64,7 @@ def assert_equal(config, architecture, parallel, tolerance):
         (EMBEDDING, {"shard": 2, "zero": 1}),
         (EMBEDDING, {"shard": 2, "zero": 3}),
         (MUON, {"expert": 2, "shard": 2, "zero": 2}),
+        (MUON | {"schedule": {"mtp_every": 2}}, {"shard": 2, "zero": 3}),
     ],
 )
 def test_a_layout_gives_what_one_process_gives(ways, parallel):

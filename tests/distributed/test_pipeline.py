@@ -30,12 +30,13 @@ def layers(count, **further):
 
 def test_two_stages_by_every_schedule():
     late_mtp = {"mtp_late_start": 0.5, "mtp_late_loss_weight": 0.0}
+    every_other = {"schedule": {"mtp_every": 2}, "steps": 4}
     check(
         InFloat64(), EXACT,
         ({"pipeline": 2, "schedule": "1f1b"}, {"steps": 4, "schedule": late_mtp}),
         ({"pipeline": 2, "schedule": "interleaved"}, layers(3) | {"recompute": True}),
         ({"pipeline": 2, "schedule": "zbv"}, layers(3, num_nextn_predict_layers=0) | {"batch_size": 7}),
-        ({"pipeline": 2, "schedule": "dualpipev"}, layers(4) | {"optimizer": {"name": "muon"}}),
+        ({"pipeline": 2, "schedule": "dualpipev"}, layers(4) | {"optimizer": {"name": "muon"}} | every_other),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ KINDS = {
     },
     "documents": {"mask_documents": True},
     "mtp from the middle on": {"schedule": {"mtp_loss_weight": 0.0, "mtp_late_start": 0.5}},
-    "mtp in every third step": {"schedule": {"mtp_every": 3}},
+    "mtp in every fifth step": {"schedule": {"mtp_every": 5}},
 }
 
 

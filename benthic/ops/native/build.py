@@ -106,7 +106,7 @@ def _fingerprint(compiler: list[str], library: _Library) -> str:
     """Changes with anything that a compiled library depends on: source, flags, compiler, PyTorch, processor."""
     programs = [Path(path) for word in compiler if (path := shutil.which(word))]
     built_by = f"{compiler} {[path.stat().st_mtime_ns for path in programs]}"
-    told = (built_by, torch.__version__, torch.__file__, _processor(), *_FLAGS, *library.flags)
+    told = (built_by, torch.__version__, torch.__file__, _processor(), *_FLAGS, *library.flags, *library.links)
     digest = hashlib.sha256(" ".join(told).encode())
     for source in sorted({*library.folder.glob("*.cpp"), *_HERE.rglob("*.h")}):
         digest.update(source.read_bytes())

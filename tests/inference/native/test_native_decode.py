@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from benthic.ops import native
 
 OPENMP_CAN_PAUSE = sys.platform == "linux" and hasattr(ctypes.CDLL(None), "omp_pause_resource_all")
 LENGTHS = [0, 1, 5, 31, 32, 33, 63, 64, 65, 127, 130, 520, 1100]
+
+
+def threads_here():
+    return set(Path("/proc/self/task").iterdir())
 
 
 def keep_openmp_threads():
@@ -210,10 +215,17 @@ def test_pytorchs_threads_do_not_spin_beside_a_step(odd_model, batch_of):
     model = odd_model(1)
     decoder = NativeDecoder(model, threads=2)
     batch = batch_of(model, [70])
-    keep_openmp_threads()
-    before = set(Path("/proc/self/task").iterdir())
     decoder(*batch.arguments())
-    assert set(Path("/proc/self/task").iterdir()) < before
+    before = threads_here()
+    keep_openmp_threads()
+    kept = threads_here() - before
+    assert kept
+    decoder(*batch.arguments())
+    # A thread that has ended stays for a moment.
+    deadline = time.monotonic() + 5
+    while kept & threads_here() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not kept & threads_here()
 
 
 def test_without_the_library_there_is_none_and_a_reason(monkeypatch, odd_model):

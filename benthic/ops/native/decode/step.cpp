@@ -723,7 +723,7 @@ void decode_free(void* decoder) { delete static_cast<benthic::Decoder*>(decoder)
 int64_t decode_step(void* decoder, const benthic::Request* request, benthic::DraftRequest* ahead) {
     auto& d = *static_cast<benthic::Decoder*>(decoder);
     if (!benthic::in_range(d.model, *request)) return 1;
-    benthic::end_openmp_threads();
+    benthic::rest_openmp_threads();
     if (ahead != nullptr) {
         const auto begun = std::chrono::steady_clock::now();
         benthic::Drafts drafts(d, *request, *ahead);
