@@ -3,10 +3,10 @@
     python benchmarks/checkpoint_cost.py [RECIPE] [KEY=VALUE ...]
 
 By default the recipe ``quickstart``, its sizes, batch and micro-batch, on random tokens, with all that a checkpoint may
-hold: the optimizer's state of MTP modules, which the quickstart runs in its last third, and the average of the weights
-where the recipe keeps one. ``precision.compute=auto`` stands for bf16. A window with a checkpoint begins with one and
-is long enough for it to be on disk, hashed, before the window ends. What such a window takes longer is the cost of
-one checkpoint, the wait for the copy and the work beside the steps together; shares are of so many steps' time.
+hold: the optimizer's state of MTP modules, which the quickstart runs in some of its later steps, and the average of the
+weights where the recipe keeps one. ``precision.compute=auto`` stands for bf16. A window with a checkpoint begins with
+one and is long enough for it to be on disk, hashed, before the window ends. What such a window takes longer is the cost
+of one checkpoint, the wait for the copy and the work beside the steps together; shares are of so many steps' time.
 """
 
 import statistics
