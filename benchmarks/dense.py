@@ -22,10 +22,10 @@ from benthic.lab.figures import draw_curves, figures, told
 
 VALIDATIONS = 16
 RECIPE = Variant("recipe")
-BASELINE = (192, 3, 576, 5e-3)
+BASELINE = (192, 2, 576, 5e-3)
 """Width, layers, width of the feed-forward and Muon's rate, as :data:`CANDIDATES` are."""
 CANDIDATES = (
-    (192, 3, 576, 5e-3), (192, 3, 576, 1e-2), (192, 5, 576, 5e-3),
+    (192, 2, 576, 5e-3), (192, 3, 576, 5e-3), (192, 3, 576, 1e-2), (192, 5, 576, 5e-3),
     (256, 3, 768, 5e-3), (256, 5, 768, 5e-3), (384, 3, 1152, 5e-3),
 )  # fmt: skip
 
