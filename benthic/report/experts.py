@@ -1,12 +1,12 @@
 """How evenly experts are used: a heat map of their recorded loads, or else of how much the busiest had."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup
 
 from benthic.report.chart import heat_map
-from benthic.report.course import Curve, StageCourse
+from benthic.report.course import Curve, Loads, StageCourse
 from benthic.report.facts import Facts
 
 _KEY = "expert_load_max_over_mean"
@@ -33,9 +33,8 @@ def map_of(facts: Facts) -> Markup | None:
 def _of_every_expert(facts: Facts, stage: str, course: StageCourse) -> Markup:
     records = course.loads
     # MTP modules, last, do not run in every step.
-    layers = max(len(one.load_ME) for one in records)
-    by_layer = [[one.load_ME[layer] for one in records if layer < len(one.load_ME)] for layer in range(layers)]
-    sums_ME = [[sum(column) for column in zip(*loads, strict=True)] for loads in by_layer]
+    fullest_ME = max((one.load_ME for one in records), key=len)
+    sums_ME = [_sums_of(records, number, len(row)) for number, row in enumerate(fullest_ME)]
     rows = [(_layer(facts, number), _over_mean(row)) for number, row in enumerate(sums_ME)]
     steps = (
         f"step {records[0].step}"
@@ -46,6 +45,12 @@ def _of_every_expert(facts: Facts, stage: str, course: StageCourse) -> Markup:
         f"Tokens of each expert, {stage}, {steps}", rows, _SHARES, _SHARE_NAMES, below="expert",
         ends=("0", str(max(map(len, sums_ME)) - 1)),
     )  # fmt: skip
+
+
+def _sums_of(records: Iterable[Loads], layer: int, experts: int) -> list[int]:
+    """Tokens of each of a layer's experts, over the records that have it."""
+    rows = [one.load_ME[layer] for one in records if layer < len(one.load_ME) and len(one.load_ME[layer]) == experts]
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def _of_the_busiest(facts: Facts, stage: str, course: StageCourse) -> Markup:

@@ -164,6 +164,16 @@ def test_odd_rows_do_not_hinder(full):
     assert "odd" in text_of(page_of(full), "stages")
 
 
+def test_experts_of_modules_that_run_in_some_steps_are_on_the_map(full):
+    records = [[[1, 3], [4, 0], [6, 2]], [[5, 7], [0, 4]], [[1, 1, 1], [2, 2]]]
+    with (full / "metrics.jsonl").open("a") as file:
+        for step, load_ME in enumerate(records, start=1):
+            file.write(json.dumps({"step": step, "stage": "last", "expert_load": load_ME}) + "\n")
+    text = text_of(page_of(full), "experts")
+    assert "3 records, steps 1 to 3" in text
+    assert "layer 1 layer 2 MTP 1" in text
+
+
 def test_a_run_that_goes_on(full):
     rows = (full / "metrics.jsonl").read_text().splitlines(keepends=True)
     (full / "metrics.jsonl").write_text("".join(rows[:200]))
