@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -208,6 +209,31 @@ def test_a_forked_process_decodes_too(odd_model, batch_of):
         os._exit(0 if torch.equal(decoder(*batch.arguments())[0], expected_BV) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert torch.equal(decoder(*batch_of(model, [70]).arguments())[0], expected_BV)
+
+
+DECODES_FIRST_IN_A_CHILD = """
+import os
+import torch
+torch.set_num_threads(3)
+torch.zeros(2**20).exp_()
+child = os.fork()
+if child:
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+torch.set_num_threads(1)
+from benthic.config.presets import PRESETS
+from benthic.inference.native_decode import NativeDecoder
+from benthic.inference.paged_cache import PagedCache
+from benthic.model import build_model
+model = build_model(PRESETS["tiny"])
+cache = PagedCache(model.config, 2, dtype=torch.float32)
+NativeDecoder(model, threads=2)(torch.tensor([1]), torch.tensor([0]), torch.tensor([[0]]), cache)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_that_first_loads_the_library_does_not_wait_for_its_parents_threads():
+    subprocess.run([sys.executable, "-c", DECODES_FIRST_IN_A_CHILD], check=True, timeout=120)
 
 
 @pytest.mark.skipif(not OPENMP_CAN_PAUSE, reason="needs OpenMP 5.0 and Linux")
