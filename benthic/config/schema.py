@@ -147,7 +147,8 @@ class ScheduleConfig(Settings):
     mtp_late_loss_weight: Annotated[float, Field(ge=0)] = 0.1
     mtp_late_start: Fraction = 10.0 / 14.8
     mtp_every: Positive = 1
-    """The MTP loss counts in one step of so many, and in context extension and all that comes after in each."""
+    """The MTP loss counts in one step of so many, and in a shorter run in none. Context extension and later stages have
+    it in each."""
 
     @property
     def last_factor(self) -> float:

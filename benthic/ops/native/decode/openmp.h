@@ -26,9 +26,8 @@ inline bool goes_on_with_a_parents_memory() {
 inline bool forked_off = goes_on_with_a_parents_memory();
 static const int kWatch = pthread_atfork(nullptr, nullptr, [] { forked_off = true; });
 
-// Lets the threads rest that OpenMP keeps for whoever calls. libgomp ends them and makes others when they are wanted, 40
-// microseconds for two threads, nothing if there are none; LLVM's sends them to sleep. Nothing happens where PyTorch's
-// OpenMP is older than 5.0.
+// Lets the threads rest that OpenMP keeps for whoever calls. libgomp ends them and makes others when they are wanted: 40
+// microseconds for two threads, nothing if there are none. Nothing happens where PyTorch's OpenMP is older than 5.0.
 inline void rest_openmp_threads() {
     static const auto rest = reinterpret_cast<int (*)(int)>(dlsym(RTLD_DEFAULT, "omp_pause_resource_all"));
     constexpr int kSoft = 1;  // omp_pause_soft
