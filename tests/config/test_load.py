@@ -73,6 +73,18 @@ def test_set_reads_a_value_as_toml_or_else_as_text(recipe, text, value):
     assert found == value
 
 
+def test_none_takes_back_what_a_preset_or_a_recipe_says(recipe):
+    text = '[model]\npreset = "v3-671b"\nrope_scaling = "none"\n[train]\nsteps = 1\nmicro_batch_size = 2\n'
+    config = load_run_config(recipe(text), ["model.q_lora_rank=none", "train.micro_batch_size=none"])
+    assert config.model == PRESETS["v3-671b"].model_copy(update={"q_lora_rank": None, "rope_scaling": None})
+    assert config.train.micro_batch_size is None
+    assert load_run_config(recipe(dump_toml(config))) == config
+
+
+def test_where_text_may_stand_none_is_text(recipe):
+    assert load_run_config(recipe(MINIMAL), ["data.tokenizer=none"]).data.tokenizer == "none"
+
+
 def test_later_set_wins(recipe):
     assert load_run_config(recipe(MINIMAL), ["train.seed=1", "train.seed=2"]).train.seed == 2
 
@@ -89,6 +101,7 @@ def test_a_preset_set_replaces_all_sizes_of_a_resolved_recipe(recipe):
 
 
 @pytest.mark.parametrize(("text", "said"), [
+    ("model.hidden_size=none", ['model.hidden_size = "none"', "integer"]),
     ("train.steps=0", ["train.steps = 0", "greater than 0"]),
     ("train.steps=true", ["train.steps = true", "integer"]),
     ("train.steps=many", ['train.steps = "many"', "integer"]),
