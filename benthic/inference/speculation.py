@@ -70,9 +70,8 @@ class Speculation:
         self.pace.drafting.add(sum(depths) / passes, seconds / passes)
 
     def learn(self, job: Job, start: int, hidden_TD: Tensor, drafted: int, accepted: int, *, goes_on: bool) -> None:
-        """What a step gave for one job: hidden states (T, D) of the tokens from ``start`` on that it has."""
-        if job.drafting is None:
-            return
+        """What a step gave for a job that drafts: hidden states (T, D) of the tokens from ``start`` on that it has."""
+        assert job.drafting is not None
         if drafted:
             self.pace.learn(job.drafting.acceptance, drafted, accepted)
         if goes_on:

@@ -97,5 +97,6 @@ class Stepping:
             goes_on = self._results.next_token(job, logits, guess)
             if not goes_on or job.ids[-1] != guess:
                 break
-        used_TD = decoded.hidden_BD[here][: job.read - start].to(self._like.dtype)
-        self._speculation.learn(job, start, used_TD, drafted, job.accepted - accepted, goes_on=goes_on)
+        if job.drafting is not None:
+            used_TD = decoded.hidden_BD[here.start : here.start + job.read - start].to(self._like.dtype)
+            self._speculation.learn(job, start, used_TD, drafted, job.accepted - accepted, goes_on=goes_on)
