@@ -62,19 +62,17 @@ def test_drafts_are_accepted_where_the_model_has_the_same_favourite(run):
     """Document by document and token by token, each prediction from a pass of its own."""
     out, _, records, models = run
     store = TokenStore(out / "data", "val")
-    for name in ("pretrain", "rl"):
-        model = models[name]
-        for depth in (1, 2):
-            right = total = 0
-            for start in range(0, (store.tokens - 1) // 32 * 32, 32):
-                row = store.take(np.arange(start, start + 33)).tolist()
-                ends = [end - start for end in store.document_ends_D.tolist() if start < end < start + 33]
-                for low, high in zip([0, *ends], [*ends, 33], strict=True):
-                    found, count = _accepted(model, row[low:high], depth, length=31 - low)
-                    right, total = right + found, total + count
-            score = records[name].acceptance[depth - 1]
-            assert score.n == pytest.approx(total, abs=33)  # the last, shorter sequence
-            assert score.value == pytest.approx(right / total, abs=0.01)
+    for name, depth in (("pretrain", 1), ("rl", 2)):
+        right = total = 0
+        for start in range(0, (store.tokens - 1) // 32 * 32, 32):
+            row = store.take(np.arange(start, start + 33)).tolist()
+            ends = [end - start for end in store.document_ends_D.tolist() if start < end < start + 33]
+            for low, high in zip([0, *ends], [*ends, 33], strict=True):
+                found, count = _accepted(models[name], row[low:high], depth, length=31 - low)
+                right, total = right + found, total + count
+        score = records[name].acceptance[depth - 1]
+        assert score.n == pytest.approx(total, abs=33)  # the last, shorter sequence
+        assert score.value == pytest.approx(right / total, abs=0.01)
 
 
 def _accepted(model, ids, depth, length):
