@@ -156,7 +156,7 @@ def tables(jobs: Sequence[Job], width: int = 0) -> Tensor:
     width = max(width, *(job.page_count for job in jobs))
     table_BP = np.full((len(jobs), width), -1, np.int32)
     for row_P, job in zip(table_BP, jobs, strict=True):
-        row_P[: job.page_count] = job.table_P.numpy()[: job.page_count]
+        row_P[: job.page_count] = job.table[: job.page_count]
     return torch.from_numpy(table_BP)
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,9 @@ class Job:
         self.pages: list[int] = []
         """Pages it holds alone."""
         self.chunks: list[Chunk] = []
-        self.table_P = torch.full((pages_for(limit),), -1, dtype=torch.int32)
+        self.table = np.full(pages_for(limit), -1, np.int32)
+        self.table_P = torch.from_numpy(self.table)
+        """The same memory."""
         self.page_count = 0
         self.cached_tokens = self.drafted = self.accepted = self.preemptions = 0
         self._keys, self._chunk, self._scope = list[bytes](), chunk, scope
@@ -90,13 +93,13 @@ class Job:
 
     def _add(self, pages: Sequence[int]) -> None:
         end = self.page_count + len(pages)
-        self.table_P[self.page_count : end] = torch.tensor(pages, dtype=torch.int32)
+        self.table[self.page_count : end] = pages
         self.page_count = end
 
     def forget_pages(self) -> None:
         """It holds none any more and has to read everything again."""
         self.pages, self.chunks, self.page_count, self.read = [], [], 0, 0
-        self.table_P.fill_(-1)
+        self.table.fill(-1)
         if self.drafting is not None:
             self.drafting = Drafting(len(self.drafting.waiting), self.drafting.acceptance)
 

@@ -24,6 +24,7 @@ from benthic.errors import WorkFailed
 from benthic.inference.decoded import Ahead, Decoded
 from benthic.inference.huge_pages import use_huge_pages
 from benthic.inference.native_layout import DraftRequest, Layer, Matrix, Model, Request, check_layout
+from benthic.inference.paged_cache import PAGE
 from benthic.inference.sampling import Logits
 from benthic.inference.weights import block_matrices, blocks_of, mtp_modules
 from benthic.model import LanguageModel
@@ -146,7 +147,8 @@ class NativeDecoder:
             ahead: drafts to make first. They are the same whatever else is in the step.
             experts_BLK: as for a call, whose errors it raises.
         """
-        batch, outputs = len(tokens_B), self._recorded(experts_BLK, len(tokens_B))
+        batch = tokens_B.shape[0]
+        outputs = self._recorded(experts_BLK, batch)
         hidden_BD = outputs["hidden"] = torch.empty(batch, self._config.hidden_size, dtype=torch.float32)
         logits_BV = outputs["logits"] = torch.empty(batch, self._config.vocab_size, dtype=torch.float32)
         best_B = outputs["best"] = torch.empty(batch, dtype=torch.int64)
@@ -189,13 +191,15 @@ class NativeDecoder:
         # Held by name until the step is done: what follows may be copies.
         tokens_B, positions_B = tokens_B.long().contiguous(), positions_B.long().contiguous()
         table_BP = table_BP.int().contiguous()
+        width = table_BP.shape[1]
         with self._lock:
-            self._reach(int(positions_B.max()))
+            self._reach(width * PAGE)
             request = Request(
-                batch=len(tokens_B), first=first, last=last, tokens=_pointer(tokens_B), positions=_pointer(positions_B),
-                table=_pointer(table_BP), table_stride=table_BP.shape[1], pages=_addresses(cache.pages_N),
-                page_count=len(pages), page_kind=_PAGE_KINDS[pages.dtype], cos=_pointer(self._cos_TP),
-                sin=_pointer(self._sin_TP), angles=len(self._cos_TP), norm=_pointer(norm),
+                batch=tokens_B.shape[0], first=first, last=last, tokens=_pointer(tokens_B),
+                positions=_pointer(positions_B),
+                table=_pointer(table_BP), table_stride=width, pages=_addresses(cache.pages_N),
+                page_count=pages.shape[0], page_kind=_PAGE_KINDS[pages.dtype], cos=_pointer(self._cos_TP),
+                sin=_pointer(self._sin_TP), angles=self._cos_TP.shape[0], norm=_pointer(norm),
                 head_count=len(outputs.get("head_rows", ())),
                 **{name: _pointer(tensor) for name, tensor in outputs.items()},
             )  # fmt: skip
@@ -203,10 +207,10 @@ class NativeDecoder:
             if self._library.decode_step(ctypes.c_void_p(self._decoder), ctypes.byref(request), ahead):
                 raise IndexError("decode: a token, a position or a page is out of range")
 
-    def _reach(self, position: int) -> None:
-        """Have the rotations of every position up to this one."""
-        if position >= len(self._cos_TP):
-            count = max(_FIRST_ANGLES, 2 * (position + 1))
+    def _reach(self, positions: int) -> None:
+        """Have the rotations of so many positions."""
+        if positions > self._cos_TP.shape[0]:
+            count = max(_FIRST_ANGLES, 2 * positions)
             self._cos_TP, self._sin_TP = (x.contiguous() for x in rope_angles(self._config, torch.arange(count)))
 
 

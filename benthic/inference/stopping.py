@@ -18,6 +18,8 @@ class StopScanner:
 
     def push(self, piece: str) -> str:
         """Add a piece and return what can be released: text in which no stop string begins."""
+        if not self._stops:
+            return piece
         if self.stopped:
             return ""
         text = self._held + piece
@@ -37,6 +39,6 @@ class StopScanner:
 
     def _longest_beginning(self, text: str) -> int:
         """Length of the longest end of ``text`` with which a stop string begins."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        longest = max(map(len, self._stops)) - 1
         lengths = range(min(longest, len(text)), 0, -1)
         return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
