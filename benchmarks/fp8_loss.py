@@ -24,6 +24,8 @@ from benthic.lab.figures import figures, summary, windows
 WINDOW = 50
 SETTINGS = (
     "model.num_hidden_layers=4",
+    "model.q_lora_rank=96",
+    "model.kv_lora_rank=48",
     "train.embedding_std=0.02",
     "train.batch_size=4",
     "train.sequence_length=128",

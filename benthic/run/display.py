@@ -1,7 +1,8 @@
 """What a person sees of a whole run: one display over all its stages, bars on a terminal and plain lines elsewhere.
 
 Each line says which stage of how many it is, how far that has come, and how long it and the whole still take. For
-stages to come, that is what was forecast; for the present one, what its last minute tells.
+stages to come, that is what was forecast; for the present one, what its last minute tells, or those of its parts that
+are over.
 """
 
 import sys
@@ -101,6 +102,10 @@ class StageProgress:
         spent = time.monotonic() - self._begun
         seconds_left = None if self._expected is None else max(0.0, self._expected - spent)
         self._show(done, total or 0, what, seconds_left)
+
+    def passed(self, done: int, total: int) -> None:
+        """So many of equal parts are over: from here on they, and no forecast, say how long the stage takes."""
+        self._expected = (time.monotonic() - self._begun) * total / done
 
     def _show(self, done: int, total: int, text: str, seconds_left: float | None) -> None:
         if seconds_left is not None:

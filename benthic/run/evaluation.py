@@ -25,13 +25,16 @@ Progress = Callable[[str, int, int], None]
 """Called with what is measured, how much of it is done, and of how much."""
 Trouble = Callable[[str], None]
 """Called with a line for each measure that failed."""
+Passed = Callable[[int, int], None]
+"""Called with how many models have been measured, and of how many."""
 FAILURES = (InputError, WorkFailed, OSError, MemoryError)
 """What ends a measure, and not the evaluation."""
 
 
 def evaluate_run(
-    run: Path, config: RunConfig, progress: Progress = lambda *of: None, trouble: Trouble = lambda line: None
-) -> int:
+    run: Path, config: RunConfig, progress: Progress = lambda *of: None, trouble: Trouble = lambda line: None,
+    passed: Passed = lambda *of: None,
+) -> int:  # fmt: skip
     """Measure what each finished stage of training ended with, or what is still to be measured of it.
 
     Args:
@@ -39,6 +42,7 @@ def evaluate_run(
         config: of the run, as resolved.
         progress: told of the course.
         trouble: told of what failed.
+        passed: told of each model that is done with.
 
     Returns:
         How many measures failed.
@@ -46,8 +50,12 @@ def evaluate_run(
     Raises:
         InputError: a task file cannot be used, or a checkpoint is damaged.
     """
-    wanted = measures(run, config)
-    return sum(one.take(wanted, progress, trouble) for one in _evaluations(run, config))
+    wanted, failed = measures(run, config), 0
+    incomplete = [one for one in _evaluations(run, config) if one.missing(wanted)]
+    for done, one in enumerate(incomplete, 1):
+        failed += one.take(wanted, progress, trouble)
+        passed(done, len(incomplete))
+    return failed
 
 
 def remaining(run: Path, config: RunConfig) -> int:
@@ -110,8 +118,6 @@ class _Evaluation:
     def take(self, wanted: Sequence[Measure], progress: Progress, trouble: Trouble) -> int:
         """Take what is missing; returns how many failed."""
         missing = self.missing(wanted)
-        if not missing:
-            return 0
         model, _ = load_checkpoint(self._stage.config.model, self._path)
         subject, failed = Subject(self._run, self._config, self._stage, model), 0
         for measure in missing:

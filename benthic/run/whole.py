@@ -240,8 +240,11 @@ def _prepare(the: Plan, out: Path, progress: StageProgress) -> list[str]:
 
 
 def _evaluate(config: RunConfig, out: Path, progress: StageProgress) -> None:
+    def trouble(line: str) -> None:
+        progress.note(f"error: evaluation: {line}")
+
     with locked(out):
-        failed = evaluate_run(out, config, progress.count, lambda line: progress.note(f"error: evaluation: {line}"))
+        failed = evaluate_run(out, config, progress.count, trouble, progress.passed)
     if failed:
         raise WorkFailed(f"{failed} of its measures failed")
 

@@ -51,6 +51,20 @@ def test_plain_lines_say_where_the_run_is_and_what_is_left(clock):
     assert len(lines) == 2 + 13 + 1 + 2  # the first, then one in ten seconds, which are four steps, and the last
 
 
+def test_parts_that_are_over_tell_more_than_the_forecast(clock):
+    stream = io.StringIO()
+    with Display(["evaluation", "export"], lambda: {"evaluation": 20.0, "export": 5.0}, stream) as shown:
+        stage = shown.stage("evaluation")
+        for model in range(1, 5):
+            clock[0] += 30.0
+            stage.count("answers", 1, 2)
+            clock[0] += 10.0
+            stage.passed(model, 4)
+    assert [line.partition("answers  ")[2] for line in stream.getvalue().splitlines()] == [
+        "0:00 left, 0:05 in all", "1:30 left, 1:35 in all", "0:50 left, 0:55 in all", "0:10 left, 0:15 in all",
+    ]  # fmt: skip
+
+
 def test_the_rate_is_that_of_the_last_minute(clock):
     stream = io.StringIO()
     with Display(["pretrain"], dict, stream) as shown:

@@ -174,7 +174,9 @@ def test_a_damaged_record_and_another_question_are_measured_anew(run, whole_conf
     other = {**config.evaluation.model_dump(), "prompts": ("something else",)}
     asked = resolved.model_copy(update={"evaluation": type(config.evaluation).model_validate(other)})
     assert remaining(run, asked) == 4
-    assert evaluate_run(run, asked) == 0
+    passed = []
+    assert evaluate_run(run, asked, passed=lambda *of: passed.append(of)) == 0
+    assert passed == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert remaining(run, asked) == 0
     assert EvaluationRecord.load(run / "evaluation" / "rl.json").samples[-1].prompt == "something else"
 
