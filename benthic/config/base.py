@@ -20,12 +20,12 @@ class Settings(BaseModel):
         """TOML has no null: ``"none"`` takes back what a preset or a recipe says, where no text may stand anyway."""
         if not isinstance(settings, dict):
             return settings
-        return {key: None if value == "none" and cls._takes_none(key) else value for key, value in settings.items()}
+        return {key: None if cls._is_none(key, value) else value for key, value in settings.items()}
 
     @classmethod
-    def _takes_none(cls, key: str) -> bool:
+    def _is_none(cls, key: str, value: Any) -> bool:
         kinds = get_args(cls.model_fields[key].annotation) if key in cls.model_fields else ()
-        return type(None) in kinds and str not in kinds
+        return isinstance(value, str) and value == "none" and type(None) in kinds and str not in kinds
 
 
 def check_passes(batch: int | None, micro: int | None) -> None:

@@ -207,8 +207,8 @@ def _read_toml(path: Path) -> Tree:
 def _resolve(tree: Tree, origin: str, overrides: Sequence[str]) -> RunConfig:
     settings = [_parse_override(text) for text in overrides]
     keys = override_keys(overrides)
-    for key in keys:
-        if key in ALTERNATIVES:
+    for key, value in settings:
+        if key in ALTERNATIVES and value != "none":
             _remove(tree, ALTERNATIVES[key])
         if key == "model.preset":
             _remove(tree, "model")

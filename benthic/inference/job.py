@@ -58,7 +58,7 @@ class Job:
         self.chunks: list[Chunk] = []
         self.table = np.full(pages_for(limit), -1, np.int32)
         self.table_P = torch.from_numpy(self.table)
-        """The same memory."""
+        """The same memory, for what wants a tensor."""
         self.page_count = 0
         self.cached_tokens = self.drafted = self.accepted = self.preemptions = 0
         self._keys, self._chunk, self._scope = list[bytes](), chunk, scope

@@ -3,12 +3,15 @@
 import random
 import tomllib
 
+import numpy as np
 import pytest
 from recipes import refusal
 
 from benthic.config.load import dump_toml, load_preset_or_recipe, load_run_config, recipe_names
 from benthic.config.presets import PRESETS
+from benthic.config.schema import InferenceConfig
 from benthic.errors import InputError
+from benthic.inference.request import Sampling
 
 MINIMAL = '[model]\npreset = "tiny"\n[train]\nsteps = 3\n'
 
@@ -79,6 +82,20 @@ def test_none_takes_back_what_a_preset_or_a_recipe_says(recipe):
     assert config.model == PRESETS["v3-671b"].model_copy(update={"q_lora_rank": None, "rope_scaling": None})
     assert config.train.micro_batch_size is None
     assert load_run_config(recipe(dump_toml(config))) == config
+
+
+def test_none_of_choices_arrays_and_lengths():
+    config = load_run_config("quickstart", [
+        "serve.precision=int8", "serve.precision=none", "parallel.layers=none", "train.steps=none",
+        "posttrain.sft.epochs=none",
+    ])  # fmt: skip
+    assert config == load_run_config("quickstart")
+    assert config.model.q_lora_rank is None
+
+
+def test_none_is_looked_for_in_text_alone():
+    stop = np.array([1, 2])
+    assert Sampling.checked(InferenceConfig(), {"stop_token_ids": stop}).stop_token_ids == (1, 2)
 
 
 def test_where_text_may_stand_none_is_text(recipe):
