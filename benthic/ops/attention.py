@@ -84,6 +84,7 @@ class _NativeAttention(torch.autograd.Function):
         return dq_BTHK, dkv_BTHX, dk_rope_BHTR.sum(1).to(k_rope_BTR.dtype), None, None
 
 
+@native.unhooked
 def _forward_native(
     q_BTHK: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor, first_BT: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,7 @@ class _RoutedExperts(torch.autograd.Function):
         return dx_ND, None, dgate_NK, dgate_up_EGD, ddown_EDF
 
 
+@native.unhooked
 def _forward_native(
     x_ND: Tensor, token_S: Tensor, slot_NK: Tensor, counts: Tensor, gate_S: Tensor, gate_up_EGD: Tensor,
     down_EDF: Tensor,

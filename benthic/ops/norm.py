@@ -53,6 +53,7 @@ class _NativeRMSNorm(torch.autograd.Function):
         return dx, dweight_parts.sum(0).to(weight.dtype), None
 
 
+@native.unhooked
 def _forward_native(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The outcome, and for the backward pass ``x`` as rows and the reciprocal of each row's root mean square."""
     rows_ND = _as_rows(x)

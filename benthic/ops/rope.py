@@ -54,6 +54,7 @@ class _NativeRotateTail(torch.autograd.Function):
         return _rotate_tail_native(grads[0], cos_TP, sin_TP, -1.0), None, None
 
 
+@native.unhooked
 def _rotate_tail_native(x_BTHW: Tensor, cos_TP: Tensor, sin_TP: Tensor, direction: float) -> Tensor:
     batch, time, heads, width = x_BTHW.shape
     if x_BTHW.stride()[2:] != (width, 1) or x_BTHW.stride(0) != time * x_BTHW.stride(1):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from benthic.config.presets import PRESETS
 from benthic.model import build_model
@@ -21,6 +22,7 @@ from benthic.ops.attention import causal_attention, causal_attention_reference
 from benthic.ops.cross_entropy import linear_cross_entropy
 from benthic.ops.experts import routed_experts, routed_experts_reference
 from benthic.ops.native import build
+from benthic.ops.norm import rms_norm
 from benthic.ops.product import Units, multiply, own_products, said_of_kernels, units_here
 
 
@@ -433,3 +435,24 @@ def test_gradients_that_are_wanted_inside_after_all_come_out() -> None:
     with own(x), torch.enable_grad():
         (found,) = torch.autograd.grad(layer(x).sum(), layer.weight)
     torch.testing.assert_close(found, x.sum(0).expand(50, -1), rtol=1e-5, atol=1e-5)
+
+
+class Asked(TorchFunctionMode):
+    """Counts what such a mode, as that of ``own_products`` is one, is asked."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_kernels_do_not_ask_the_mode_that_replaces_linear_layers(kernels: str) -> None:
+    if kernels != "native":
+        pytest.skip("of the native kernels")
+    x, weight = torch.randn(3, 5, 64), torch.ones(64)
+    with Asked() as asked:
+        found = rms_norm(x, weight, 1e-6)
+    assert asked.count == 0
+    torch.testing.assert_close(found, F.rms_norm(x, (64,), weight, 1e-6))

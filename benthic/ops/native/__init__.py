@@ -7,7 +7,9 @@ each operation runs instead; :func:`status` says which. With ``BENTHIC_NATIVE=bl
 
 import ctypes
 import os
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,8 +17,24 @@ from torch.nn import Parameter
 
 from benthic.ops.native.build import BuildError, shared_library
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _Argument = Tensor | int | float | None
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
+
+
+def unhooked(operation: Callable[_P, _R]) -> Callable[_P, _R]:
+    """What an operation does with tensors, past PyTorch's function modes, such as that of ``benthic.ops.product``.
+
+    Those are asked at every attribute of a tensor, hundreds of times in a short prompt, and have no say in kernels.
+    """
+
+    @wraps(operation)
+    def past_modes(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with torch._C.DisableTorchFunction():
+            return operation(*args, **kwargs)
+
+    return past_modes
 
 
 @lru_cache(maxsize=1)
@@ -71,6 +89,7 @@ def status() -> str:
     return _load()[1]
 
 
+@unhooked
 def usable(*tensors: Tensor) -> bool:
     """Whether the native kernels exist and take these tensors: on the CPU, all fp32 or all bf16."""
     dtype = tensors[0].dtype
@@ -97,6 +116,7 @@ def is_plain(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, Parameter)
 
 
+@unhooked
 def call(name: str, *arguments: _Argument) -> None:
     """Run a kernel for the dtype of the first argument.
 
