@@ -20,12 +20,13 @@ class Settings(BaseModel):
         """TOML has no null: ``"none"`` takes back what a preset or a recipe says, where no text may stand anyway."""
         if not isinstance(settings, dict):
             return settings
-        return {key: None if cls._is_none(key, value) else value for key, value in settings.items()}
+        none = [key for key, value in settings.items() if isinstance(value, str) and value == "none"]
+        return settings | {key: None for key in none if cls._takes_none(key)}
 
     @classmethod
-    def _is_none(cls, key: str, value: Any) -> bool:
+    def _takes_none(cls, key: str) -> bool:
         kinds = get_args(cls.model_fields[key].annotation) if key in cls.model_fields else ()
-        return isinstance(value, str) and value == "none" and type(None) in kinds and str not in kinds
+        return type(None) in kinds and str not in kinds
 
 
 def check_passes(batch: int | None, micro: int | None) -> None:

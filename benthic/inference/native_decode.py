@@ -196,10 +196,10 @@ class NativeDecoder:
             self._reach(width * PAGE)
             request = Request(
                 batch=tokens_B.shape[0], first=first, last=last, tokens=_pointer(tokens_B),
-                positions=_pointer(positions_B),
-                table=_pointer(table_BP), table_stride=width, pages=_addresses(cache.pages_N),
-                page_count=pages.shape[0], page_kind=_PAGE_KINDS[pages.dtype], cos=_pointer(self._cos_TP),
-                sin=_pointer(self._sin_TP), angles=self._cos_TP.shape[0], norm=_pointer(norm),
+                positions=_pointer(positions_B), table=_pointer(table_BP), table_stride=width,
+                pages=_addresses(cache.pages_N), page_count=pages.shape[0], page_kind=_PAGE_KINDS[pages.dtype],
+                cos=_pointer(self._cos_TP), sin=_pointer(self._sin_TP), angles=self._cos_TP.shape[0],
+                norm=_pointer(norm),
                 head_count=len(outputs.get("head_rows", ())),
                 **{name: _pointer(tensor) for name, tensor in outputs.items()},
             )  # fmt: skip

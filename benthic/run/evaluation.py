@@ -51,7 +51,7 @@ def evaluate_run(
         InputError: a task file cannot be used, or a checkpoint is damaged.
     """
     wanted, failed = measures(run, config), 0
-    incomplete = [one for one in _evaluations(run, config) if one.missing(wanted)]
+    incomplete = _incomplete(run, config, wanted)
     for done, one in enumerate(incomplete, 1):
         failed += one.take(wanted, progress, trouble)
         passed(done, len(incomplete))
@@ -60,8 +60,7 @@ def evaluate_run(
 
 def remaining(run: Path, config: RunConfig) -> int:
     """Models of finished stages that something is still to be measured of. Raises as :func:`evaluate_run`."""
-    wanted = measures(run, config)
-    return sum(bool(one.missing(wanted)) for one in _evaluations(run, config))
+    return len(_incomplete(run, config, measures(run, config)))
 
 
 def finished(run: Path, config: RunConfig) -> list[tuple[Stage, Path]]:
@@ -78,6 +77,10 @@ def records(run: Path, config: RunConfig) -> list[EvaluationRecord]:
     """What is there of finished stages, in order. Raises InputError if one is damaged."""
     paths = [run / FOLDER / f"{stage.name}.json" for stage, _ in finished(run, config)]
     return [EvaluationRecord.load(path) for path in paths if path.is_file()]
+
+
+def _incomplete(run: Path, config: RunConfig, wanted: Sequence[Measure]) -> "list[_Evaluation]":
+    return [one for one in _evaluations(run, config) if one.missing(wanted)]
 
 
 def _evaluations(run: Path, config: RunConfig) -> "list[_Evaluation]":

@@ -24,6 +24,7 @@ from benthic.ops.experts import routed_experts, routed_experts_reference
 from benthic.ops.native import build
 from benthic.ops.norm import rms_norm
 from benthic.ops.product import Units, multiply, own_products, said_of_kernels, units_here
+from benthic.ops.rope import rotate_tail
 
 
 @pytest.fixture(params=[Units.VECTORS, Units.TILES], ids=["vectors", "tiles"])
@@ -451,8 +452,11 @@ class Asked(TorchFunctionMode):
 def test_kernels_do_not_ask_the_mode_that_replaces_linear_layers(kernels: str) -> None:
     if kernels != "native":
         pytest.skip("of the native kernels")
-    x, weight = torch.randn(3, 5, 64), torch.ones(64)
+    x, weight, cos, sin = torch.randn(3, 5, 64), torch.ones(64), torch.randn(5, 4), torch.randn(5, 4)
+    q, kv, rope = torch.randn(3, 5, 2, 24), torch.randn(3, 5, 2, 32), torch.randn(3, 5, 8)
     with Asked() as asked:
         found = rms_norm(x, weight, 1e-6)
+        causal_attention(q, kv, rope, scale=0.2)
+        rotate_tail(q, cos, sin)
     assert asked.count == 0
     torch.testing.assert_close(found, F.rms_norm(x, (64,), weight, 1e-6))

@@ -1,5 +1,6 @@
 """What is measured of a stage's model: each figure against a slow way of finding it."""
 
+import itertools
 import json
 import math
 
@@ -62,7 +63,7 @@ def test_drafts_are_accepted_where_the_model_has_the_same_favourite(run):
     """Document by document and token by token, each prediction from a pass of its own."""
     out, _, records, models = run
     store = TokenStore(out / "data", "val")
-    for name, depth in (("pretrain", 1), ("rl", 2)):
+    for name, depth in itertools.product(("pretrain", "rl"), (1, 2)):
         right = total = 0
         for start in range(0, (store.tokens - 1) // 32 * 32, 32):
             row = store.take(np.arange(start, start + 33)).tolist()

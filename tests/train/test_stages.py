@@ -128,7 +128,7 @@ def test_a_finished_run_returns_what_it_had(tiny_run_config, make_run, monkeypat
 
 # Steps 1 to 8 are of pretraining, 9 to 14 and 15 to 19 of the phases.
 @pytest.mark.parametrize(("kind", "moments"), [
-    *(("adamw", [moment]) for moment in (6, 12)), *((kind, [3, 9, 10, 15, 19]) for kind in KINDS),
+    *(("adamw", [moment]) for moment in (6, 9, 12, 15, 18)), *((kind, [3, 9, 10, 15, 19]) for kind in KINDS),
 ], ids=str)  # fmt: skip
 def test_a_run_killed_in_any_stage_goes_on_exactly(tiny_run_config, make_run, monkeypatch, kind, moments):
     config = tiny_run_config(**{**LENGTH, **KINDS[kind]})
