@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benthic.inference.decode import Decoder, read_mtp
 from benthic.inference.decoded import Ahead
-from benthic.inference.job import Job
+from benthic.inference.job import Job, Waiting
 from benthic.inference.paged_cache import PagedCache, PagedView
 from benthic.model import LanguageModel
 from benthic.ops.product import own_products
@@ -34,9 +34,9 @@ class Drafter:
         """Let the modules read everything whose token is known, ``but`` for the last positions, without drafting."""
         assert job.drafting is not None
         for module, waiting in enumerate(job.drafting.waiting):
-            known = sorted(i for i in waiting if i + module + 1 < len(job.ids) and i < job.read - but)
-            if known:
-                self._hand_on(job, module, known, self._read_at_once(job, module, known, []))
+            known = min(waiting.end, len(job.ids) - module - 1, job.read - but) - waiting.start
+            if known > 0:
+                self._hand_on(job, module, self._read_at_once(job, module, known, []))
 
     def ahead(self, jobs: Sequence[Job], depths: Sequence[int], known: Sequence[Sequence[int]]) -> Ahead | None:
         """The same drafts, to be made by the step that reads ``known`` and verifies them; None if it cannot.
@@ -46,22 +46,24 @@ class Drafter:
         active = [job for job, depth in zip(jobs, depths, strict=True) if depth]
         if not self._decoder.drafts or not all(job.sampler.takes_likeliest for job in active):
             return None
-        hidden, tokens, positions, owners, last, to = [], [], [], [], [], []
+        hidden, tokens, owners, last, to = [], [], [], [], []
+        positions: list[int] = []
         row = 0
         for job, depth, ids in zip(jobs, depths, known, strict=True):
             if depth and job.drafting:
                 waiting = job.drafting.waiting[0]
-                where = sorted(waiting)
-                hidden += [waiting[position] for position in where]
-                tokens += [job.ids[position + 1] for position in where]
-                positions += where
-                owners += [job] * len(where)
+                count = len(waiting)
+                hidden.append(waiting.first(count))
+                tokens += job.ids[waiting.start + 1 : waiting.end + 1]
+                positions += range(waiting.start, waiting.end)
+                owners += [job] * count
                 last.append(len(positions) - 1)
                 to.append(row + len(ids))
-                waiting.clear()
+                waiting.drop(count)
             row += len(ids) + depth
         width = max(job.page_count for job in jobs)
-        return Ahead(torch.stack(hidden), tokens, positions, tables(owners, width), last, [d for d in depths if d], to)
+        hidden_RD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        return Ahead(hidden_RD, tokens, positions, tables(owners, width), last, [d for d in depths if d], to)
 
     def draft(self, jobs: Sequence[Job], depths: Sequence[int]) -> list[list[int]]:
         """So many guesses for each job at the tokens that follow its ids; room for their latents is there."""
@@ -83,22 +85,19 @@ class Drafter:
     def _next_module(self, jobs: Sequence[tuple[Job, list[int]]], module: int) -> list[tuple[int, Tensor]]:
         """All that waits for a module, read; for each job the last position and its state."""
         outcome: list[tuple[int, Tensor]] = []
-        few = []
-        for job, drafts in jobs:
-            assert job.drafting is not None
-            positions = sorted(job.drafting.waiting[module])
-            few.append((job, drafts, positions))
-        rows = [row for row in few if len(row[2]) <= FEW]
-        hidden_BD = self._read_rows(module, rows) if rows else torch.empty(0)
+        few = [(job, drafts) for job, drafts in jobs if len(_waiting(job, module)) <= FEW]
+        hidden_BD = self._read_rows(module, few) if few else torch.empty(0)
         start = 0
-        for job, drafts, positions in few:
-            if len(positions) <= FEW:
-                out_TD = hidden_BD[start : start + len(positions)]
-                start += len(positions)
+        for job, drafts in jobs:
+            waiting = _waiting(job, module)
+            count, last = len(waiting), waiting.end - 1
+            if count <= FEW:
+                out_TD = hidden_BD[start : start + count]
+                start += count
             else:
-                out_TD = self._read_at_once(job, module, positions, drafts)
-            self._hand_on(job, module, positions, out_TD)
-            outcome.append((positions[-1], out_TD[-1]))
+                out_TD = self._read_at_once(job, module, count, drafts)
+            self._hand_on(job, module, out_TD)
+            outcome.append((last, out_TD[-1]))
         return outcome
 
     def _last_module_again(self, jobs: Sequence[tuple[Job, list[int], int, Tensor]]) -> list[tuple[int, Tensor]]:
@@ -111,16 +110,17 @@ class Drafter:
         )
         return [(position + 1, hidden_D) for (_, _, position, _), hidden_D in zip(jobs, hidden_BD, strict=True)]
 
-    def _read_rows(self, module: int, rows: Sequence[tuple[Job, list[int], list[int]]]) -> Tensor:
+    def _read_rows(self, module: int, rows: Sequence[tuple[Job, list[int]]]) -> Tensor:
         """A few positions of several jobs: hidden states (B, D)."""
-        hidden, tokens, positions, owners = [], [], [], []
-        for job, drafts, where in rows:
-            assert job.drafting is not None
-            hidden += [job.drafting.waiting[module][i] for i in where]
-            tokens += _tokens_after(job, drafts, module, where)
-            positions += where
-            owners += [job] * len(where)
-        return self._read(module, torch.stack(hidden), self._tensor(tokens), torch.tensor(positions), owners)
+        hidden, tokens, owners = [], [], []
+        positions: list[int] = []
+        for job, drafts in rows:
+            waiting = _waiting(job, module)
+            hidden.append(waiting.first(len(waiting)))
+            tokens += _tokens_after(job, drafts, module, len(waiting))
+            positions += range(waiting.start, waiting.end)
+            owners += [job] * len(waiting)
+        return self._read(module, torch.cat(hidden), self._tensor(tokens), torch.tensor(positions), owners)
 
     def _read(
         self, module: int, hidden_BD: Tensor, tokens_B: Tensor, positions_B: Tensor, owners: Sequence[Job]
@@ -128,24 +128,21 @@ class Drafter:
         out_BD = self._decoder.draft(module, hidden_BD, tokens_B, positions_B, tables(owners), self._cache)
         return out_BD.to(hidden_BD.dtype)
 
-    def _read_at_once(self, job: Job, module: int, positions: list[int], drafts: list[int]) -> Tensor:
-        """Many consecutive positions of one job: hidden states (T, D)."""
-        assert job.drafting is not None
-        hidden_TD = torch.stack([job.drafting.waiting[module][i] for i in positions])
-        tokens_T = self._tensor(_tokens_after(job, drafts, module, positions))
-        view = PagedView(self._cache, job.table_P, positions[0], hidden_TD.dtype)
+    def _read_at_once(self, job: Job, module: int, count: int, drafts: list[int]) -> Tensor:
+        """The first positions that wait of one job: hidden states (T, D)."""
+        waiting = _waiting(job, module)
+        hidden_TD = waiting.first(count)
+        tokens_T = self._tensor(_tokens_after(job, drafts, module, count))
+        view = PagedView(self._cache, job.table_P, waiting.start, hidden_TD.dtype)
         with own_products(hidden_TD, tiles=True):
             return read_mtp(self._model, module, hidden_TD, tokens_T, view)
 
-    def _hand_on(self, job: Job, module: int, positions: list[int], out_TD: Tensor) -> None:
+    def _hand_on(self, job: Job, module: int, out_TD: Tensor) -> None:
         """Pass what a module gave to the next, and keep to be read again what stood before a mere draft."""
-        assert job.drafting is not None
-        waiting = job.drafting.waiting
+        waiting = _waiting(job, module)
         if module + 1 < self.modules:
-            waiting[module + 1].update(zip(positions, out_TD, strict=True))
-        for position in positions:
-            if position + module + 1 < len(job.ids):
-                del waiting[module][position]
+            _waiting(job, module + 1).put(waiting.start, out_TD)
+        waiting.drop(max(0, min(len(out_TD), len(job.ids) - module - 1 - waiting.start)))
 
     def _tensor(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, device=self._model.transformer.embed.weight.device)
@@ -154,12 +151,21 @@ class Drafter:
 def tables(jobs: Sequence[Job], width: int = 0) -> Tensor:
     """Page tables (B, P) of jobs, one row each, as wide as the longest or as ``width``."""
     width = max(width, *(job.page_count for job in jobs))
-    table_BP = np.full((len(jobs), width), -1, np.int32)
+    table_BP = np.empty((len(jobs), width), np.int32)
     for row_P, job in zip(table_BP, jobs, strict=True):
         row_P[: job.page_count] = job.table[: job.page_count]
+        row_P[job.page_count :] = -1
     return torch.from_numpy(table_BP)
 
 
-def _tokens_after(job: Job, drafts: list[int], module: int, positions: list[int]) -> list[int]:
-    ids = job.ids
-    return [(ids[at] if at < len(ids) else drafts[at - len(ids)]) for at in (i + module + 1 for i in positions)]
+def _waiting(job: Job, module: int) -> Waiting:
+    """What a module has to read of a job that drafts."""
+    assert job.drafting is not None
+    return job.drafting.waiting[module]
+
+
+def _tokens_after(job: Job, drafts: list[int], module: int, count: int) -> list[int]:
+    """The tokens that a module joins to the first positions that wait for it."""
+    first = _waiting(job, module).start + module + 1
+    ids, beyond = job.ids[first : first + count], max(0, first - len(job.ids))
+    return [*ids, *drafts[beyond : beyond + count - len(ids)]]

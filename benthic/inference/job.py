@@ -16,20 +16,46 @@ from benthic.inference.sampling import Sampler
 from benthic.inference.text import TextStream
 
 
+class Waiting:
+    """Hidden states of consecutive positions that a module has still to read."""
+
+    def __init__(self) -> None:
+        self.start = self.end = 0
+        self._hidden_TD = torch.empty(0)
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __contains__(self, position: int) -> bool:
+        return self.start <= position < self.end
+
+    def put(self, start: int, hidden_TD: Tensor) -> None:
+        """States from position ``start`` on, in place of any there; what is not next to them is given up."""
+        if self.start < start <= self.end:
+            self._hidden_TD = torch.cat((self._hidden_TD[: start - self.start], hidden_TD))
+        else:
+            self.start, self._hidden_TD = start, hidden_TD
+        self.end = start + len(hidden_TD)
+
+    def first(self, count: int) -> Tensor:
+        """The states (count, D) of the first positions."""
+        return self._hidden_TD[:count]
+
+    def drop(self, count: int) -> None:
+        """The first so many have been read for good."""
+        self.start, self._hidden_TD = self.start + count, self._hidden_TD[count:]
+
+
 class Drafting:
     """Hidden states that a request's MTP modules have still to join with the tokens after them.
 
-    ``waiting[k]`` holds, by position, what module k has to read: its last entries wait for a token, or have been read
-    with a draft in its place.
+    ``waiting[k]`` holds what module k has to read: its last entries wait for a token, or have been read with a draft in
+    its place.
     """
 
     def __init__(self, modules: int, acceptance: Acceptance) -> None:
-        self.waiting: list[dict[int, Tensor]] = [{} for _ in range(modules)]
+        self.waiting = [Waiting() for _ in range(modules)]
         self.acceptance = acceptance
-
-    def add(self, start: int, hidden_TD: Tensor) -> None:
-        """What the transformer gave for positions from ``start`` on, in the modules' dtype."""
-        self.waiting[0].update(enumerate(hidden_TD, start))
 
 
 class Job:

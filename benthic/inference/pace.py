@@ -37,13 +37,16 @@ class Line:
         """
         if self._n:
             intercept, slope = self.fit()
-            expected = max(intercept + slope * rows, self._y / self._n)
-            if 4 * seconds < min(intercept + slope * rows, self._y / self._n):
+            fitted, mean = intercept + slope * rows, self._y / self._n
+            expected = max(fitted, mean)
+            if 4 * seconds < min(fitted, mean):
                 self._n = self._x = self._xx = self._y = self._xy = 0.0
             seconds = min(seconds, 4 * expected)
-        sums = (self._n, self._x, self._xx, self._y, self._xy)
-        new = (1.0, rows, rows * rows, seconds, rows * seconds)
-        self._n, self._x, self._xx, self._y, self._xy = (_MEMORY * a + b for a, b in zip(sums, new, strict=True))
+        self._n = _MEMORY * self._n + 1
+        self._x = _MEMORY * self._x + rows
+        self._xx = _MEMORY * self._xx + rows * rows
+        self._y = _MEMORY * self._y + seconds
+        self._xy = _MEMORY * self._xy + rows * seconds
 
     def fit(self) -> tuple[float, float]:
         """Intercept and slope, neither below 0; the slope is 0 while only one number of rows has been seen."""

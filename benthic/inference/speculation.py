@@ -40,7 +40,7 @@ class Speculation:
     def read(self, job: Job, start: int, hidden_TD: Tensor) -> None:
         """A part of the prompt has been read, from position ``start`` on."""
         if job.drafting is not None:
-            job.drafting.add(start, hidden_TD)
+            job.drafting.waiting[0].put(start, hidden_TD)
             self.drafter.catch_up(job)
 
     def draft(self, jobs: Sequence[Job], known: Sequence[Sequence[int]]) -> tuple[list[list[int]], Ahead | None]:
@@ -75,7 +75,7 @@ class Speculation:
         if drafted:
             self.pace.learn(job.drafting.acceptance, drafted, accepted)
         if goes_on:
-            job.drafting.add(start, hidden_TD)
+            job.drafting.waiting[0].put(start, hidden_TD)
             if max(map(len, job.drafting.waiting)) > _MOST_UNDRAFTED:
                 self.drafter.catch_up(job, but=1)
 

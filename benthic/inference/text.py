@@ -5,7 +5,6 @@ the text, and no text is left over without a token when a request ends.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from benthic.data.stream_decoder import StreamDecoder
 from benthic.data.tokenizer import Tokenizer
@@ -43,7 +42,7 @@ class TextStream:
         if not self._waiting:
             return []
         *before, last = self._waiting
-        released = [*before, replace(last, text=self._piece)]
+        released = [*before, Token(last.id, self._piece, last.logprob, last.top_logprobs)]
         self.text += self._piece
         self._waiting, self._piece = [], ""
         return released
