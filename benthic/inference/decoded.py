@@ -1,7 +1,6 @@
 """What a decode step is asked besides its rows, and what it gives.
 
-Legend: B rows of the step, R rows that an MTP module reads first, P pages of the longest sequence, V vocabulary,
-D model width, S sequences.
+Legend: B rows of the step, R rows that an MTP module reads first, V vocabulary, D model width, S sequences.
 """
 
 from collections.abc import Sequence
@@ -25,14 +24,13 @@ class Ahead:
     tokens_R: Sequence[int]
     """The token after it."""
     positions_R: Sequence[int]
-    table_RP: Tensor
-    """As wide as the step's."""
     last_S: Sequence[int]
     """Index of each sequence's last row."""
     depth_S: Sequence[int]
     """Drafts wanted, at least one."""
     to_S: Sequence[int]
-    """Row of the step whose token the first draft becomes; the others become those of the rows after it."""
+    """Row of the step whose token the first draft becomes, of the same sequence; the others become those of the rows
+    after it."""
 
 
 @dataclass(frozen=True)

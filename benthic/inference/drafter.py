@@ -46,7 +46,7 @@ class Drafter:
         active = [job for job, depth in zip(jobs, depths, strict=True) if depth]
         if not self._decoder.drafts or not all(job.sampler.takes_likeliest for job in active):
             return None
-        hidden, tokens, owners, last, to = [], [], [], [], []
+        hidden, tokens, last, to = [], [], [], []
         positions: list[int] = []
         row = 0
         for job, depth, ids in zip(jobs, depths, known, strict=True):
@@ -56,14 +56,12 @@ class Drafter:
                 hidden.append(waiting.first(count))
                 tokens += job.ids[waiting.start + 1 : waiting.end + 1]
                 positions += range(waiting.start, waiting.end)
-                owners += [job] * count
                 last.append(len(positions) - 1)
                 to.append(row + len(ids))
                 waiting.drop(count)
             row += len(ids) + depth
-        width = max(job.page_count for job in jobs)
         hidden_RD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        return Ahead(hidden_RD, tokens, positions, tables(owners, width), last, [d for d in depths if d], to)
+        return Ahead(hidden_RD, tokens, positions, last, [d for d in depths if d], to)
 
     def draft(self, jobs: Sequence[Job], depths: Sequence[int]) -> list[list[int]]:
         """So many guesses for each job at the tokens that follow its ids; room for their latents is there."""
@@ -148,9 +146,9 @@ class Drafter:
         return torch.tensor(tokens, device=self._model.transformer.embed.weight.device)
 
 
-def tables(jobs: Sequence[Job], width: int = 0) -> Tensor:
-    """Page tables (B, P) of jobs, one row each, as wide as the longest or as ``width``."""
-    width = max(width, *(job.page_count for job in jobs))
+def tables(jobs: Sequence[Job]) -> Tensor:
+    """Page tables (B, P) of jobs, one row each, as wide as the longest."""
+    width = max(job.page_count for job in jobs)
     table_BP = np.empty((len(jobs), width), np.int32)
     for row_P, job in zip(table_BP, jobs, strict=True):
         row_P[: job.page_count] = job.table[: job.page_count]

@@ -14,8 +14,8 @@ M rows and K columns of a matrix.
 import ctypes
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from benthic.precision.panels import pack_panels
 from benthic.precision.quantise import Precision, bits_of, head_precision, quantise_groups
 
 _FIRST_ANGLES = 4096
+_Array: TypeAlias = ctypes.Array[Any]
 _KINDS = {torch.float32: Matrix.FP32, torch.bfloat16: Matrix.BF16}
 _PAGE_KINDS = _KINDS | {torch.uint8: Matrix.FP8}
 
@@ -148,15 +149,15 @@ class NativeDecoder:
             experts_BLK: as for a call, whose errors it raises.
         """
         batch = tokens_B.shape[0]
-        outputs = self._recorded(experts_BLK, batch)
+        outputs: dict[str, Tensor | _Array] = {**self._recorded(experts_BLK, batch)}
         hidden_BD = outputs["hidden"] = torch.empty(batch, self._config.hidden_size, dtype=torch.float32)
         logits_BV = outputs["logits"] = torch.empty(batch, self._config.vocab_size, dtype=torch.float32)
-        best_B = outputs["best"] = torch.empty(batch, dtype=torch.int64)
-        outputs["peak"], outputs["log_sum"] = totals_2B = torch.empty(2, batch, dtype=torch.float32)
+        best_B = outputs["best"] = (ctypes.c_int64 * batch)()
+        peak_B, log_sum_B = outputs["peak"], outputs["log_sum"] = (ctypes.c_float * batch)(), (ctypes.c_float * batch)()
         drafts = _Drafts(ahead, self._config.num_hidden_layers, self._weights.norms[1]) if ahead else None
         tokens_B = tokens_B.clone() if drafts else tokens_B
         self._run(tokens_B, positions_B, table_BP, cache, outputs=outputs, drafts=drafts)
-        numbers = zip(logits_BV.numpy(), best_B.tolist(), *totals_2B.tolist(), strict=True)
+        numbers = zip(logits_BV.numpy(), best_B, peak_B, log_sum_B, strict=True)
         return Decoded(
             tokens_B.tolist(), [Logits(*row) for row in numbers], hidden_BD, drafts.request.seconds if drafts else 0.0
         )
@@ -181,8 +182,8 @@ class NativeDecoder:
         return out_BD
 
     def _run(
-        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, *, outputs: dict[str, Tensor],
-        module: int | None = None, drafts: "_Drafts | None" = None,
+        self, tokens_B: Tensor, positions_B: Tensor, table_BP: Tensor, cache: Pages, *,
+        outputs: Mapping[str, Tensor | _Array], module: int | None = None, drafts: "_Drafts | None" = None,
     ) -> None:  # fmt: skip
         """A step of the transformer or of an MTP module. ``outputs`` are the request's pointers to float and others."""
         layers = self._config.num_hidden_layers
@@ -218,7 +219,7 @@ class _Drafts:
     """What a step is told of the drafts to make first, and what has to stay alive for it."""
 
     def __init__(self, ahead: Ahead, layer: int, norm: Tensor) -> None:
-        self._hidden_RD, self._table_RP = _as(ahead.hidden_RD, torch.float32), _as(ahead.table_RP, torch.int32)
+        self._hidden_RD = _as(ahead.hidden_RD, torch.float32)
         # A tensor takes several times as long to be made, and a step of a small model is over in 0.2 ms.
         self._tokens_R, self._positions_R = (_array(ctypes.c_int64, x) for x in (ahead.tokens_R, ahead.positions_R))
         self._last_S, self._depth_S, self._to_S = (
@@ -227,7 +228,7 @@ class _Drafts:
         self.request = DraftRequest(
             layer=layer, rows=len(ahead.tokens_R), tokens=ctypes.addressof(self._tokens_R),
             previous=_pointer(self._hidden_RD), positions=ctypes.addressof(self._positions_R),
-            table=_pointer(self._table_RP), norm=_pointer(norm), sequences=len(ahead.last_S),
+            norm=_pointer(norm), sequences=len(ahead.last_S),
             last=ctypes.addressof(self._last_S), depth=ctypes.addressof(self._depth_S),
             to=ctypes.addressof(self._to_S),
         )  # fmt: skip
@@ -339,12 +340,14 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
-def _array(kind: type[ctypes.c_int32] | type[ctypes.c_int64], numbers: Sequence[int]) -> "ctypes.Array[Any]":
+def _array(kind: type[ctypes.c_int32] | type[ctypes.c_int64], numbers: Sequence[int]) -> _Array:
     return (kind * len(numbers))(*numbers)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointer(numbers: Tensor | _Array | None) -> int | None:
+    if numbers is None:
+        return None
+    return numbers.data_ptr() if isinstance(numbers, Tensor) else ctypes.addressof(numbers)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":

@@ -61,7 +61,7 @@ class DraftRequest(ctypes.Structure):
 
     _fields_: ClassVar = [
         *_fields(_Int, "layer rows"),
-        *_fields(_Pointer, "tokens previous positions table norm"),
+        *_fields(_Pointer, "tokens previous positions norm"),
         ("sequences", _Int),
         *_fields(_Pointer, "last depth to"),
         ("seconds", ctypes.c_double),

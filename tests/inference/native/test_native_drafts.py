@@ -27,19 +27,18 @@ class Texts:
         self.states = [torch.randn(count, config.hidden_size, generator=generator) for count in waiting]
 
     def ahead(self, which):
-        hidden, tokens, positions, tables, last, to, row = [], [], [], [], [], [], 0
+        hidden, tokens, positions, last, to, row = [], [], [], [], [], 0
         for s in which:
             start = len(self.ids[s]) - 1 - self.waiting[s]
             if self.depths[s]:
                 hidden.append(self.states[s])
                 tokens += self.ids[s][start + 1 :]
                 positions += range(start, start + self.waiting[s])
-                tables += [self.table_SP[s]] * self.waiting[s]
                 last.append(len(positions) - 1)
                 to.append(row + 1)
             row += 1 + self.depths[s]
         depths = [self.depths[s] for s in which if self.depths[s]]
-        return Ahead(torch.cat(hidden), tokens, positions, torch.stack(tables), last, depths, to)
+        return Ahead(torch.cat(hidden), tokens, positions, last, depths, to)
 
     def arguments(self, which, drafts):
         """Of a step over the last token of each and these drafts."""
@@ -201,7 +200,7 @@ def test_drafts_out_of_range_are_refused_and_nothing_is_written(what, odd_model)
     if what == "token":
         ahead.tokens_R[0] = model.config.vocab_size
     elif what == "page":
-        ahead.table_RP[0, 1] = 40
+        step[2][:, 1] = 40
     else:
         ahead.depth_S[0] = 64
     before = [layer.clone() for layer in texts.cache.pages_N]

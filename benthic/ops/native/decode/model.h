@@ -60,12 +60,11 @@ struct DraftRequest {
     int64_t* tokens;
     const float* previous;     // (rows, width)
     const int64_t* positions;
-    const int32_t* table;      // (rows, table_stride of the step)
     const float* norm;
     int64_t sequences;
     const int32_t *last;       // of each sequence, the last of these rows
     const int32_t *depth;      // drafts, at least one
-    const int32_t *to;         // the row of the step whose token the first draft is; others follow
+    const int32_t *to;         // the row of the step whose token the first draft is, and whose pages it has; others follow
     double seconds;            // they took
 };
 

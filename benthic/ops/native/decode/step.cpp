@@ -632,7 +632,9 @@ class Drafts {
         r_.tokens = a_.tokens;
         r_.previous = a_.previous;
         r_.positions = a_.positions;
-        r_.table = a_.table;
+        for (int64_t s = 0, row = 0; s < a_.sequences; ++s)
+            for (; row <= a_.last[s]; ++row) add_pages(own_table_, step, a_.to[s]);
+        r_.table = own_table_.data();
         r_.norm = a_.norm;
         r_.hidden = hidden_.data();
         r_.head_rows = a_.last;
@@ -668,7 +670,7 @@ class Drafts {
                 tokens.push_back(best_[i]);
                 positions.push_back(r_.positions[row] + 1);
                 previous.insert(previous.end(), r_.hidden + row * width_, r_.hidden + (row + 1) * width_);
-                table.insert(table.end(), r_.table + row * r_.table_stride, r_.table + (row + 1) * r_.table_stride);
+                add_pages(table, r_, row);
             }
             sequences = std::move(going_on);
             rows.resize(sequences.size());
@@ -687,6 +689,10 @@ class Drafts {
     }
 
    private:
+    static void add_pages(std::vector<int32_t>& table, const Request& of, int64_t row) {
+        table.insert(table.end(), of.table + row * of.table_stride, of.table + (row + 1) * of.table_stride);
+    }
+
     Decoder& d_;
     const DraftRequest& a_;
     Request r_;
