@@ -53,6 +53,7 @@ class Drafter:
             if depth and job.drafting:
                 waiting = job.drafting.waiting[0]
                 count = len(waiting)
+                assert waiting.end < len(job.ids), "the token after each state is known"
                 hidden.append(waiting.first(count))
                 tokens += job.ids[waiting.start + 1 : waiting.end + 1]
                 positions += range(waiting.start, waiting.end)

@@ -30,7 +30,7 @@ class Waiting:
         return self.start <= position < self.end
 
     def put(self, start: int, hidden_TD: Tensor) -> None:
-        """States from position ``start`` on, in place of any there; what is not next to them is given up."""
+        """States from position ``start`` on: whatever was there or beyond is given up, and what does not reach them."""
         if self.start < start <= self.end:
             self._hidden_TD = torch.cat((self._hidden_TD[: start - self.start], hidden_TD))
         else:
@@ -43,7 +43,9 @@ class Waiting:
 
     def drop(self, count: int) -> None:
         """The first so many have been read for good."""
-        self.start, self._hidden_TD = self.start + count, self._hidden_TD[count:]
+        self.start += count
+        # An empty part of a chunk's states would keep all of them in memory.
+        self._hidden_TD = self._hidden_TD[count:] if self else torch.empty(0)
 
 
 class Drafting:

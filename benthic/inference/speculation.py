@@ -83,19 +83,16 @@ class Speculation:
         """How many drafts each job gets."""
         if not any(job.drafting for job in jobs):
             return [0 for _ in jobs]
-        requests = [
-            (job.drafting.acceptance if job.drafting else None, self._most_drafts(job, ids))
-            for job, ids in zip(jobs, known, strict=True)
-        ]
+        requests = [(job.drafting.acceptance if job.drafting else None, self._most_drafts(job)) for job in jobs]
         depths = self.pace.depths(requests, sum(map(len, known)))
         return [depth and self._room_to_draft(job, depth) for job, depth in zip(jobs, depths, strict=True)]
 
-    def _most_drafts(self, job: Job, known: Sequence[int]) -> int:
+    def _most_drafts(self, job: Job) -> int:
         """Drafts that may be of use: none while it reads again, none beyond its end.
 
         None either where the state before the newest token is missing, as when all before it was shared.
         """
-        rereads = job.read + len(known) < len(job.ids)
+        rereads = job.read + 1 < len(job.ids)
         if rereads or job.drafting is None or job.read - 1 not in job.drafting.waiting[0]:
             return 0
         return max(0, min(job.limit - len(job.ids) - 1, self.pace.max_depth))

@@ -1,5 +1,5 @@
-// Causal attention of MLA's naive form, straight from what the projections produce: queries, the expanded latents
-// (keys without position beside values) and one rotary key for all heads. Scores exist one block at a time; the
+// Causal attention of MLA's naive form, from what the projections produce: queries, the expanded latents (keys without
+// position beside values) and one rotary key for all heads, which is copied beside a head's keys where that pays. Scores exist one block at a time; the
 // backward pass computes them again from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691).
 //
 // Layouts: q (b, t, h, nope + rope), kv (b, t, h, nope + value), k_rope (b, t, rope), out (b, t, h, value),
@@ -13,7 +13,7 @@ using namespace benthic;
 namespace {
 
 constexpr int64_t kQueries = 64, kKeys = 512, kLanes = 16;
-constexpr int64_t kWide = 128;            // keys as wide are not copied for a block of queries alone
+constexpr int64_t kWide = 128;            // numbers of a key from which copying it costs more than a second product
 constexpr int64_t kWideForTiles = 128;    // heads narrower than that gain nothing from tiles
 constexpr int64_t kQueriesOnTiles = 128;  // what lays keys and values out as tiles is done once for so many
 
@@ -64,14 +64,14 @@ struct Range {
     }
 };
 
-// Keys of one head, with their rotary part beside the rest as queries have it: one product is faster than two, if what
-// is copied is little beside it.
+// Rows of numbers, so far apart.
 template <typename T>
 struct Keys {
     const T* at;
     int64_t stride;
 };
 
+// Keys of one head, with their rotary part beside the rest as queries have it: then one product does for both.
 template <typename T>
 Keys<T> whole_keys(const Shape& s, const T* k, const T* k_rope, int64_t keys, T* room) {
     if (s.rope == 0) return {k, s.kv_stride()};

@@ -192,15 +192,17 @@ def test_room_for_experts_must_fit(wrong, odd_model, batch_of):
         NativeDecoder(model).step(*batch_of(model, [1, 2, 3, 4]).arguments(), experts_BLK=wrong)
 
 
-@pytest.mark.parametrize("what", ["token", "page", "reach"])
+@pytest.mark.parametrize("what", ["token", "depth", "row", "last"])
 def test_drafts_out_of_range_are_refused_and_nothing_is_written(what, odd_model):
     model = odd_model(2, num_nextn_predict_layers=1)
     texts = Texts(model, [200], [1], [3])
     ahead, step = texts.ahead([0]), texts.nothing([0])
     if what == "token":
         ahead.tokens_R[0] = model.config.vocab_size
-    elif what == "page":
-        step[2][:, 1] = 40
+    elif what == "row":
+        ahead.to_S[0] = 2  # the last of three drafts would be beyond the step's rows
+    elif what == "last":
+        ahead.last_S[0] = 1
     else:
         ahead.depth_S[0] = 64
     before = [layer.clone() for layer in texts.cache.pages_N]

@@ -64,7 +64,7 @@ struct DraftRequest {
     int64_t sequences;
     const int32_t *last;       // of each sequence, the last of these rows
     const int32_t *depth;      // drafts, at least one
-    const int32_t *to;         // the row of the step whose token the first draft is, and whose pages it has; others follow
+    const int32_t *to;         // the row of the step whose token the first draft is, of the same pages; others follow
     double seconds;            // they took
 };
 

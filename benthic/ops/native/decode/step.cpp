@@ -624,7 +624,7 @@ struct Decoder {
 class Drafts {
    public:
     Drafts(Decoder& decoder, const Request& step, const DraftRequest& ahead)
-        : d_(decoder), a_(ahead), r_(step), width_(decoder.model.width), tokens_(step.tokens),
+        : d_(decoder), a_(ahead), r_(step), width_(decoder.model.width), step_rows_(step.batch), tokens_(step.tokens),
           hidden_(ahead.rows * width_), best_(ahead.sequences) {
         r_.batch = a_.rows;
         r_.first = a_.layer;
@@ -632,9 +632,6 @@ class Drafts {
         r_.tokens = a_.tokens;
         r_.previous = a_.previous;
         r_.positions = a_.positions;
-        for (int64_t s = 0, row = 0; s < a_.sequences; ++s)
-            for (; row <= a_.last[s]; ++row) add_pages(own_table_, step, a_.to[s]);
-        r_.table = own_table_.data();
         r_.norm = a_.norm;
         r_.hidden = hidden_.data();
         r_.head_rows = a_.last;
@@ -645,7 +642,15 @@ class Drafts {
     }
 
     // Whether all that will be read is there, to the last repetition.
-    bool possible() const {
+    bool possible() {
+        int64_t row = 0;
+        for (int64_t s = 0; s < a_.sequences; ++s) {
+            if (a_.to[s] < 0 || a_.depth[s] < 1 || a_.to[s] + a_.depth[s] > step_rows_) return false;
+            if (a_.last[s] < row || a_.last[s] >= a_.rows) return false;
+            for (; row <= a_.last[s]; ++row) add_pages(own_table_, r_, a_.to[s]);
+        }
+        if (row != a_.rows) return false;
+        r_.table = own_table_.data();
         std::vector<int64_t> furthest(a_.positions, a_.positions + a_.rows);
         for (int64_t s = 0; s < a_.sequences; ++s) furthest[a_.last[s]] += a_.depth[s] - 1;
         Request reach = r_;
@@ -696,7 +701,7 @@ class Drafts {
     Decoder& d_;
     const DraftRequest& a_;
     Request r_;
-    const int64_t width_;
+    const int64_t width_, step_rows_;
     int64_t* const tokens_;
     std::vector<float> hidden_, own_previous_;
     std::vector<int64_t> best_, own_tokens_, own_positions_;
