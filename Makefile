@@ -10,7 +10,7 @@ RUN ?= runs/quickstart
 
 .PHONY: help setup quickstart check test test-all bench
 help:
-	@echo "make quickstart   a small model through every stage on this machine's CPU, within 25 minutes, and how to talk to it"
+	@echo "make quickstart   a small model through every stage on this machine's CPU, in 20 to 30 minutes, and how to talk to it"
 	@echo "make setup        a virtual environment in $(VENV) with all that the tests need"
 	@echo "make check        lint, format, types and import order"
 	@echo "make test         the fast tests; make test-all runs every test"

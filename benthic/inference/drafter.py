@@ -61,8 +61,7 @@ class Drafter:
                 to.append(row + len(ids))
                 waiting.drop(count)
             row += len(ids) + depth
-        hidden_RD = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
-        return Ahead(hidden_RD, tokens, positions, last, [d for d in depths if d], to)
+        return Ahead(torch.cat(hidden), tokens, positions, last, [d for d in depths if d], to)
 
     def draft(self, jobs: Sequence[Job], depths: Sequence[int]) -> list[list[int]]:
         """So many guesses for each job at the tokens that follow its ids; room for their latents is there."""

@@ -20,11 +20,15 @@ class Waiting:
     """Hidden states of consecutive positions that a module has still to read."""
 
     def __init__(self) -> None:
-        self.start = self.end = 0
-        self._hidden_TD = torch.empty(0)
+        self.start, self._hidden_TD = 0, torch.empty(0)
+
+    @property
+    def end(self) -> int:
+        """The position after the last."""
+        return self.start + len(self)
 
     def __len__(self) -> int:
-        return self.end - self.start
+        return len(self._hidden_TD)
 
     def __contains__(self, position: int) -> bool:
         return self.start <= position < self.end
@@ -35,7 +39,6 @@ class Waiting:
             self._hidden_TD = torch.cat((self._hidden_TD[: start - self.start], hidden_TD))
         else:
             self.start, self._hidden_TD = start, hidden_TD
-        self.end = start + len(hidden_TD)
 
     def first(self, count: int) -> Tensor:
         """The states (count, D) of the first positions."""
@@ -43,9 +46,9 @@ class Waiting:
 
     def drop(self, count: int) -> None:
         """The first so many have been read for good."""
-        self.start += count
         # An empty part of a chunk's states would keep all of them in memory.
-        self._hidden_TD = self._hidden_TD[count:] if self else torch.empty(0)
+        self._hidden_TD = self._hidden_TD[count:] if count < len(self) else torch.empty(0)
+        self.start += count
 
 
 class Drafting:

@@ -1,6 +1,7 @@
 // Causal attention of MLA's naive form, from what the projections produce: queries, the expanded latents (keys without
-// position beside values) and one rotary key for all heads, which is copied beside a head's keys where that pays. Scores exist one block at a time; the
-// backward pass computes them again from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691).
+// position beside values) and one rotary key for all heads, which is copied beside a head's keys where that pays. Scores
+// exist one block at a time; the backward pass computes them again from the saved log-sum-exp (FlashAttention-2, arXiv
+// 2307.08691).
 //
 // Layouts: q (b, t, h, nope + rope), kv (b, t, h, nope + value), k_rope (b, t, rope), out (b, t, h, value),
 // lse (b, h, t). Where queries begin at position `start`, there are start + t keys and values. `first` (b, t) is the first

@@ -192,13 +192,15 @@ def test_room_for_experts_must_fit(wrong, odd_model, batch_of):
         NativeDecoder(model).step(*batch_of(model, [1, 2, 3, 4]).arguments(), experts_BLK=wrong)
 
 
-@pytest.mark.parametrize("what", ["token", "depth", "row", "last"])
+@pytest.mark.parametrize("what", ["token", "reach", "depth", "row", "last"])
 def test_drafts_out_of_range_are_refused_and_nothing_is_written(what, odd_model):
     model = odd_model(2, num_nextn_predict_layers=1)
     texts = Texts(model, [200], [1], [3])
     ahead, step = texts.ahead([0]), texts.nothing([0])
     if what == "token":
         ahead.tokens_R[0] = model.config.vocab_size
+    elif what == "reach":
+        ahead.positions_R[0] = 254  # the third draft would be of 256, one more than the pages hold
     elif what == "row":
         ahead.to_S[0] = 2  # the last of three drafts would be beyond the step's rows
     elif what == "last":

@@ -641,8 +641,8 @@ class Drafts {
         r_.experts = nullptr;
     }
 
-    // Whether all that will be read is there, to the last repetition.
-    bool possible() {
+    // Finds each row's pages; false if not all that will be read is there, to the last repetition.
+    bool prepare() {
         int64_t row = 0;
         for (int64_t s = 0; s < a_.sequences; ++s) {
             if (a_.to[s] < 0 || a_.depth[s] < 1 || a_.to[s] + a_.depth[s] > step_rows_) return false;
@@ -738,7 +738,7 @@ int64_t decode_step(void* decoder, const benthic::Request* request, benthic::Dra
     if (ahead != nullptr) {
         const auto begun = std::chrono::steady_clock::now();
         benthic::Drafts drafts(d, *request, *ahead);
-        if (!drafts.possible()) return 1;
+        if (!drafts.prepare()) return 1;
         drafts.make();
         ahead->seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
     }
