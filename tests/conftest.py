@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
@@ -130,7 +131,7 @@ def make_server(served_model: Path) -> Iterator[Callable[..., "Server"]]:
 @pytest.fixture
 def make_run(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Fresh run directories on the prepared data. The GEMM peak, which takes a second to measure, is made up."""
-    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", cache(lambda dtype: 100.0))
 
     def make(name: str = "run") -> Path:
         out = tmp_path / name

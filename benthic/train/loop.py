@@ -6,10 +6,9 @@ it holds, also in a run that was never interrupted.
 """
 
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -43,18 +42,18 @@ from benthic.train.incidents import (
 )
 from benthic.train.memory import settle_memory
 from benthic.train.metrics import read_metrics
-from benthic.train.progress import Opener, Progress, describe, open_progress
+from benthic.train.pace import RECENT, Pace, PlanAgain, TimeGiven
+from benthic.train.progress import Opener, Progress, clock, describe, open_progress
 from benthic.train.records import Metrics, open_ledger, open_metrics, open_shown, open_writer
 from benthic.train.schedule import Course, StepSettings
 from benthic.train.signals import Interrupted, StopRequest
 from benthic.train.state import TrainState, carried_in, weights_of
 from benthic.train.step import StepReport, train_step
 from benthic.train.track import require_trackers
+from benthic.train.trial import Sequences
 from benthic.train.work import Kind, Kinds, Place, Spent, Work
 
 PRETRAINING: Kinds = {"corpus": Corpus}
-_PACES = 20
-"""Steps by whose pace the time left is told: those in which MTP modules learn take longer."""
 
 
 class Trained(NamedTuple):
@@ -111,22 +110,38 @@ def train(
         if newest is None:
             raise InputError(f"{out}: holds no weights of {config.posttrain.base} to begin with")
         number, newest = 1, None
-    if newest is None:
-        corpus, first = known.get("corpus"), planned[number]
-        batches = corpus.batches(first.config) if isinstance(corpus, Corpus) else None
-        resolved = RunConfig.model_validate(
-            world.first(lambda: resolve(config, batches, architecture).model_dump(mode="json"))
-        )
-        run = identity(config, resolved, hashes, architecture.settings())
-    else:
+
+    def go(resolved: RunConfig, run: dict[str, Any], given: TimeGiven) -> Trained:
+        assert resolved.precision.compute != "auto"
+        peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute)) * world.processes
+        whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak, given, world, show)
+        with world.watched(out):
+            return _train(whole, number, newest)
+
+    if newest is not None:
         run, kind = load(newest, groups=()).state.get("run", {}), planned[number].kind
         resolved = resume_settings(config, run, hashes, str(newest), architecture.settings(), kind=kind)
-        run = renewed(run, config, hashes)
-    assert resolved.precision.compute != "auto"
-    peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute)) * world.processes
-    whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak, world, show)
-    with world.watched(out):
-        return _train(whole, number, newest)
+        return go(resolved, renewed(run, config, hashes), TimeGiven(None))
+    corpus, given = known.get("corpus"), TimeGiven(config.train.minutes)
+    batches = corpus.batches(planned[number].config) if isinstance(corpus, Corpus) else None
+    while True:
+        resolved = _resolved(config, given, batches, architecture, world)
+        given.plans += 1
+        with suppress(PlanAgain):
+            return go(resolved, identity(config, resolved, hashes, architecture.settings()), given)
+        measure_gemm_gflops.cache_clear()  # of when the machine was busy
+
+
+def _resolved(
+    config: RunConfig, given: TimeGiven, batches: Sequences | None, architecture: Architecture, world: World
+) -> RunConfig:
+    """Settings with what one process has measured for all, steps for the minutes that are left among them."""
+
+    def measure() -> dict[str, Any]:
+        now = config.train.model_copy(update={"minutes": given.minutes_left()})
+        return resolve(config.model_copy(update={"train": now}), batches, architecture).model_dump(mode="json")
+
+    return RunConfig.model_validate(world.first(measure))
 
 
 def _train(run: "_Run", number: int, newest: Path | None) -> Trained:
@@ -182,6 +197,8 @@ class _Run(NamedTuple):
     architecture: Architecture
     peak_flops: float
     """Operations a second of a matrix product here, on all processes together."""
+    given: TimeGiven
+    """For pretraining, if its steps were planned by time just now."""
     world: World
     show: Opener
 
@@ -205,7 +222,7 @@ class _Trainer:
         self.place = Place(stage, out, run.architecture, self.course, self._began_with, run.world)
         self.writer = open_writer(self.checkpoints, run.world, self.state.shares)
         self.ledger = open_ledger(out, stage.name, config.train.price_per_hour, run.world)
-        self._paces: deque[float] = deque(maxlen=_PACES)
+        self.pace = Pace()
 
     def begin(self, source: Path | None = None) -> None:
         """Take over one of the stage's own checkpoints, or else what the stage before it ended with."""
@@ -250,6 +267,7 @@ class _Trainer:
                 self.writer.check()
                 if self._step(metrics, progress):
                     self._end_step(metrics, progress, stop)
+                    self._leave_if_time_is_wasted(progress)
             self.writer.wait()
 
     def _open_metrics(self) -> Metrics:
@@ -272,6 +290,19 @@ class _Trainer:
         if signal is not None:
             self.writer.wait()
             raise Interrupted(signal, f"stopped after step {step} of {self.stage.name}, saved in {self.run.out}")
+
+    def _leave_if_time_is_wasted(self, progress: Progress) -> None:
+        """Raises PlanAgain where the run, of which nothing is saved yet, is far shorter than it could be."""
+        step = self.state.step
+        if self.earlier or step % RECENT or step >= min(self.config.train.checkpoint_every, self.stage.steps):
+            return
+        seconds = self.work.spent(self.stage.steps).flops * self.pace.seconds_per_flop
+        if self.run.given.is_wasted(seconds):  # minutes are for one process
+            progress.note(
+                f"{self.stage.name}: begins again with more steps: all {self.stage.steps} would take {clock(seconds)}, "
+                "less than when they were planned"
+            )
+            raise PlanAgain
 
     def _step(self, metrics: Metrics, progress: Progress) -> bool:
         """Take a step; False if it has led back to an earlier one."""
@@ -298,8 +329,7 @@ class _Trainer:
         metrics.write(row)
         self.ledger.update(*self.work.spent(state.step))
         tokens_left = row["tokens"] * (self.course.sequences / self.course.sequences_before(state.step) - 1)
-        self._paces.append(1 / row["tokens_per_s"])
-        progress.update(state.step, describe(row, state.bits_per_byte), tokens_left * fmean(self._paces))
+        progress.update(state.step, describe(row, state.bits_per_byte), tokens_left * self.pace.seconds_per_token)
         if report.incident is None:
             return True
         return self._respond(report, range(first, first + settings.batch_size), metrics, progress)
@@ -339,7 +369,9 @@ class _Trainer:
         return roll_back_rows(row, earlier, self.state.step)
 
     def _row(self, report: StepReport, settings: StepSettings, before: Spent, seconds: float) -> dict[str, Any]:
-        spent = self.work.spent(self.state.step)
+        after = self.work.spent(self.state.step)
+        spent = Spent(after.tokens - before.tokens, after.flops - before.flops)
+        self.pace.add(seconds, spent)
         load_ME = report.load_ME.float()
         every = self.config.train.expert_load_every
         loads = {EXPERT_LOAD: report.load_ME.tolist()} if every and self.state.step % every == 0 else {}
@@ -351,9 +383,9 @@ class _Trainer:
             "grad_norm": report.grad_norm,
             "learning_rate": self.config.train.optimizer.learning_rate * settings.learning_rate_factor,
             "batch_size": settings.batch_size,
-            "tokens": spent.tokens,
-            "tokens_per_s": (spent.tokens - before.tokens) / seconds,
-            "share_of_gemm_peak": (spent.flops - before.flops) / seconds / self.run.peak_flops,
+            "tokens": after.tokens,
+            "tokens_per_s": spent.tokens / seconds,
+            "share_of_gemm_peak": spent.flops / seconds / self.run.peak_flops,
             "expert_load_max_over_mean": (load_ME.amax(1) / load_ME.mean(1)).tolist(),
             "dead_experts": int((load_ME == 0).sum()),
             "seconds": seconds,
