@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -132,6 +133,18 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):
             raise InputError("text that is not UTF-8: it holds bytes or a surrogate that are no character") from None
 
+    def fewest(self, size: int) -> int:
+        """Tokens that so many bytes of text have at the least, without encoding them; 0 where that cannot be said."""
+        return -(-size // self._longest) if self._longest else 0
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest token, if each byte of a text is part of one; else 0."""
+        steps = json.loads(self._backend.to_str())
+        if not self._byte_level or steps["normalizer"] is not None or not _keeps_all(steps["pre_tokenizer"]):
+            return 0
+        return max(len(self.token_bytes(index)) for index in self._backend.get_vocab().values())
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens; the inverse of ``encode``."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
@@ -241,6 +254,16 @@ def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Matches any of ``tokens``, the longest first; nothing if there are none."""
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _keeps_all(step: dict[str, Any] | None) -> bool:
+    """Whether cutting a text into words loses none of it."""
+    if step is None or step["type"] == "ByteLevel":
+        return step is not None
+    if step["type"] == "Sequence":
+        *first, last = step["pretokenizers"]
+        return _keeps_all(last) and all(one["type"] == "Split" and one["behavior"] != "Removed" for one in first)
+    return False
 
 
 def _without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

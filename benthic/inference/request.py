@@ -64,7 +64,7 @@ class Sampling(InferenceConfig):
     """Taken off the logit of each token that the completion has already."""
     frequency_penalty: _Penalty = 0.0
     """Taken off the logit of each token as often as the completion has it."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt or completion (arXiv 1909.05858, 4.1)."""
     logit_bias: dict[_TokenId, Annotated[float, Field(ge=-100, le=100)]] = {}  # noqa: RUF012 - pydantic copies it
     """Added to the logits of single tokens."""

@@ -25,7 +25,8 @@ class Results:
         except WorkFailed as error:
             return self.finish(job, "error", str(error))
         except Exception as error:  # a constraint is the caller's code: it must not take the other requests with it
-            return self.finish(job, "error", f"constraint: {type(error).__name__}: {' '.join(str(error).split())}")
+            where = "choosing a token" if job.sampling.constraint is None else "constraint"
+            return self.finish(job, "error", f"{where}: {type(error).__name__}: {' '.join(str(error).split())}")
         if chosen is not None and chosen == guess:
             job.accepted += 1
             self._figures.accepted_tokens += 1

@@ -30,6 +30,9 @@ FloatArray = npt.NDArray[np.float64]
 
 _FIRST_SIZES = (64, 1024)
 """So many of the likeliest tokens are looked at in turn, before all are sorted, for one where the cut-off lies."""
+_LARGEST = torch.finfo(torch.float32).max
+_COLD = 1e-6
+"""Below this temperature the likeliest token is taken: what is left of others' probabilities rounds to nothing."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -67,11 +70,12 @@ class Logits:
 def distribution(logits_V: Tensor, settings: Sampling) -> tuple[Tensor, Tensor]:
     """Tokens (K,) that may come next and their probabilities (K,) in float32, which sum to 1.
 
-    ``temperature`` 0 leaves the likeliest alone. ``top_k`` keeps the k likeliest (0 keeps all); ``top_p`` then keeps
-    the fewest likeliest whose probabilities reach that sum (nucleus sampling, arXiv 1904.09751, section 3.1), never
-    fewer than one; ``min_p`` then those at least as likely as this share of the likeliest (arXiv 2407.01082).
+    ``temperature`` 0, or next to it, leaves the likeliest alone. ``top_k`` keeps the k likeliest (0 keeps all);
+    ``top_p`` then keeps the fewest likeliest whose probabilities reach that sum (nucleus sampling, arXiv 1904.09751,
+    section 3.1), never fewer than one; ``min_p`` then those at least as likely as this share of the likeliest (arXiv
+    2407.01082).
     """
-    if settings.temperature == 0:
+    if settings.temperature < _COLD:
         return logits_V.argmax(0, keepdim=True), torch.ones(1)
     logits_V = logits_V.float()
     # Measured from the largest, a logit over a tiny temperature falls to minus infinity instead of overflowing.
@@ -145,7 +149,7 @@ class Sampler:
             self._seen_V = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen_V[list(prompt_ids)] = True
         changing = (self._constraint, self._bias_V, self._counts_V, self._seen_V)
-        self.takes_likeliest = settings.temperature == 0 and all(part is None for part in changing)
+        self.takes_likeliest = settings.temperature < _COLD and all(part is None for part in changing)
         """Whether the likeliest token is taken whatever came before."""
 
     def choose(self, logits: Logits, position: int) -> int | None:
@@ -167,7 +171,12 @@ class Sampler:
         return self._draw(logits_V, position)
 
     def guess(self, logits_V: Tensor, position: int) -> int:
-        """What :meth:`choose` would give at ``position`` if these were the model's logits; penalties lag behind."""
+        """What :meth:`choose` would give at ``position`` if these were the model's logits; penalties lag behind.
+
+        Of logits that are not finite, any: a guess decides nothing.
+        """
+        if not math.isfinite(float(logits_V.max())):
+            return 0
         return self._draw(self._adjusted(logits_V), position)
 
     def accept(self, token: int) -> None:
@@ -186,7 +195,7 @@ class Sampler:
             logits_V = logits_V.float() + self._bias_V
         if self._seen_V is not None:
             penalty, exact_V = settings.repetition_penalty, logits_V.float()
-            lowered_V = torch.where(exact_V > 0, exact_V / penalty, exact_V * penalty)
+            lowered_V = torch.where(exact_V > 0, exact_V / penalty, exact_V * penalty).clamp(max=_LARGEST)
             logits_V = torch.where(self._seen_V, lowered_V, exact_V)
         if self._counts_V is not None:
             logits_V = logits_V.float() - settings.frequency_penalty * self._counts_V
@@ -194,7 +203,7 @@ class Sampler:
         return logits_V
 
     def _draw(self, logits_V: Tensor, position: int) -> int:
-        if self._settings.temperature == 0:
+        if self._settings.temperature < _COLD:
             return int(logits_V.numpy().argmax())
         return pick(*distribution(logits_V, self._settings), self._seed, position)
 
@@ -220,5 +229,5 @@ def _cut(probability_K: Tensor, tokens_K: Tensor, settings: Sampling) -> tuple[T
     """What ``top_p`` and ``min_p`` leave of tokens in order of probability."""
     likelier_K = probability_K.cumsum(0) - probability_K
     kept_K = (likelier_K < settings.top_p) & (probability_K >= settings.min_p * probability_K[0])
-    count = int(kept_K.sum())
+    count = max(1, int(kept_K.sum()))
     return tokens_K[:count], probability_K[:count] / probability_K[:count].sum()

@@ -17,7 +17,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from benthic.serve.errors import ApiError, engine_failed, unavailable
+from benthic.serve.errors import ApiError, engine_failed, shutting_down
 from benthic.serve.turns import Turns
 
 log = logging.getLogger("benthic.serve")
@@ -29,7 +29,6 @@ SCOPE_OF_CACHE = "benthic.cache_scope"
 ARRIVED = "benthic.arrived"
 """Key of the ASGI scope: when the request's headers were there, by ``time.monotonic()``."""
 _HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")]
-_DRAINING_RETRY_S = 5
 
 
 @dataclass
@@ -135,7 +134,7 @@ class Door:
                 raise ApiError(401, "no valid API key was given", code="invalid_api_key", headers=challenge)
             scope[SCOPE_OF_CACHE] = key
         if self._state.draining and scope["path"] != "/metrics":
-            raise unavailable("the server is shutting down", _DRAINING_RETRY_S)
+            raise shutting_down()
 
 
 class _Exchange:

@@ -1,8 +1,9 @@
 """The application: which path leads to what, and the document that describes it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from threading import Event
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from benthic.serve import chat, completions, document, metrics, page, prompts
 from benthic.serve.access import ARRIVED, SCOPE_OF_CACHE, Door, Keys, State, is_local, log
 from benthic.serve.body import Bodies
 from benthic.serve.embeddings import embed
-from benthic.serve.errors import ApiError, bad, engine_failed, too_late
+from benthic.serve.errors import ApiError, bad, engine_failed, shutting_down, too_late
 from benthic.serve.generation import ClientGone, Generation, Job, unless_disconnected
 from benthic.serve.models import Models, Served
 from benthic.serve.requests import MAX_PROMPTS, ChatRequest, CompletionRequest, EmbeddingRequest, parse
@@ -44,52 +45,64 @@ class Endpoints:
         self._preparing = ThreadPoolExecutor(_PREPARING, "prepare")
         self._compiling = ThreadPoolExecutor(1, "compile")
         self._embedding = ThreadPoolExecutor(1, "embed")
+        self._at_work: set[Callable[[], object]] = set()
+        """What ends the work on each request before its time."""
+        self._over = False
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        asked = await self._asked(request, ChatRequest)
-        served = self._models.find(asked.model)
-        generation = self._admitted(request, served, asked.n or 1, "n")
+        async with self._asked(request, ChatRequest) as asked:
+            served = self._models.find(asked.model)
+            generation = self._admitted(request, served, asked.n or 1, "n")
 
-        async def prepare() -> list[Job]:
-            grammar = await self._run(self._compiling, prompts.grammar_of, served, asked) if _formed(asked) else None
-            return await self._prepare(prompts.chat_jobs, served, asked, self._config.max_tokens, grammar)
+            async def prepare() -> list[Job]:
+                formed = _formed(asked)
+                grammar = await self._run(self._compiling, prompts.grammar_of, served, asked) if formed else None
+                return await self._prepare(prompts.chat_jobs, served, asked, self._config.max_tokens, grammar)
 
-        return await self._respond(request, served, asked, generation, prepare, chat)
+            await self._start(request, generation, prepare)
+        return await self._respond(request, served, asked, generation, chat)
 
     async def complete(self, request: Request) -> Response:
         """Continue texts."""
-        asked = await self._asked(request, CompletionRequest)
-        served = self._models.find(asked.model)
-        if len(asked.prompts) > MAX_PROMPTS:
-            raise bad(f"prompt: {len(asked.prompts)} prompts at once; at most {MAX_PROMPTS}", "prompt")
-        generation = self._admitted(request, served, len(asked.prompts) * (asked.n or 1), "prompt")
+        async with self._asked(request, CompletionRequest) as asked:
+            served = self._models.find(asked.model)
+            if len(asked.prompts) > MAX_PROMPTS:
+                raise bad(f"prompt: {len(asked.prompts)} prompts at once; at most {MAX_PROMPTS}", "prompt")
+            generation = self._admitted(request, served, len(asked.prompts) * (asked.n or 1), "prompt")
 
-        async def prepare() -> list[Job]:
-            further = completions.settings_of(asked)
-            limits = (asked.max_tokens, self._config.max_tokens)
-            sampling = await self._prepare(prompts.sampling_of, served, asked, *limits, further)
-            jobs: list[Job] = []
-            for prompt in asked.prompts:
-                jobs += await self._prepare(prompts.text_jobs, served, asked, prompt, sampling)
-            return jobs
+            async def prepare() -> list[Job]:
+                further = completions.settings_of(asked)
+                limits = (asked.max_tokens, self._config.max_tokens)
+                sampling = await self._prepare(prompts.sampling_of, served, asked, *limits, further)
+                jobs: list[Job] = []
+                for prompt in asked.prompts:
+                    jobs += await self._prepare(prompts.text_jobs, served, asked, prompt, sampling)
+                return jobs
 
-        return await self._respond(request, served, asked, generation, prepare, completions)
+            await self._start(request, generation, prepare)
+        return await self._respond(request, served, asked, generation, completions)
 
     async def embed(self, request: Request) -> Response:
         """Turn texts into vectors."""
-        asked = await self._asked(request, EmbeddingRequest)
-        served = self._models.find(asked.model)
-        leave, gone = served.admit(1, "input"), Event()
-        try:
-            async with asyncio.timeout_at(request.scope[ARRIVED] + self._config.request_seconds):
-                work = self._run(self._embedding, embed, served, asked, gone)
-                return _json(await unless_disconnected(request.receive, work))
-        except TimeoutError:
-            raise too_late(self._config.request_seconds) from None
-        finally:
-            gone.set()
-            leave()
+        async with self._asked(request, EmbeddingRequest) as asked:
+            served = self._models.find(asked.model)
+            leave, gone = served.admit(1, "input"), Event()
+            work = asyncio.ensure_future(self._run(self._embedding, embed, served, asked, gone))
+            self._at_work.add(work.cancel)
+            try:
+                async with asyncio.timeout_at(request.scope[ARRIVED] + self._config.request_seconds):
+                    return _json(await unless_disconnected(request.receive, work))
+            except TimeoutError:
+                raise too_late(self._config.request_seconds) from None
+            except asyncio.CancelledError:
+                if self._over:
+                    raise shutting_down() from None
+                raise
+            finally:
+                self._at_work.discard(work.cancel)
+                gone.set()
+                leave()
 
     async def models(self, request: Request) -> Response:
         """The models there are."""
@@ -118,34 +131,52 @@ class Endpoints:
         """The same for the page."""
         return _json({"draining": self._state.draining, "models": [metrics.status(one) for one in self._models]})
 
+    def give_up(self) -> None:
+        """Let go of all requests that are being answered: each is told that the server shuts down."""
+        self._over = True
+        for end in list(self._at_work):
+            end()
+
     def close(self) -> None:
         """End the threads."""
         for threads in (self._preparing, self._compiling, self._embedding):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _asked(self, request: Request, kind: type[_Request]) -> _Request:
-        body = await self._bodies.read(request)
-        await self._read.take()
-        if self._config.log_prompts:
-            log.info("asked: %s", ascii(body.decode(errors="replace")))
-        return parse(kind, body)
+    @asynccontextmanager
+    async def _asked(self, request: Request, kind: type[_Request]) -> AsyncIterator[_Request]:
+        async with self._bodies.of(request) as body:
+            await self._read.take()
+            if self._config.log_prompts:
+                log.info("asked: %s", ascii(body.decode(errors="replace")))
+            yield parse(kind, body)
 
     def _admitted(self, request: Request, served: Served, choices: int, param: str) -> Generation:
-        return Generation(
-            served, served.admit(choices, param), self.metrics, arrived=request.scope[ARRIVED],
-            seconds=self._config.request_seconds, scope=request.scope[SCOPE_OF_CACHE],
-        )  # fmt: skip
+        leave = served.admit(choices, param)
 
-    async def _respond(
-        self, request: Request, served: Served, asked: Any, generation: Generation,
-        prepare: Callable[[], Awaitable[list[Job]]], shapes: Any,
-    ) -> Response:  # fmt: skip
-        """The answer of a generation in one of the two shapes, whole or streamed; its places are given back."""
+        def end() -> None:
+            self._at_work.discard(generation.cancel)
+            leave()
+
+        generation = Generation(
+            served, end, self.metrics, arrived=request.scope[ARRIVED], seconds=self._config.request_seconds,
+            scope=request.scope[SCOPE_OF_CACHE],
+        )  # fmt: skip
+        self._at_work.add(generation.cancel)
+        return generation
+
+    async def _start(
+        self, request: Request, generation: Generation, prepare: Callable[[], Awaitable[list[Job]]]
+    ) -> None:  # fmt: skip
         try:
             await unless_disconnected(request.receive, generation.start(prepare))
         except BaseException:
             generation.close()
             raise
+
+    async def _respond(
+        self, request: Request, served: Served, asked: Any, generation: Generation, shapes: Any
+    ) -> Response:  # fmt: skip
+        """The answer of a generation in one of the two shapes, whole or streamed; its places are given back."""
         if asked.stream:
             return EventStream(shapes.streamed(served, asked, generation), generation.close)
         try:
@@ -196,6 +227,10 @@ class Application:
         """As ASGI has it."""
         await self._door(scope, receive, send)
 
+    def give_up(self) -> None:
+        """Answer all requests that are at work, to the effect that the server shuts down."""
+        self._endpoints.give_up()
+
     def close(self) -> None:
         """End its threads."""
         self._endpoints.close()
@@ -232,7 +267,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Paths and methods that are not there."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return ApiError(error.status_code, error.detail, code=code, headers=error.headers).response()
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"  # a route of its own, which starlette does not look at
+    return ApiError(error.status_code, error.detail, code=code, headers=headers).response()
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

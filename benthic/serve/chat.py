@@ -23,6 +23,9 @@ class ForcedCall:
         self._text += piece
         return ""
 
+    broken_off = False
+    """It is there as a whole or not at all."""
+
     def finish(self) -> tuple[str, list[FunctionCall]]:
         """The call; of one that was broken off, what there is of it, as content."""
         call = call_of_json(self._text)
@@ -35,6 +38,8 @@ class PlainText:
     def push(self, piece: str) -> str:
         """All is content."""
         return piece
+
+    broken_off = False
 
     def finish(self) -> tuple[str, list[FunctionCall]]:
         """Nothing more."""
@@ -51,6 +56,12 @@ def scanner_for(asked: ChatRequest, style: Style) -> Scanner:
     if names := [tool.function.name for tool in asked.usable_tools]:
         return ToolScanner(style, names, one_only=asked.parallel_tool_calls is False)
     return PlainText()
+
+
+def _reason(completion: Completion, calls: Sequence[FunctionCall], scanner: Scanner) -> str:
+    """Why an answer has ended: with calls, unless there was no room for the rest of them."""
+    cut = completion.finish_reason == "length" and scanner.broken_off
+    return "tool_calls" if calls and not cut else completion.finish_reason
 
 
 def whole(served: Served, asked: ChatRequest, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -70,7 +81,7 @@ def _choice(served: Served, asked: ChatRequest, number: int, completion: Complet
         tops = completion.top_logprobs or ((),) * len(completion.token_ids)
         tokens = zip(completion.token_ids, completion.logprobs, tops, strict=True)
         logprobs = answers.chat_logprobs(served.tokenizer, tokens)
-    reason = "tool_calls" if calls else completion.finish_reason
+    reason = _reason(completion, calls, scanner)
     message = answers.message(content or (None if calls else ""), calls)
     return {"index": number, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
@@ -127,4 +138,4 @@ class _Writer:
             self.chunk(number, {"tool_calls": [{"index": index, **answers.tool_call(call)}]})
             for index, call in enumerate(calls)
         ]
-        return [*chunks, self.chunk(number, {}, None, "tool_calls" if calls else completion.finish_reason)]
+        return [*chunks, self.chunk(number, {}, None, _reason(completion, calls, self._scanners[number]))]

@@ -18,7 +18,7 @@ def settings_of(asked: CompletionRequest) -> dict[str, Any]:
     given: dict[str, Any] = {"top_logprobs": asked.logprobs}
     if asked.echo:
         # Scoring programs cut off one token at the end of what they scored: it must be there, even if it ends a text.
-        given |= {"prompt_logprobs": asked.logprobs, "ignore_eos": (asked.max_tokens or 0) <= 1}
+        given |= {"prompt_logprobs": asked.logprobs, "ignore_eos": asked.max_tokens in (0, 1)}
     return given
 
 

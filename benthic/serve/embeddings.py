@@ -49,6 +49,6 @@ def mean_hidden(model: LanguageModel, ids: Sequence[int]) -> Tensor:
     return transformer.hidden(tokens_BT)[0][0].float().mean(dim=0)
 
 
-def _encoded(vector_D: Tensor, encoding: str) -> Any:
+def _encoded(vector_D: Tensor, encoding: str | None) -> Any:
     values = vector_D.cpu().numpy()
     return base64.b64encode(values.astype("<f4").tobytes()).decode() if encoding == "base64" else values.tolist()

@@ -6,6 +6,8 @@ from typing import Any
 
 from starlette.responses import Response
 
+_RESTART_S = 5
+
 
 class ApiError(Exception):
     """A refusal or failure with its HTTP status.
@@ -53,6 +55,11 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
 def unavailable(message: str, retry_s: int) -> ApiError:
     """503: not now; the client may try again after so many seconds."""
     return ApiError(503, message, code="unavailable", headers={"retry-after": str(retry_s)})
+
+
+def shutting_down() -> ApiError:
+    """503: of a request that comes too late, or takes longer than the end can wait."""
+    return unavailable("the server is shutting down", _RESTART_S)
 
 
 def queue_full(retry_s: int) -> ApiError:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from benthic.errors import InputError, WorkFailed
 from benthic.inference.request import Completion, QueueFull, Request, Sampling, Token
-from benthic.serve.errors import ApiError, bad, engine_failed, queue_full, too_late, unavailable
+from benthic.serve.errors import ApiError, bad, engine_failed, queue_full, shutting_down, too_late
 from benthic.serve.grammar import GrammarConstraint
 from benthic.serve.metrics import Metrics
 from benthic.serve.models import Served
@@ -44,6 +44,7 @@ class Generation:
         self._served, self._leave, self._metrics = served, leave, metrics
         self._arrived, self._seconds, self._scope = arrived, seconds, scope
         self.requests: list[Request] = []
+        self._given_up = False
 
     async def start(self, prepare: Callable[[], Awaitable[Sequence[Job]]]) -> None:
         """Set the engine to work on what ``prepare`` gives: prompt and settings of each choice.
@@ -59,6 +60,8 @@ class Generation:
             raise too_late(self._seconds) from None
         try:
             for ids, sampling in jobs:
+                if self._given_up:
+                    raise shutting_down()
                 left = deadline - time.monotonic()
                 request = self._served.engine.submit(ids, sampling, deadline_s=left, scope=self._scope)
                 self.requests.append(request)
@@ -67,8 +70,13 @@ class Generation:
             raise _refused(error) from error
 
     def close(self) -> None:
-        """Cancel what is still at work."""
+        """Cancel what is still at work, and give its places back."""
         self._leave()
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Let what is still at work, or about to be, end."""
+        self._given_up = True
         for request in self.requests:
             request.cancel()
 
@@ -110,7 +118,7 @@ class Generation:
         if result.finish_reason == "deadline":
             raise too_late(self._seconds)
         if result.finish_reason == "cancelled":
-            raise unavailable("the server is shutting down", 5)
+            raise shutting_down()
         if isinstance(constraint, GrammarConstraint) and constraint.failed:
             raise bad("response_format: too complex", "response_format")
         return result

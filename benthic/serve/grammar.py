@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benthic.serve.errors import bad, unavailable
+from benthic.serve.errors import bad, shutting_down, unavailable
 from benthic.serve.matcher import build_matcher, load_tokenizer
 
 MAX_SOURCE = 256 << 10
@@ -101,6 +101,13 @@ class Grammars:
         except (ValueError, RecursionError):
             raise bad(f"{param}: too deep", param) from None
 
+    def schema_or_calls(self, schema: dict[str, Any], call: dict[str, Any], param: str, *, several: bool) -> Grammar:
+        """JSON that one schema describes, or a call (or several) that the other does. As :meth:`schema`."""
+        try:
+            return self._grammar(json.dumps({"schema": schema, "call": call, "several": several}), param)
+        except (ValueError, RecursionError):
+            raise bad(f"{param}: too deep", param) from None
+
     def regex(self, regex: str, param: str) -> Grammar:
         """Text that the regular expression matches as a whole. As :meth:`schema`."""
         return self._grammar(json.dumps({"regex": regex}), param)
@@ -152,7 +159,7 @@ class Grammars:
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
-            raise unavailable("the server is shutting down", 5)
+            raise shutting_down()
 
 
 class _Undecided(Exception):

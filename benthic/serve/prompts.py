@@ -9,7 +9,7 @@ from benthic.data.chat import ChatFormat
 from benthic.errors import InputError
 from benthic.inference.request import Sampling
 from benthic.serve import tools
-from benthic.serve.errors import bad
+from benthic.serve.errors import ApiError, bad
 from benthic.serve.generation import Job
 from benthic.serve.grammar import Grammar
 from benthic.serve.models import Served
@@ -44,6 +44,7 @@ def _choices(ids: list[int], sampling: Sampling, asked: Asked, grammar: Grammar 
 
 def chat_ids(served: Served, asked: ChatRequest) -> list[int]:
     """A conversation as the model's template renders it. Raises 400."""
+    _refuse_longer(served, sum(len(_bytes(message.text)) for message in asked.messages), "messages")
     messages = [tools.as_message(message) for message in asked.messages]
     try:
         ids = ChatFormat(served.tokenizer).prompt(messages, [tools.schema(tool) for tool in asked.usable_tools])
@@ -58,16 +59,31 @@ def text_ids(served: Served, prompt: str | list[int], param: str) -> list[int]:
         raise bad(f"{param}: must not be empty", param)
     if not isinstance(prompt, str):
         return _checked(served, prompt, param)
+    _refuse_longer(served, len(_bytes(prompt)), param)
     try:
         return _checked(served, [served.tokenizer.bos_id, *served.tokenizer.encode(prompt)], param)
     except InputError as error:
         raise bad(f"{param}: {error}", param) from None
 
 
+def _refuse_longer(served: Served, size: int, param: str) -> None:
+    """Raise 400 where so many bytes are more than the model takes: to encode megabytes takes seconds."""
+    if (fewest := served.tokenizer.fewest(size)) >= served.context:
+        raise _too_long(served, f"at least {fewest}", param)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")
+
+
+def _too_long(served: Served, tokens: str, param: str) -> ApiError:
+    message = f"{param}: {tokens} tokens; this model takes fewer than {served.context}"
+    return bad(message, param, "context_length_exceeded")
+
+
 def _checked(served: Served, ids: list[int], param: str) -> list[int]:
     if len(ids) >= served.context:
-        message = f"{param}: {len(ids)} tokens; this model takes fewer than {served.context}"
-        raise bad(message, param, "context_length_exceeded")
+        raise _too_long(served, str(len(ids)), param)
     vocabulary = served.model.config.vocab_size
     if (wrong := next((index for index in ids if index >= vocabulary), None)) is not None:
         raise bad(f"{param}: no token {wrong}; they go up to {vocabulary - 1}", param)
@@ -87,7 +103,8 @@ def sampling_of(
         further: settings that only one kind of request has.
     """
     if limit is not None and limit > longest:
-        raise bad(f"max_tokens: {limit}; this server writes at most {longest}", "max_tokens")
+        name = "max_tokens" if getattr(asked, "max_completion_tokens", None) is None else "max_completion_tokens"
+        raise bad(f"{name}: {limit}; this server writes at most {longest}", name)
     given: dict[str, Any] = {"stop": asked.stops, "logit_bias": _bias(served, asked), **further}
     given["max_new_tokens"] = min(served.defaults.max_new_tokens, longest) if limit is None else max(limit, 1)
     for key in ("temperature", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty"):
@@ -118,9 +135,21 @@ def grammar_of(served: Served, asked: ChatRequest) -> Grammar | None:
         return served.grammars.schema(tools.schema_of_call(asked.forced_tools), "tools")
     match asked.response_format:
         case JsonObjectFormat():
-            return served.grammars.schema({"type": "object"}, "response_format")
+            return _schema_or_calls(served, asked, {"type": "object"})
         case JsonSchemaFormat(json_schema=given):
-            return served.grammars.schema(given.schema_, "response_format")
+            return _schema_or_calls(served, asked, given.schema_)
         case RegexFormat(regex=regex):
+            if asked.usable_tools:
+                raise bad("response_format: a regex is not together with tools", "response_format")
             return served.grammars.regex(regex, "response_format")
     return None
+
+
+def _schema_or_calls(served: Served, asked: ChatRequest, schema: dict[str, Any]) -> Grammar:
+    if not asked.usable_tools:
+        return served.grammars.schema(schema, "response_format")
+    if tools.style_of(served.tokenizer.chat_template) is not tools.HERMES:
+        message = "response_format: not together with tools, of which this model writes calls in a form of its own"
+        raise bad(message, "response_format")
+    call, several = tools.schema_of_call(asked.usable_tools), asked.parallel_tool_calls is not False
+    return served.grammars.schema_or_calls(schema, call, "response_format", several=several)

@@ -36,15 +36,15 @@ class Strict(BaseModel):
 class StreamOptions(Strict):
     """Of a streamed answer."""
 
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class Asked(Strict):
     """What the two ways of asking for text have in common; the last three are this server's own."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -57,7 +57,7 @@ class Asked(Strict):
     user: str | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
@@ -73,7 +73,7 @@ class Asked(Strict):
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 class TextPart(Strict):
@@ -81,6 +81,13 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Strict):
+    """What an assistant said in place of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
 
 
 class FunctionCall(Strict):
@@ -98,28 +105,36 @@ class ToolCall(Strict):
     function: FunctionCall
 
 
+_Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
 class ChatMessage(Strict):
-    """A message of a conversation."""
+    """A message of a conversation. The last three are of answers that clients send back; they say nothing here."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: str | Annotated[list[_Part], Field(min_length=1)] | None = None
     name: str | None = None
     refusal: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
 
     @field_validator("content", mode="before")
     @classmethod
     def _only_text(cls, content: Any) -> Any:
         for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and part.get("type") != "text":
+            if isinstance(part, dict) and part.get("type") not in ("text", "refusal"):
                 raise ValueError(f"parts of type {str(part.get('type'))[:40]!r} are not read, and no address is opened")
         return content
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
             raise ValueError("content: missing")
+        if self.role != "assistant" and (self.refusal or any(isinstance(p, RefusalPart) for p in self._parts)):
+            raise ValueError("refusal: only in a message of the assistant")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls: only in a message of the assistant")
         if (self.role == "tool") != (self.tool_call_id is not None):
@@ -129,9 +144,13 @@ class ChatMessage(Strict):
     @property
     def text(self) -> str:
         """Its parts joined; empty for calls without words."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+        if self._parts:
+            return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in self._parts)
+        return self.content if isinstance(self.content, str) else self.refusal or ""
+
+    @property
+    def _parts(self) -> list[TextPart | RefusalPart]:
+        return self.content if isinstance(self.content, list) else []
 
 
 class Function(Strict):
@@ -264,7 +283,7 @@ class CompletionRequest(Asked):
     prompt: str | list[str] | _Ids | list[_Ids]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: bool = False
+    echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     suffix: None = None
 
@@ -289,7 +308,7 @@ class EmbeddingRequest(Strict):
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
     input: str | list[str] | _Ids | list[_Ids]
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     user: str | None = None
 
@@ -339,7 +358,9 @@ def _refusal(error: ValidationError) -> ApiError:
 def _path(location: tuple[int | str, ...]) -> str:
     """``messages[0].content`` from pydantic's location, without the alternatives of a union that it tried."""
     path = ""
-    for part in location:
+    for before, part in zip(("", *location), location, strict=False):
+        if before == "response_format" or (isinstance(before, int) and part in ("text", "refusal")):
+            continue  # the tag of a union
         if isinstance(part, int):
             path += f"[{part}]"
         elif part.isidentifier() and not _is_alternative(part):
@@ -348,4 +369,4 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _is_alternative(part: str) -> bool:
-    return part in {"str", "int", "json_object", "regex", "NamedTool"} or part[0].isupper()
+    return part in {"str", "int", "NamedTool"} or part[0].isupper()

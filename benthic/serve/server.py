@@ -37,6 +37,7 @@ _SWITCH_S = 0.0002
 Python's own 5 ms add up to tenths of a second where a thousand requests come at once.
 """
 _CLOSING_S = 5
+"""For requests to end that are told so."""
 _COLLECT_AFTER = (2_000, 5, 1_000)
 """Objects, and collections of the next younger generation, before Python collects. Going through all of the objects of
 a thousand requests would hold up everybody, so the oldest are left for a quiet moment, unless there never is one.
@@ -145,7 +146,8 @@ class _Server(uvicorn.Server):
             access_log=False, server_header=False, proxy_headers=False, backlog=_ACCEPTED_AT_ONCE,
             timeout_graceful_shutdown=_CLOSING_S,
         ))  # fmt: skip
-        self._state, self._drain_s, self._names, self._sock = state, config.drain_seconds, names, sock
+        self._app, self._state, self._names, self._sock = app, state, names, sock
+        self._drain_s = config.drain_seconds
         self._give_up_at = float("inf")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -164,7 +166,9 @@ class _Server(uvicorn.Server):
         self._give_up_at = time.monotonic() + self._drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        if self._state.draining and (not self._state.active or time.monotonic() > self._give_up_at):
+        if self._state.draining and time.monotonic() > self._give_up_at:
+            self._app.give_up()
+        if self._state.draining and (not self._state.active or time.monotonic() > self._give_up_at + _CLOSING_S):
             self.should_exit = True
         if not self._state.active and gc.get_count()[2]:
             gc.collect()

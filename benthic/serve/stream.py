@@ -17,6 +17,9 @@ DONE = b"data: [DONE]\n\n"
 ABORT = "benthic.abort"
 """Key of the scope under which the protocol leaves what closes the connection at once."""
 
+_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
+"""A proxy in front should pass events on as they come."""
+
 log = logging.getLogger("benthic.serve")
 
 
@@ -44,7 +47,7 @@ class EventStream(Response):
     """
 
     def __init__(self, events: AsyncIterator[bytes], on_end: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
+        super().__init__(media_type="text/event-stream", headers=_HEADERS)
         del self.headers["content-length"]
         self._events, self._on_end = events, on_end
 

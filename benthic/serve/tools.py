@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benthic.inference.stopping import StopScanner
+from benthic.serve.matcher import CALL, END_OF_CALL
 from benthic.serve.requests import ChatMessage, FunctionCall, Tool
 
 
@@ -28,7 +29,7 @@ class Style:
     inside: re.Pattern[str] | None = None
 
 
-HERMES = Style("<tool_call>", "<tool_call>", "</tool_call>")
+HERMES = Style(CALL, CALL, END_OF_CALL)
 _DEEPSEEK = Style(
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",  # noqa: RUF001 - DeepSeek's own characters
     re.compile(
@@ -48,6 +49,10 @@ _KIMI = Style(
 def style_of(template: str | None) -> Style:
     """The style whose mark a chat template writes; Hermes' where it writes none that is known."""
     return next((style for style in (_DEEPSEEK, _KIMI) if template and style.begin in template), HERMES)
+
+
+_NONE = {"type": "object", "properties": {}, "additionalProperties": False}
+"""Parameters of a function that does not say any, as OpenAI's API has it."""
 
 
 class ToolScanner:
@@ -70,6 +75,11 @@ class ToolScanner:
         """The rest of the content, and the calls; marks that hold no call of a known function are content."""
         calls = parse_calls(self._all[self._released :], self._style, self._names)
         return ("" if calls else self._all[self._released :]), calls[:1] if self._one_only else calls
+
+    @property
+    def broken_off(self) -> bool:
+        """Whether a further call was begun, and not ended."""
+        return not self._one_only and self._all.rfind(self._style.call) > self._all.rfind(self._style.end)
 
 
 def parse_calls(text: str, style: Style, names: set[str]) -> list[FunctionCall]:
@@ -147,7 +157,8 @@ def schema_of_call(tools: Sequence[Tool]) -> dict[str, Any]:
     calls, homes = [], {}
     for tool in tools:
         name = tool.function.name
-        homes[name] = _rehomed(tool.function.parameters or {"type": "object"}, f"#/$defs/{name}")
+        parameters = _NONE if tool.function.parameters is None else tool.function.parameters
+        homes[name] = _rehomed(parameters, f"#/$defs/{name}")
         calls.append({
             "type": "object", "required": ["name", "arguments"], "additionalProperties": False,
             "properties": {"name": {"const": name}, "arguments": {"$ref": f"#/$defs/{name}"}},

@@ -44,6 +44,29 @@ def test_any_text_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(deadline=None, max_examples=200)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+def test_no_text_has_fewer_tokens_than_its_length_allows(tokenizer, text):
+    assert tokenizer.fewest(len(text.encode())) <= len(tokenizer.encode(text))
+    assert tokenizer.fewest(400 * 100) > 400
+
+
+@pytest.mark.parametrize("step", [
+    {"type": "WhitespaceSplit"}, {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
+])  # fmt: skip
+def test_a_tokenizer_that_drops_characters_says_nothing_of_length(tokenizer, tmp_path, step):
+    tokenizer.save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    kept, last = dict(content), content["pre_tokenizer"]
+    for steps, fewest in (([step, last], 0), ([{**step, "type": "Split", "behavior": "Isolated",
+                           "pattern": {"String": " "}, "invert": False}, last], tokenizer.fewest(999))):  # fmt: skip
+        kept["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(kept))
+        assert Tokenizer.load(tmp_path).fewest(999) == fewest
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFKC"}}))
+    assert Tokenizer.load(tmp_path).fewest(999) == 0
+
+
 @settings(deadline=None, max_examples=100)
 @given(pieces=st.lists(st.sampled_from([*SPECIAL, "<|", "|>", "user", "x", " ", "\ufdd0", "\ufdd0\ufdd0", "é"])))
 def test_text_and_messages_never_become_control_tokens(tokenizer, pieces):

@@ -208,6 +208,36 @@ def test_bodies_too_large(make_server):
         assert ask(http).status_code == 200
 
 
+def test_long_prompts_are_refused_unread_and_hold_up_nobody(make_server):
+    """A tokenizer takes seconds for megabytes, and there are two threads for it."""
+    server = make_server()
+    process = psutil.Process(server.process.pid)
+    long = {"/v1/chat/completions": {"messages": [{"role": "user", "content": "how are you? " * 290_000}]},
+            "/v1/completions": {"prompt": ["x", "how are you? " * 290_000]},
+            "/v1/embeddings": {"input": "how are you? " * 290_000}}  # fmt: skip
+    with server.http() as http, concurrent.futures.ThreadPoolExecutor(24) as pool:
+        before = process.memory_info().rss
+
+        def send(path):
+            body = json.dumps({"model": "small", **long[path]})
+            headers = {"content-type": "application/json"}
+            return httpx.post(server.url + path, content=body, headers=headers, timeout=120)
+
+        sent = [pool.submit(send, path) for path in [*long] * 8]
+        slowest = 0.0
+        while not all(one.done() for one in sent):
+            begun = time.monotonic()
+            assert ask(http).status_code in (200, 503)
+            slowest = max(slowest, time.monotonic() - begun)
+        for one in sent:
+            if one.result().status_code != 503:  # too many of them at once
+                refused(one.result(), 400, code="context_length_exceeded")
+        assert sum(one.result().status_code == 400 for one in sent) >= 8
+        assert slowest < 2
+        assert process.memory_info().rss - before < 400 * 2**20
+        assert ask(http).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "given", "param"), [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x y " * 2000}]}, "messages"),
@@ -235,11 +265,36 @@ MANY_BIASES = {f"{index:0{width}}": 1 for width in range(3, 7) for index in rang
     ("logit_bias", {"99999": 1}), ("logit_bias", {"x": 1}), ("logit_bias", MANY_BIASES),
     ("seed", 2**63), ("seed", 1.5), ("max_tokens", 0),
     ("max_tokens", 10**12), ("max_tokens", -1), ("presence_penalty", 2.5), ("frequency_penalty", -3), ("min_p", 2),
-    ("top_k", -1), ("repetition_penalty", 0), ("stream", "yes"), ("user", 3),
+    ("top_k", -1), ("repetition_penalty", 0), ("repetition_penalty", 1e-38), ("stream", "yes"), ("user", 3),
 ])  # fmt: skip
 def test_settings_out_of_range(http, param, value):
     error = refused(ask(http, **({"logprobs": True} | {param: value})))
     assert error["param"].partition(".")[0].partition("[")[0] == param
+
+
+def test_settings_at_their_limits_harm_nobody(http):
+    """Where MTP modules draft, tokens are drawn for drafts too: an error there would be everybody's."""
+    extremes = {
+        "temperature": [1e-50, 1e-7, 2], "top_p": [0, 1e-50, 1], "min_p": [0, 1], "top_k": [0, 1],
+        "repetition_penalty": [0.01, 10], "presence_penalty": [-2, 2], "frequency_penalty": [-2, 2],
+    }  # fmt: skip
+    rng = random.Random(0)
+    for _ in range(60):
+        given = {key: rng.choice(values) for key, values in extremes.items() if rng.random() < 0.7}
+        response = ask(http, max_tokens=20, seed=1, logit_bias={"40": 100, "50": -100} | NO_END, **given)
+        assert response.status_code == 200, (given, response.text)
+    assert http.get("/health").status_code == 200
+
+
+def test_the_field_at_fault_has_its_name(http):
+    error = refused(ask(http, max_tokens=None, max_completion_tokens=10**9))
+    assert error["param"] == "max_completion_tokens"
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": "y"}}
+    assert refused(ask(http, response_format=form))["param"] == "response_format.json_schema.schema"
+    parts = [{"type": "text", "text": 3}]
+    assert refused(ask(http, messages=[{"role": "user", "content": parts}]))["param"] == "messages[0].content"
+    refused(ask(http, messages=[{"role": "user", "content": "x", "refusal": "no"}]), 400)
+    assert "HEAD" in http.post("/health").headers["allow"]
 
 
 def test_unknown_models_and_methods(http):
@@ -612,6 +667,36 @@ def test_sigterm_under_load(served_model):
         assert [answer.result().status_code for answer in answers] == [200] * 12
         assert server.terminate() == 0
     assert not any(child.is_running() for child in children)
+
+
+def test_what_takes_longer_than_the_end_can_wait_is_told_so(long_model):
+    server = Server(
+        f"small={long_model}", "--set", "serve.max_batch=2", "--set", "serve.max_tokens=16000",
+        "--set", "serve.drain_seconds=0.5",
+    )  # fmt: skip
+    answered = []
+    with server.http() as http, concurrent.futures.ThreadPoolExecutor(8) as pool:
+
+        def stream():
+            with httpx.stream("POST", server.url + "/v1/chat/completions", json=ENDLESS, timeout=120) as response:
+                return until_the_end(response)
+
+        streams = [pool.submit(stream) for _ in range(2)]
+        whole = [pool.submit(httpx.post, server.url + "/v1/chat/completions", json=ENDLESS | {"stream": False},
+                             timeout=120) for _ in range(3)]  # fmt: skip
+        within(60, lambda: model_status(http)["running"] + model_status(http)["waiting"] == 5)
+        begun = time.monotonic()
+        server.process.terminate()
+        for one in whole:
+            refused(one.result(), 503)
+        for one in streams:
+            received, clean = one.result()
+            assert not clean
+            answered.append(json.loads(received.decode().split("\n\n")[-2][6:]))
+        assert server.terminate() == 0
+        assert time.monotonic() - begun < 10
+    assert [event["error"]["code"] for event in answered] == ["unavailable"] * 2
+    assert "Traceback" not in server.rest_of_log()
 
 
 # 30. The same whatever else happens

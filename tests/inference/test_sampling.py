@@ -85,6 +85,32 @@ def test_a_tiny_temperature_is_nearly_greedy(temperature):
     assert found.tolist() == [1.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 1e-50}, {"temperature": 1.0, "top_p": 1e-50}], ids=str)
+def test_what_rounds_to_zero_takes_the_likeliest(settings):
+    assert set(chosen(torch.tensor([0.1, 3.0, 2.9]), **settings)) == {1}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-50, 1.0, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 1e30, 3e38])
+@pytest.mark.parametrize("cut", [{}, {"top_p": 1.0}, {"top_k": 3}, {"min_p": 1.0}], ids=str)
+def test_every_setting_gives_a_token_for_logits_of_any_size(temperature, scale, cut):
+    logits = torch.tensor([0.5, -1.0, 1.0, 0.25]) * scale
+    for penalty in (0.01, 10.0):
+        bias = {0: 100.0, 1: -100.0}
+        settings = Sampling(temperature=temperature, repetition_penalty=penalty, logit_bias=bias, seed=1, **cut)
+        sampler = Sampler(settings, [0, 1, 2], 4)
+        for position in range(20):
+            token = sampler.choose(Logits.of(logits), position)
+            assert sampler.guess(logits, position) == token
+            sampler.accept(token)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_guess_from_logits_that_are_not_finite_is_some_token(value):
+    for settings in (Sampling(seed=1), Sampling(temperature=0.0)):
+        assert Sampler(settings, [0], 3).guess(torch.full((3,), value), 5) in range(3)
+
+
 def test_temperature_zero_takes_the_likeliest():
     assert set(chosen(torch.tensor([0.1, 3.0, 2.9]), temperature=0.0)) == {1}
     assert dense(torch.tensor([0.1, 3.0, 2.9]), Sampling(temperature=0.0)).tolist() == [0.0, 1.0, 0.0]

@@ -7,6 +7,8 @@ import jsonschema
 import openai
 import pytest
 
+from benthic.data.tokenizer import Tokenizer
+
 HELLO = [{"role": "user", "content": "hello"}]
 WEATHER = {
     "type": "function",
@@ -126,6 +128,55 @@ def test_content_in_parts_and_all_roles(client):
     assert chat(client, messages=messages).choices
 
 
+def test_answers_can_be_sent_back_as_they_came(client):
+    answer = chat(client).choices[0].message
+    said = {**answer.model_dump(), "annotations": [], "audio": None, "function_call": None}
+    expected = chat(client, messages=[*HELLO, answer, *HELLO]).choices
+    assert chat(client, messages=[*HELLO, said, *HELLO]).choices == expected
+    refusals = [{"content": None, "refusal": "no"}, {"content": [{"type": "refusal", "refusal": "no"}]}]
+    plain = chat(client, messages=[*HELLO, {"role": "assistant", "content": "no"}, *HELLO]).choices
+    for refusal in refusals:
+        assert chat(client, messages=[*HELLO, {"role": "assistant", **refusal}, *HELLO]).choices == plain
+
+
+def test_null_stands_for_the_default(client):
+    assert chat(client, stream=None, stop=None, n=None, tools=None).choices == chat(client).choices
+    assert list(chat(client, stream=True, stream_options={"include_usage": None}))[-1].choices
+    whole = client.completions.create(model="small", prompt="hello", max_tokens=3, seed=1, echo=None, stream=None)
+    assert not whole.choices[0].text.startswith("hello")
+
+
+def test_a_function_without_parameters_takes_none(client):
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    for seed in range(3):
+        answer = chat(client, tools=tools, tool_choice="required", max_tokens=200, temperature=1.5, seed=seed)
+        assert answer.choices[0].message.tool_calls[0].function.arguments == "{}"
+
+
+SIZE = {"type": "object", "properties": {"size": {"enum": [1, 2]}}, "required": ["size"], "additionalProperties": False}
+
+
+def test_an_answer_is_after_the_schema_or_a_call(client, served_model):
+    tokenizer = Tokenizer.load(served_model)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SIZE}}
+    asked = {"tools": [WEATHER], "response_format": form, "max_tokens": 200, "temperature": 2}
+    called, answered = 0, 0
+    for bias in ({str(tokenizer.encode(beginning)[0]): 9} for beginning in "<{"):
+        for seed in range(4):
+            (choice,) = chat(client, seed=seed, logit_bias=bias, **asked).choices
+            if calls := choice.message.tool_calls:
+                called += 1
+                for call in calls:
+                    jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
+            elif choice.finish_reason == "stop":
+                answered += 1
+                jsonschema.validate(json.loads(choice.message.content), SIZE)
+    assert called
+    assert answered
+    with pytest.raises(openai.BadRequestError, match="not together with tools"):
+        chat(client, tools=[WEATHER], extra_body={"response_format": {"type": "regex", "regex": "x"}})
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_forced_tool_call(client, choice):
     other = {"type": "function", "function": {"name": "other", "parameters": {"type": "object", "properties": {}}}}
@@ -235,6 +286,17 @@ def test_scoring_a_prompt(client, served_model, max_tokens):
         likeliest = float(expected[position - 1].max())
         assert max(found.top_logprobs[position].values()) == pytest.approx(likeliest, abs=2e-4)
     assert answer.usage.completion_tokens == max_tokens
+
+
+def test_an_echo_ends_where_the_text_ends(client):
+    asked = {"model": "small", "prompt": "hello", "seed": 1, "temperature": 2, "logprobs": 1}
+    for seed in range(20):
+        alone = client.completions.create(**asked | {"seed": seed}, max_tokens=100).choices[0]
+        if alone.finish_reason == "stop":
+            break
+    assert alone.finish_reason == "stop"
+    echoed = client.completions.create(**asked | {"seed": seed}, echo=True).choices[0]
+    assert (echoed.finish_reason, echoed.text) == ("stop", "hello" + alone.text)
 
 
 def test_models(client):

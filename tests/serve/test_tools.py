@@ -3,9 +3,13 @@
 import json
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from benthic.inference.request import Completion
+from benthic.serve import chat
+from benthic.serve.requests import ChatRequest, parse
 from benthic.serve.tools import HERMES, ToolScanner, parse_calls, style_of
 
 DEEPSEEK = style_of("<｜tool▁calls▁begin｜>")  # noqa: RUF001
@@ -72,3 +76,22 @@ def test_pieces_make_no_difference(seed):
     rest, parsed = scanner.finish()
     assert content + rest == said
     assert [(call.name, json.loads(call.arguments)) for call in parsed] == calls
+
+
+@pytest.mark.parametrize("style", [HERMES, DEEPSEEK, KIMI], ids=["hermes", "deepseek", "kimi"])
+def test_an_answer_cut_off_within_a_further_call_says_so(style):
+    templates = {HERMES: None, DEEPSEEK: DEEPSEEK.begin, KIMI: KIMI.begin}
+    served = SimpleNamespace(name="x", tokenizer=SimpleNamespace(chat_template=templates[style]))
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {"model": "x", "messages": [{"role": "user", "content": "?"}], "tools": tools}
+    asked = parse(ChatRequest, json.dumps(body).encode())
+    first = ("" if style is HERMES else style.begin) + written(style, "f", {})
+
+    def reason(text, ended):
+        (choice,) = chat.whole(served, asked, [Completion(text, (), (), ended)])["choices"]
+        assert len(choice["message"]["tool_calls"]) == 1
+        return choice["finish_reason"]
+
+    assert reason(first, "stop") == reason(first, "length") == "tool_calls"
+    assert reason(first + style.call + '{"name": "f", "argu', "length") == "length"
+    assert reason(first + style.call + '{"name": "f", "argu', "stop") == "tool_calls"
