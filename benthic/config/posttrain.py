@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from benthic.config.base import Fraction, Natural, Positive, Settings, check_passes
+from benthic.config.base import Fraction, Natural, Positive, Seed, Settings, check_passes
 
 
 class AdapterConfig(Settings):
@@ -55,7 +55,7 @@ class SftConfig(Settings):
     warmup: Fraction = 0.0
     mtp_rehearsal: Natural = 8
     """Sequences of pretraining's text that MTP modules read in each step, to draft what the model says there by now."""
-    seed: Natural = 0
+    seed: Seed = 0
     validate_every: Positive | None = None
     checkpoint_every: Positive | None = None
     adapter: AdapterConfig | None = None
@@ -153,7 +153,7 @@ class RlConfig(Settings):
     """Those of them that validations during the stage read; before it and at its end all are read."""
     validate_every: Positive | None = None
     checkpoint_every: Positive | None = None
-    seed: Natural = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -183,7 +183,7 @@ class RewardModelConfig(Settings):
     compute: Literal["fp32", "fp32-tiles", "bf16", "fp8"] = "fp32"
     validate_every: Positive | None = None
     checkpoint_every: Positive | None = None
-    seed: Natural = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -221,7 +221,7 @@ class DistilConfig(Settings):
     """Of an answer; one that is not ended by then is not kept."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: Natural = 0
+    seed: Seed = 0
     at_once: Annotated[int, Field(ge=1, le=1024)] = 8
     """Requests at the same time."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 120.0

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from benthic.config.base import Fraction, Natural, Positive, Settings, check_passes
+from benthic.config.base import Fraction, Natural, Positive, Seed, Settings, check_passes
 from benthic.config.posttrain import PosttrainConfig
 
 
@@ -102,7 +102,10 @@ class DataConfig(Settings):
     conversations: Literal["chat", "text"] = "chat"
     """How pretraining reads conversations: in the chat format, or as text, a turn a line, so that it is fine-tuning
     that teaches the format."""
-    seed: Natural = 0
+    seed: Seed = 0
+
+
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Settings):
@@ -117,7 +120,7 @@ class OptimizerConfig(Settings):
     and fine-tuning; adapters, and stages that learn from rewards, have one rate for all."""
     matrix_products: Literal["auto", "fp32", "bf16"] = "auto"
     """What Muon orthogonalises in; ``auto`` is bf16 where the device has units for it, as found when the run begins."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -197,7 +200,7 @@ class TrainConfig(Settings):
 
     steps: Positive | None = None
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Instead of ``steps``: as many steps as this machine does in so many minutes, measured once at the start."""
+    """Instead of ``steps``: as many steps as this machine does in so many minutes, measured at the start."""
     batch_size: Positive = 8
     """Sequences per optimizer step."""
     micro_batch_size: Positive | None = None
@@ -206,7 +209,7 @@ class TrainConfig(Settings):
     recompute: bool = False
     """Compute outputs of norms, MLA's up-projections and SwiGLU again in the backward pass instead of keeping them
     (V3 report section 3.2.3): less memory, a little more time, the same numbers."""
-    seed: Natural = 0
+    seed: Seed = 0
     embedding_std: Annotated[float, Field(gt=0)] | None = None
     """Standard deviation that the embedding begins with; by default ``model.initializer_range``, as published."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0

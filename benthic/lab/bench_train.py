@@ -37,6 +37,8 @@ def bench_train(config: RunConfig) -> TrainSpeed:
     """
     if config.train.steps is None:
         raise InputError("train.minutes: a benchmark counts steps; give train.steps")
+    if config.parallel.processes > 1:
+        raise InputError("parallel: a benchmark is of one process; benchmarks/parallel.py measures several")
     compute = config.precision.compute
     if compute == "auto":
         raise InputError("precision.compute=auto: a benchmark measures one precision; give fp32, fp32-tiles or bf16")

@@ -15,6 +15,13 @@ def refuse_misfit(config: RunConfig, processes: int) -> None:
             f"{axes} = {product} = {parallel.processes}, but {_count(processes)} started; "
             f"{_would_fit(config, processes)}"
         )
+    if parallel.layers is not None and parallel.pipeline == 1:
+        raise InputError("parallel.layers: gives layers to the stages of a pipeline; parallel.pipeline is 1")
+    if parallel.fp8_dispatch and config.precision.compute != "fp8":
+        raise InputError(
+            f'parallel.fp8_dispatch=true needs precision.compute="fp8", not "{config.precision.compute}": experts '
+            "round to FP8 what they are sent"
+        )
     if processes == 1:
         return
     if config.train.minutes is not None:
@@ -26,11 +33,6 @@ def refuse_misfit(config: RunConfig, processes: int) -> None:
         )
     if parallel.pipeline > 1:
         _refuse_pipeline(config)
-    if parallel.fp8_dispatch and config.precision.compute != "fp8":
-        raise InputError(
-            f'parallel.fp8_dispatch=true needs precision.compute="fp8", not "{config.precision.compute}": experts '
-            "round to FP8 what they are sent"
-        )
     _refuse_batch(config)
 
 

@@ -10,11 +10,12 @@ import time
 
 import torch
 
-from benthic.config.schema import RunConfig, ScheduleConfig
+from benthic.config.schema import RunConfig, ScheduleConfig, TrainConfig
 from benthic.config.stages import stages
 from benthic.precision.compute import Compute
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.optimizer import matrix_products
+from benthic.train.probe import PROBED_TOKENS
 from benthic.train.schedule import steps_per_full_batch
 from benthic.train.trial import RandomSequences, Sequences, Trial
 
@@ -26,11 +27,16 @@ _FORWARD_SHARE = 1 / 3
 """Of a training step's operations: what a validation token costs beside a training token."""
 
 
-def resolve(config: RunConfig, batches: Sequences | None = None, architecture: Architecture = DEEPSEEK_V3) -> RunConfig:
+def resolve(
+    config: RunConfig,
+    batches: Sequences | None = None,
+    architecture: Architecture = DEEPSEEK_V3,
+    held_out_tokens: int | None = None,
+) -> RunConfig:
     """The settings with the precisions and ``train.steps`` decided and ``train.minutes`` gone.
 
     Both are measured on steps of the first stage, whose sequences ``batches`` are; by default, random ones. Where a run
-    begins with another's weights, nothing of pretraining is decided.
+    begins with another's weights, nothing of pretraining is decided. ``held_out_tokens`` are all that validations read.
     """
     first = next(stage for stage in stages(config) if stage.kind != "base").config
     batches = batches or RandomSequences(first)
@@ -42,7 +48,8 @@ def resolve(config: RunConfig, batches: Sequences | None = None, architecture: A
     if train.minutes is not None and pretrained_here:
         budget = 60 * train.minutes
         full_step = seconds_per_step(first, batches, compute, budget * _SHARE_OF_RUN, architecture)
-        train = train.model_copy(update={"steps": affordable_steps(first, full_step, budget), "minutes": None})
+        steps = affordable_steps(first, full_step, budget, held_out_tokens)
+        train = train.model_copy(update={"steps": steps, "minutes": None})
     if train.ema_span is not None and train.steps is not None:
         train = train.model_copy(update={"ema_decay": ema_decay(train.ema_span, train.steps), "ema_span": None})
     if train.optimizer.name == "muon":
@@ -62,15 +69,28 @@ def _fastest(config: RunConfig, batches: Sequences, architecture: Architecture) 
     return min(seconds, key=seconds.__getitem__)
 
 
-def affordable_steps(config: RunConfig, seconds: float, budget: float) -> int:
+def affordable_steps(
+    config: RunConfig, seconds: float, budget: float, held_out_tokens: int | None = None
+) -> int:  # fmt: skip
     """Steps that fit into ``budget`` seconds when one of a full batch takes ``seconds``.
 
     Validations during the run are counted in; the last one, of the whole split, comes on top.
     """
     train = config.train
-    validation = seconds * _FORWARD_SHARE * train.validation_tokens / (train.batch_size * train.sequence_length)
+    validation = seconds * _FORWARD_SHARE * _validated(train, held_out_tokens) / _tokens_of_step(train)
     full_batches = budget / (seconds + validation / train.validate_every)
     return max(1, round(full_batches * steps_per_full_batch(train.schedule)))
+
+
+def _validated(train: TrainConfig, held_out_tokens: int | None) -> int:
+    """Tokens that a validation during the run reads: for the loss, once more with averaged weights, for the probe."""
+    averaged = bool(train.ema_decay or train.ema_span)
+    there = math.inf if held_out_tokens is None else held_out_tokens
+    return int(min(train.validation_tokens, there) * (2 if averaged else 1) + min(PROBED_TOKENS, there))
+
+
+def _tokens_of_step(train: TrainConfig) -> int:
+    return train.batch_size * train.sequence_length
 
 
 def seconds_per_step(

@@ -43,6 +43,11 @@ class Corpus:
             )
         return config, {"data": sha256(self._out / "data" / "manifest.json"), "tokenizer": tokenizer}
 
+    @property
+    def held_out_tokens(self) -> int:
+        """Tokens that are not learnt from."""
+        return self._store.manifest.val.tokens
+
     def batches(self, config: RunConfig) -> Batches:
         """The sequences of a stage with these settings."""
         return Batches(

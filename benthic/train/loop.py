@@ -6,9 +6,10 @@ it holds, also in a run that was never interrupted.
 """
 
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any, NamedTuple
 
 import torch
@@ -122,26 +123,29 @@ def train(
         run, kind = load(newest, groups=()).state.get("run", {}), planned[number].kind
         resolved = resume_settings(config, run, hashes, str(newest), architecture.settings(), kind=kind)
         return go(resolved, renewed(run, config, hashes), TimeGiven(None))
-    corpus, given = known.get("corpus"), TimeGiven(config.train.minutes)
-    batches = corpus.batches(planned[number].config) if isinstance(corpus, Corpus) else None
+    corpus, batches, held_out = known.get("corpus"), None, None
+    if isinstance(corpus, Corpus):
+        batches, held_out = corpus.batches(planned[number].config), corpus.held_out_tokens
+    given = TimeGiven(config.train.minutes, held_out)
+    resolved = _measured_by_one(config, batches, architecture, held_out, world)
     while True:
-        resolved = _resolved(config, given, batches, architecture, world)
-        given.plans += 1
-        with suppress(PlanAgain):
+        try:
             return go(resolved, identity(config, resolved, hashes, architecture.settings()), given)
+        except PlanAgain as again:
+            steps = {"steps": again.steps, "minutes": None}
+        # What the precision was, it remains; the share of the average depends on the steps.
+        train_more = config.train.model_copy(update=steps)
+        resolved = resolve(config.model_copy(update={"train": train_more, "precision": resolved.precision}))
         measure_gemm_gflops.cache_clear()  # of when the machine was busy
 
 
-def _resolved(
-    config: RunConfig, given: TimeGiven, batches: Sequences | None, architecture: Architecture, world: World
+def _measured_by_one(
+    config: RunConfig, batches: Sequences | None, architecture: Architecture, held_out: int | None, world: World
 ) -> RunConfig:
-    """Settings with what one process has measured for all, steps for the minutes that are left among them."""
-
-    def measure() -> dict[str, Any]:
-        now = config.train.model_copy(update={"minutes": given.minutes_left()})
-        return resolve(config.model_copy(update={"train": now}), batches, architecture).model_dump(mode="json")
-
-    return RunConfig.model_validate(world.first(measure))
+    """Settings with what one process has measured for all."""
+    return RunConfig.model_validate(
+        world.first(lambda: resolve(config, batches, architecture, held_out).model_dump(mode="json"))
+    )
 
 
 def _train(run: "_Run", number: int, newest: Path | None) -> Trained:
@@ -151,7 +155,12 @@ def _train(run: "_Run", number: int, newest: Path | None) -> Trained:
     run.world.first(lambda: write_atomically(run.out / "config.toml", dump_toml(run.config)))
     with StopRequest() as stop:
         run.world.listen(stop)
-        trainer.train(stop)
+        try:
+            trainer.train(stop)
+        except PlanAgain:
+            if stop.signal is not None:
+                raise Interrupted(stop.signal, f"stopped before anything of {run.out} was saved") from None
+            raise
         for later in range(number + 1, len(run.stages)):
             del trainer  # before the next stage takes as much memory
             trainer = _Trainer(run, later, fresh=False)
@@ -184,6 +193,16 @@ def _stages(config: RunConfig, kinds: Iterable[str]) -> list[Stage]:
 
 def _kinds_of(config: RunConfig, kinds: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(stage.kind for stage in _stages(config, kinds) if stage.kind != "base"))
+
+
+def _end_of(out: Path, stage: Stage) -> Path:
+    """A finished stage's last checkpoint."""
+    return out / "checkpoints" / stage.name / f"step-{stage.steps}"
+
+
+def _weights_at_the_end(out: Path, stage: Stage | None) -> Mapping[str, Tensor]:
+    assert stage is not None, "nothing was before the first stage"
+    return weights_of(load(_end_of(out, stage), groups=("model", "average")))
 
 
 class _Run(NamedTuple):
@@ -219,7 +238,9 @@ class _Trainer:
             config.train.schedule, stage.steps, config.train.batch_size, config.train.micro_batch_size or 1
         )
         self.state = TrainState(config, run.architecture, stage.adapter, run.world, fresh=fresh)
-        self.place = Place(stage, out, run.architecture, self.course, self._began_with, run.world)
+        # Nothing that holds this object may be held by it: it goes before the next stage takes as much memory.
+        began_with = partial(_weights_at_the_end, out, self.earlier[-1] if self.earlier else None)
+        self.place = Place(stage, out, run.architecture, self.course, began_with, run.world)
         self.writer = open_writer(self.checkpoints, run.world, self.state.shares)
         self.ledger = open_ledger(out, stage.name, config.train.price_per_hour, run.world)
         self.pace = Pace()
@@ -232,15 +253,8 @@ class _Trainer:
             self.state.restore(checkpoint, str(source))
             self.work.restore(carried_in(checkpoint, str(source)), str(source))
         elif self.earlier:
-            last = self._end_of_the_stage_before()
+            last = _end_of(self.run.out, self.earlier[-1])
             self.state.begin_with(self.state.load(last, groups=("model", "average")), str(last))
-
-    def _end_of_the_stage_before(self) -> Path:
-        before = self.earlier[-1]
-        return self.run.out / "checkpoints" / before.name / f"step-{before.steps}"
-
-    def _began_with(self) -> Mapping[str, Tensor]:
-        return weights_of(load(self._end_of_the_stage_before(), groups=("model", "average")))
 
     def trained(self) -> Trained:
         """What the stage has led to."""
@@ -254,8 +268,8 @@ class _Trainer:
         with (
             self.ledger,
             self.writer,
-            self._open_metrics() as metrics,
             open_shown(self.run.show, self.stage.name, self.stage.steps, self.world) as progress,
+            self._open_metrics(progress.note) as metrics,
         ):
             progress.note(
                 f"{self.stage.name}: {self.stage.steps} steps of {self.work.describe()} in {self.place.compute}, "
@@ -269,10 +283,13 @@ class _Trainer:
                     self._end_step(metrics, progress, stop)
                     self._leave_if_time_is_wasted(progress)
             self.writer.wait()
+        # One that came too late for the last step, during a validation of minutes maybe.
+        if self.world.any(stop.signal is not None):
+            raise Interrupted(stop.signal or SIGTERM, f"stopped after {self.stage.name}, saved in {self.run.out}")
 
-    def _open_metrics(self) -> Metrics:
+    def _open_metrics(self, note: Callable[[str], None]) -> Metrics:
         earlier = {stage.name: stage.steps for stage in self.earlier}
-        return open_metrics(self.run.out, self.stage.name, self.state.step, earlier, self.run.config, self.world)
+        return open_metrics(self.run.out, self.stage.name, self.state.step, earlier, self.run.config, self.world, note)
 
     def _end_step(self, metrics: Metrics, progress: Progress, stop: StopRequest) -> None:
         """Validate and save where it is due; stop if asked to."""
@@ -297,12 +314,13 @@ class _Trainer:
         if self.earlier or step % RECENT or step >= min(self.config.train.checkpoint_every, self.stage.steps):
             return
         seconds = self.work.spent(self.stage.steps).flops * self.pace.seconds_per_flop
-        if self.run.given.is_wasted(seconds):  # minutes are for one process
+        steps = self.run.given.steps_worth_beginning_again(self.config, seconds)  # minutes are for one process
+        if steps is not None:
             progress.note(
-                f"{self.stage.name}: begins again with more steps: all {self.stage.steps} would take {clock(seconds)}, "
-                "less than when they were planned"
+                f"{self.stage.name}: begins again with {steps} steps: the {self.stage.steps} that were planned on a "
+                f"slower machine would take {clock(seconds)}"
             )
-            raise PlanAgain
+            raise PlanAgain(steps)
 
     def _step(self, metrics: Metrics, progress: Progress) -> bool:
         """Take a step; False if it has led back to an earlier one."""
@@ -406,6 +424,7 @@ class _Trainer:
         metrics.sync()
         self.ledger.write()
         # A signal's checkpoint takes the place of none: a later roll-back may want the one before.
-        keep = self.config.train.keep_checkpoints if on_schedule else None
+        # Nor does one amid steps that were not taken: should weights be damaged, those before must not go for them.
+        keep = self.config.train.keep_checkpoints if on_schedule and not self.state.health.skipped else None
         checkpoint = self.state.to_checkpoint(self.run.identity, self.work.carry(), on_schedule=on_schedule)
         self.writer.save(self.state.step, checkpoint, keep)

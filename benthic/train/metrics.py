@@ -100,7 +100,7 @@ def _row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
         return row if int(row["step"]) >= 0 else None
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 

@@ -7,14 +7,15 @@ are planned; so as long as nothing has been saved, a run that turns out to be mu
 import time
 from collections import deque
 
+from benthic.config.schema import RunConfig
+from benthic.train.calibrate import affordable_steps
+from benthic.train.schedule import steps_per_full_batch
 from benthic.train.work import Spent
 
 RECENT = 20
 """Steps by whose pace the rest is told: those in which MTP modules learn take longer."""
 _WORTH_IT = 1.5
 """Times the steps that were planned, at which a run begins again."""
-_PLANS = 4
-"""At most: where steps go fast whenever they are not timed, no plan is better than the one before."""
 
 
 class Pace:
@@ -43,24 +44,27 @@ class Pace:
 
 
 class PlanAgain(Exception):
-    """There is time for many more steps than were planned; no error, it leads back to where they are."""
+    """There is time for many more steps than were planned; no error, it leads back to where a run begins."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
 
 
 class TimeGiven:
-    """The minutes that a run was given, if it was, and how many of them are left; they begin with this object.
+    """The minutes that a run was given, if it was; they begin with this object."""
 
-    ``plans`` is how many times steps were planned for them.
-    """
+    def __init__(self, minutes: float | None, held_out_tokens: int | None = None) -> None:
+        self._minutes, self._start, self._held_out_tokens = minutes, time.monotonic(), held_out_tokens
 
-    def __init__(self, minutes: float | None) -> None:
-        self._minutes, self._start = minutes, time.monotonic()
-        self.plans = 0
-
-    def minutes_left(self) -> float | None:
-        """None where no time was given."""
-        return None if self._minutes is None else self._minutes - (time.monotonic() - self._start) / 60
-
-    def is_wasted(self, seconds: float) -> bool:
-        """Whether a run that takes so long as a whole could be begun again, half as long again."""
-        left = self.minutes_left()
-        return left is not None and 60 * left >= _WORTH_IT * seconds and self.plans < _PLANS
+    def steps_worth_beginning_again(self, config: RunConfig, seconds: float) -> int | None:
+        """As many as fit into what is left, where those are many more than planned; ``seconds`` is what all of these
+        take, validations not counted.
+        """
+        planned = config.train.steps
+        if self._minutes is None or planned is None:
+            return None
+        left = 60 * self._minutes - (time.monotonic() - self._start)
+        full_step = seconds * steps_per_full_batch(config.train.schedule) / planned
+        steps = affordable_steps(config, full_step, left, self._held_out_tokens)
+        return steps if left > 0 and steps >= _WORTH_IT * planned else None

@@ -1,6 +1,6 @@
 """What a stage of training writes down and shows. One process of a run does; the others go through the same motions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,13 +36,14 @@ def open_ledger(out: Path, stage: str, price_per_hour: float | None, world: Worl
 
 
 def open_metrics(
-    out: Path, stage: str, step: int, earlier: Mapping[str, int], config: RunConfig, world: World
-) -> "Metrics":
+    out: Path, stage: str, step: int, earlier: Mapping[str, int], config: RunConfig, world: World,
+    note: Callable[[str], None],
+) -> "Metrics":  # fmt: skip
     """metrics.jsonl as it was after ``step``, and trackers; ``earlier`` stages have so many steps."""
     if not world.main:
         return Silent()
     settings = config.model_dump(mode="json")
-    trackers = open_trackers(config.train.track, out, sum(earlier.values()) + step, settings)
+    trackers = open_trackers(config.train.track, out, sum(earlier.values()) + step, settings, note)
     kept = step or -1  # what is validated before the first step is so again
     return MetricsLog(out / "metrics.jsonl", stage, kept, earlier=earlier, trackers=trackers)
 

@@ -6,11 +6,11 @@
 import importlib
 import math
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from benthic.errors import MissingExtra
+from benthic.errors import InputError, MissingExtra
 from benthic.files import read_json_object, write_atomically
 
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
@@ -93,9 +93,49 @@ def require_trackers(names: Iterable[TrackerName]) -> None:
             raise MissingExtra(name, "track") from error
 
 
-def open_trackers(names: Iterable[TrackerName], run: Path, step: int, settings: dict[str, Any]) -> list[Tracker]:
-    """Trackers that go on after ``step``. Those that keep a run's settings are given them."""
-    return [_open(name, run, step, settings) for name in names]
+def open_trackers(
+    names: Iterable[TrackerName], run: Path, step: int, settings: dict[str, Any], note: Callable[[str], None]
+) -> list[Tracker]:
+    """Trackers that go on after ``step``. Those that keep a run's settings are given them.
+
+    Raises InputError if one cannot begin. One that fails later is told of through ``note``, and left out from then on.
+    """
+    trackers: list[Tracker] = []
+    for name in names:
+        try:
+            trackers.append(Optional(name, _open(name, run, step, settings), note))
+        except Exception as error:  # libraries that talk to services, each with errors of its own
+            raise InputError(f"train.track: {name} does not start: {_line(error)}") from error
+    return trackers
+
+
+class Optional:
+    """A tracker that a run can do without: what it shows is in metrics.jsonl too."""
+
+    def __init__(self, name: str, tracker: Tracker, note: Callable[[str], None]) -> None:
+        self._name, self._note = name, note
+        self._tracker: Tracker | None = tracker
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Show numbers by name, if it still works."""
+        if self._tracker is not None:
+            self._attempt(self._tracker.log, step, values)
+
+    def close(self) -> None:
+        """Send what is left, if it still works."""
+        if self._tracker is not None:
+            self._attempt(self._tracker.close)
+
+    def _attempt(self, work: Callable[..., None], *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except Exception as error:
+            self._tracker = None
+            self._note(f"{self._name} failed, and is left out from here on: {_line(error)}; metrics.jsonl has all")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _open(name: TrackerName, run: Path, step: int, settings: dict[str, Any]) -> Tracker:

@@ -92,7 +92,7 @@ class Work(Protocol):
         """What this kind of stage has to say of its last step, over the usual columns of ``metrics.jsonl``."""
 
     def spent(self, step: int) -> Spent:
-        """By the stage's first ``step`` steps; asked for the steps done so far only."""
+        """By the stage's first ``step`` steps; asked for the steps done so far only, but of pretraining for any."""
 
     def validate(self, state: TrainState, *, last: bool) -> Validation:
         """Judge the model: quickly during the stage, with all there is, and in fp32, at its end."""

@@ -67,7 +67,7 @@ def test_dump_round_trips_and_names_every_setting(name, recipe):
     ("train.steps=200", 200), ("train.minutes=1.5", 1.5), ("train.minutes=2", 2.0), ("model.rms_norm_eps=1e-5", 1e-5),
     ("data.mask_documents=true", True),
     ('data.sources=["a", "b"]', ("a", "b")), ("train.optimizer.name=adamw", "adamw"),
-    ("data.tokenizer=some/dir=x", "some/dir=x"), ("train.optimizer.betas=[0.5, 1]", (0.5, 1.0)),
+    ("data.tokenizer=some/dir=x", "some/dir=x"), ("train.optimizer.betas=[0.5, 0]", (0.5, 0.0)),
 ])  # fmt: skip
 def test_set_reads_a_value_as_toml_or_else_as_text(recipe, text, value):
     found = load_run_config(recipe(MINIMAL), [text])
@@ -134,6 +134,8 @@ def test_a_preset_set_replaces_all_sizes_of_a_resolved_recipe(recipe):
     ("train.steps.x=3", ["train.steps"]),
     ("data.sources=stdlib", ['data.sources = "stdlib"', "array"]),
     ("data.sources=[]", ["data.sources = []", "at least 1"]),
+    ("train.optimizer.betas=[0.9, 1]", ["train.optimizer.betas", "less than 1"]),
+    ("train.seed=100000000000000000000", ["train.seed", "9223372036854775808"]),
     ("train.optimizer.name=sgd", ['"sgd"', "'adamw' or 'muon'"]),
     ("train.optimizer.learning_rate=nan", ["learning_rate = NaN", "finite"]),
     ("train.schedule.warmup=0.9", ["warmup=0.9 must not be after decay_start"]),

@@ -35,11 +35,15 @@ def test_what_is_given_is_not_measured(tiny_run_config, batches, monkeypatch):
 
 def test_minutes_become_steps(tiny_run_config, batches, monkeypatch):
     monkeypatch.setattr(calibrate, "seconds_per_step", lambda *args: 0.5)
-    config = tiny_run_config(steps=None, minutes=2.0, validate_every=10, validation_tokens=384)
+    monkeypatch.setattr(calibrate, "PROBED_TOKENS", 128)
+    config = tiny_run_config(steps=None, minutes=2.0, validate_every=10, validation_tokens=256)
     resolved = resolve(config, batches)
     assert resolved.train.minutes is None
-    # A validation of three batches costs as much as one step: eleven steps' time for ten.
+    # A validation reads three batches, and so costs as much as one step: eleven steps' time for ten.
     assert resolved.train.steps == round(240 * 10 / 11)
+    assert resolve(config, batches, held_out_tokens=128).train.steps == round(240 * 10 / (10 + 2 / 3))
+    averaged = tiny_run_config(steps=None, minutes=2.0, validate_every=10, validation_tokens=256, ema_decay=0.9)
+    assert resolve(averaged, batches).train.steps == round(240 * 10 / (10 + 5 / 3))
 
 
 def test_parts_of_a_run_count_by_their_share(tiny_run_config, batches, monkeypatch):

@@ -1,10 +1,12 @@
 """Context extension as stages of a run: what passes from one to the next, and what each leaves behind."""
 
+import gc
 import json
 import math
 import os
 import shutil
 import signal
+import weakref
 
 import pytest
 import torch
@@ -145,6 +147,46 @@ def test_a_run_killed_in_any_stage_goes_on_exactly(tiny_run_config, make_run, mo
     resumed = train(config, out)
     assert resumed.bits_per_byte == result.bits_per_byte
     assert_same_run(out, whole)
+
+
+def test_a_stage_is_gone_before_the_next_takes_as_much_memory(tiny_run_config, make_run, monkeypatch):
+    alive, states = [], weakref.WeakSet()
+    original = loop.TrainState.__init__
+
+    def counted(self, *args, **kwargs):
+        alive.append(len(states))
+        states.add(self)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(loop.TrainState, "__init__", counted)
+    gc.disable()  # what only Python's collector would find stays
+    try:
+        train(tiny_run_config(**LENGTH), make_run())
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
+
+
+@pytest.mark.parametrize("stage", range(3))
+def test_a_signal_during_a_stages_last_validation_is_heeded(tiny_run_config, make_run, monkeypatch, stage):
+    out, config = make_run(), tiny_run_config(**LENGTH)
+    validate = loop._Trainer._validate
+
+    def signalled(self, *args):
+        if self.stage.name == NAMES[stage] and self.state.step == self.stage.steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        validate(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_validate", signalled)
+        with pytest.raises(Interrupted) as stopped:
+            train(config, out)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert ended(out, NAMES[stage])
+    train(config, out)
+    plain = make_run("plain")
+    train(config, plain)
+    assert_same_run(out, plain)
 
 
 def test_a_signal_in_a_later_stage_saves_there(tiny_run_config, make_run, monkeypatch):

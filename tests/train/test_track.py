@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benthic.errors import MissingExtra
+from benthic.errors import InputError, MissingExtra
 from benthic.train.loop import train
 from benthic.train.metrics import MetricsLog, read_metrics
 from benthic.train.track import numbers, open_trackers
@@ -45,7 +45,7 @@ def test_a_resumed_run_goes_on_under_its_name(tmp_path, monkeypatch, name):
     fake = Recorder()
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=fake.init))
     for step in (0, 1):
-        trackers = open_trackers([name], tmp_path, step, SETTINGS)
+        trackers = open_trackers([name], tmp_path, step, SETTINGS, pytest.fail)
         with MetricsLog(tmp_path / "metrics.jsonl", "pretrain", step, trackers=trackers) as log:
             log.write({"step": step + 1, "loss": 1.0 + step})
             log.write({"step": step + 1, "event": "update skipped", "losses": [1.0, 2.0]})
@@ -67,8 +67,37 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", fake)
     for folder in ("a/run", "b/run"):
         (tmp_path / folder).mkdir(parents=True)
-        open_trackers(["trackio"], tmp_path / folder, 0, SETTINGS)
+        open_trackers(["trackio"], tmp_path / folder, 0, SETTINGS, pytest.fail)
     assert fake.inits[0]["name"] != fake.inits[1]["name"]
+
+
+@pytest.mark.parametrize("fails", ["log", "finish"])
+def test_a_tracker_that_fails_is_told_of_once_and_the_run_goes_on(
+    tiny_run_config, make_run, monkeypatch, capfd, fails
+):  # fmt: skip
+    fake, calls = Recorder(), []
+
+    def fail(*arguments, **settings):
+        calls.append(arguments)
+        raise ConnectionError("no such\nhost")
+
+    monkeypatch.setattr(fake, fails, fail)
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    out = make_run()
+    train(tiny_run_config(track=["trackio"], steps=3), out)
+    assert len(calls) == 1
+    told = "trackio failed, and is left out from here on: no such host; metrics.jsonl has all"
+    assert capfd.readouterr().err.count(told) == 1
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row] == [1, 2, 3]
+    assert (out / "checkpoints" / "pretrain" / "step-3").is_dir()
+
+
+def test_a_tracker_that_does_not_start_is_told_in_one_line(tiny_run_config, make_run, monkeypatch):
+    fake = Recorder()
+    monkeypatch.setattr(fake, "init", lambda **settings: 1 / 0)
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    with pytest.raises(InputError, match=r"train\.track: trackio does not start: division by zero"):
+        train(tiny_run_config(track=["trackio"], steps=3), make_run())
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
