@@ -4,8 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from benthic.errors import WorkFailed
 from benthic.files import read_json_object
+from benthic.parallel.local import local
 from benthic.train.checkpoint import committed, discard
 from benthic.train.health import Health
 from benthic.train.step import StepReport
@@ -64,6 +68,12 @@ def refuse_weights_not_finite(step: int, bits_per_byte: float) -> None:
     """Raise Diverged if a validation gave no number: no step would mend the weights, and none should be saved."""
     if not math.isfinite(bits_per_byte):
         raise Diverged(f"step {step}: the validation is not finite, so the weights are damaged; nothing of it is saved")
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether all weights are: losses and gradients of a step tell of those before it only."""
+    largest = torch._foreach_norm([local(weight.detach()) for weight in model.parameters()], math.inf)
+    return all(math.isfinite(float(one)) for one in largest)
 
 
 def roll_back_target(root: Path) -> Path | None:

@@ -33,10 +33,12 @@ from benthic.train.compute import refuse_stages_without_tiles
 from benthic.train.corpus import Corpus
 from benthic.train.identity import identity, renewed, resume_settings
 from benthic.train.incidents import (
+    Diverged,
     action,
     describe_incident,
     give_up_on_skipping,
     incident_row,
+    is_finite,
     refuse_weights_not_finite,
     roll_back_rows,
     roll_back_target,
@@ -421,10 +423,11 @@ class _Trainer:
         refuse_weights_not_finite(self.state.step, found.bits_per_byte)
 
     def _save(self, metrics: Metrics, *, on_schedule: bool) -> None:
+        if self.world.any(not is_finite(self.state.model)):
+            raise Diverged(f"step {self.state.step}: weights are not finite; nothing of it is saved")
         metrics.sync()
         self.ledger.write()
         # A signal's checkpoint takes the place of none: a later roll-back may want the one before.
-        # Nor does one amid steps that were not taken: should weights be damaged, those before must not go for them.
-        keep = self.config.train.keep_checkpoints if on_schedule and not self.state.health.skipped else None
+        keep = self.config.train.keep_checkpoints if on_schedule else None
         checkpoint = self.state.to_checkpoint(self.run.identity, self.work.carry(), on_schedule=on_schedule)
         self.writer.save(self.state.step, checkpoint, keep)

@@ -122,6 +122,35 @@ def test_three_skipped_in_a_row_end_the_run(tiny_run_config, make_run, monkeypat
         train(tiny_run_config(**LENGTH, on_spike="skip"), out)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("damaged_after", [3, 4])
+def test_damaged_weights_are_not_saved_and_leave_what_was(tiny_run_config, make_run, monkeypatch, value, damaged_after):
+    """Losses and gradients of a step say nothing of the weights that it leaves, and only the last save is kept."""
+    out, whole = make_run(), make_run("whole")
+    config = tiny_run_config(steps=6, checkpoint_every=1, keep_checkpoints=1, validate_every=100)
+    real, count = loop.train_step, 0
+
+    def damaging(objective, *args, **kwargs):
+        nonlocal count
+        count += 1
+        report = real(objective, *args, **kwargs)
+        if count == damaged_after:
+            with torch.no_grad():
+                next(objective.model.transformer.layers[1].parameters()).view(-1)[0] = value
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", damaging)
+        with pytest.raises(Diverged, match=rf"step {damaged_after}: weights are not finite"):
+            train(config, out)
+    assert [path.name for path in committed(out / "checkpoints" / "pretrain")] == [f"step-{damaged_after - 1}"]
+    train(config, out)
+    train(config, whole)
+    left, right = (load(run / "checkpoints" / "pretrain" / "step-6") for run in (out, whole))
+    for name, tensor in right.tensors["model"].items():
+        assert torch.equal(left.tensors["model"][name], tensor)
+
+
 def test_rolling_back_passes_over_what_was_read_since_the_checkpoint(tiny_run_config, make_run, monkeypatch):
     out, read = make_run(), []
     spoil(monkeypatch, {24 * BATCH}, 300.0, before=read.append)
