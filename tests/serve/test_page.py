@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,129 @@ def test_scripts_parse(script, tmp_path):
     module.write_text(script.read_text())
     done = subprocess.run(["node", "--check", module], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+SCENARIOS = {
+    "a conversation is kept, and drafts are told": """
+        await say("hello");
+        same(roles(stored()[0]), "user assistant");
+        same(stored()[0].messages[1].content, "one two");
+        same($("messages").children.length, 2);
+        same($("speed").textContent.includes("MTP drafts accepted 75% of 4"), true);
+    """,
+    "drafts are told while an answer is written": """
+        $("model").value = "small";
+        server.pieces = Array(60).fill("x"); server.pauseMs = 40;
+        $("prompt").value = "hello"; $("form").fire("submit");
+        await until(() => $("speed").textContent.includes("accepted 50% of 10"));
+        $("stop").fire("click");
+        await until(() => $("stop").disabled);
+        same(roles(stored()[0]), "user assistant");
+    """,
+    "other tabs keep what is theirs": """
+        await say("mine");
+        const other = { id: "other", messages: [{ role: "user", content: "theirs" }] };
+        localStorage.setItem("benthic.conversations", JSON.stringify([other, ...stored()]));
+        await say("more");
+        same(stored().map(roles), ["user assistant user assistant", "user"]);
+        localStorage.setItem("benthic.conversations", JSON.stringify(stored().filter((one) => one.id === "other")));
+        tellWindow("storage");
+        same($("conversations").children.length, 1);
+        $("conversations").children[0].children[1].fire("click");  // delete
+        same(stored(), []);
+    """,
+    "what has no room costs nothing else": """
+        await say("first");
+        localStorage.room = 400;
+        server.pieces = ["x".repeat(1000)];
+        $("new").fire("click");
+        await say("second");
+        same(stored().map(roles), ["user", "user assistant"]);
+        same($("messages").children.length, 2);
+    """,
+    "regenerating replaces an answer, or leaves it": """
+        await say("hello");
+        server.pieces = ["three"];
+        $("again").fire("click");
+        await until(() => $("stop").disabled);
+        same(stored()[0].messages[1].content, "three");
+        server.status = 429;
+        $("again").fire("click");
+        await until(() => $("stop").disabled);
+        same(stored()[0].messages[1].content, "three");
+        same($("messages").children.length, 2);
+        same($("error").textContent, "full");
+    """,
+    "what failed can be asked again": """
+        server.status = 429;
+        await say("hello");
+        same($("again").disabled, false);
+        server.status = 200;
+        $("again").fire("click");
+        await until(() => $("stop").disabled);
+        same(roles(stored()[0]), "user assistant");
+    """,
+    "choosing the open conversation changes nothing": """
+        server.pieces = Array(20).fill("x"); server.pauseMs = 5;
+        $("prompt").value = "hello"; $("form").fire("submit");
+        await pause(30);
+        $("conversations").children[0].children[0].fire("click");
+        await until(() => $("stop").disabled);
+        same(stored()[0].messages[1].content, "x".repeat(20));
+        same($("messages").children.length, 2);
+    """,
+    "choosing another stops the answer and keeps what there is": """
+        await say("first");
+        server.pieces = Array(50).fill("x"); server.pauseMs = 5;
+        $("new").fire("click");
+        $("prompt").value = "second"; $("form").fire("submit");
+        await pause(60);
+        $("conversations").children[1].children[0].fire("click");
+        await until(() => $("stop").disabled);
+        same($("messages").textContent.includes("first"), true);
+        same(stored().map(roles), ["user assistant", "user assistant"]);
+        $("conversations").children[0].children[1].fire("click");  // delete one that is not open
+        same(stored().map((one) => one.messages[0].content), ["first"]);
+    """,
+    "nothing is sent twice at once": """
+        server.pieces = Array(20).fill("x"); server.pauseMs = 5;
+        $("prompt").value = "hello"; $("form").fire("submit");
+        $("prompt").value = "again"; $("form").fire("submit");
+        await until(() => $("stop").disabled);
+        same(server.asked.filter((one) => one.path === "/v1/chat/completions").length, 1);
+        same($("prompt").value, "again");
+    """,
+}
+BLOCKED = """
+    await say("hello");
+    same($("messages").children.length, 2);
+    $("key").value = "secret"; $("key").fire("change");
+    await until(() => server.asked.at(-1).options.headers.authorization === "Bearer secret");
+"""
+
+
+def run_page(tmp_path, scenario, first=""):
+    """The page's scripts as they are, in node, with what stands for a browser."""
+    for script in [*SCRIPTS, Path(__file__).parent / "page" / "dom.mjs"]:
+        shutil.copy(script, tmp_path)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    names = "$, pause, roles, same, say, server, stored, tellWindow, until"
+    text = (
+        f'import {{ {names} }} from "./dom.mjs";\n{first}\nawait import("./page.js");\n{scenario}\nprocess.exit(0);\n'
+    )
+    (tmp_path / "scenario.js").write_text(text)
+    done = subprocess.run(
+        ["node", "scenario.js"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the scripts")
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+def test_conversations(tmp_path, scenario):
+    run_page(tmp_path, scenario)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the scripts")
+def test_a_browser_that_keeps_nothing(tmp_path):
+    run_page(tmp_path, BLOCKED, "localStorage.blocked = sessionStorage.blocked = true;")

@@ -38,25 +38,29 @@ function showConversations() {
 }
 
 function choose(conversation) {
-  running?.abort();
-  current = conversation;
   $("history").classList.remove("open");
   $("menu").setAttribute("aria-expanded", "false");
-  showAll();
+  if (conversation !== current) {
+    running?.abort();
+    current = conversation;
+    showAll();
+  }
   $("prompt").focus();
 }
 
-function remove(conversation) {
-  conversations = conversations.filter((one) => one !== conversation);
-  store.saveConversations(conversations);
-  if (conversation === current) choose(conversations[0] ?? begin());
-  else showConversations();
+// What is kept now, with the conversations that this tab works on in the place of their copies.
+function adopt(kept, ...mine) {
+  conversations = kept.map((one) => mine.find((own) => own.id === one.id) ?? one);
+  showConversations();
 }
 
-function keep() {
-  conversations = [current, ...conversations.filter((one) => one !== current)];
-  conversations = store.saveConversations(conversations);
-  showConversations();
+function remove(conversation) {
+  adopt(store.remove(conversation), current);
+  if (conversation.id === current.id) choose(conversations[0] ?? begin());
+}
+
+function keep(conversation) {
+  adopt(store.save(conversation), conversation, current);
 }
 
 // Messages
@@ -84,7 +88,7 @@ function scrollDown() {
 function showButtons() {
   $("send").disabled = Boolean(running);
   $("stop").disabled = !running;
-  $("again").disabled = Boolean(running) || !current.messages.some((one) => one.role === "assistant");
+  $("again").disabled = Boolean(running) || !current.messages.length;
 }
 
 function sampling() {
@@ -92,7 +96,8 @@ function sampling() {
   return Object.fromEntries(given);
 }
 
-async function answer() {
+// `before` is what the answer is to replace, and comes back if there is none.
+async function answer(before = []) {
   const conversation = current;
   const system = $("system").value.trim();
   const asked = system ? [{ role: "system", content: system }, ...conversation.messages] : [...conversation.messages];
@@ -105,9 +110,9 @@ async function answer() {
   running = new AbortController();
   const own = running;
   showButtons();
-  const pace = new Pace();
+  const request = { model: $("model").value, messages: asked, ...sampling() };
+  const pace = new Pace(request.model);
   try {
-    const request = { model: $("model").value, messages: asked, ...sampling() };
     for await (const event of stream(request, own.signal)) {
       if (event.content) {
         message.content += event.content;
@@ -124,23 +129,36 @@ async function answer() {
     if (own.signal.aborted) $("live").textContent = "Stopped.";
     else if (conversation === current) tell("error", error);
   }
+  pace.end();
   item.classList.remove("busy");
   if (running === own) running = null;
-  if (message.content) conversation.messages.push(message);
-  else item.remove();
-  if (conversation === current || conversations.includes(conversation)) {
-    if (conversation === current) keep();
-    else store.saveConversations(conversations);
+  if (!message.content) item.remove();
+  conversation.messages.push(...(message.content ? [message] : before));
+  if (conversation === current) {
+    if (!message.content) $("messages").append(...before.map(messageItem));
+    keep(conversation);
+  } else if (conversations.some((one) => one.id === conversation.id)) {
+    keep(conversation);
   }
   showButtons();
 }
 
-// Tokens a second and drafts that came true, while an answer is written.
+// Tokens a second and drafts that came true, while an answer is written. Until its end tells, the drafts are those of all
+// that the model has written since it began.
 class Pace {
+  #model;
   #begun = performance.now();
   #first = null;
   #tokens = 0;
   #usage = null;
+  #before = null;
+  #drafts = "";
+  #timer = null;
+
+  constructor(model) {
+    this.#model = model;
+    this.#look();
+  }
 
   token() {
     this.#first ??= performance.now();
@@ -150,6 +168,14 @@ class Pace {
   usage(usage) {
     this.#usage = usage;
     this.#tokens = usage.completion_tokens;
+    const details = usage.completion_tokens_details;
+    const accepted = details?.accepted_prediction_tokens ?? 0;
+    this.#drafts = drafts(accepted, accepted + (details?.rejected_prediction_tokens ?? 0)) || "no MTP drafts";
+  }
+
+  end() {
+    clearTimeout(this.#timer);
+    this.#timer = null;
   }
 
   text() {
@@ -157,16 +183,22 @@ class Pace {
     const seconds = (performance.now() - this.#first) / 1000;
     const rate = this.#tokens > 1 && seconds > 0 ? `${((this.#tokens - 1) / seconds).toFixed(1)} tokens/s` : "";
     const wait = `first after ${((this.#first - this.#begun) / 1000).toFixed(2)} s`;
-    return [rate, wait, this.#drafts()].filter(Boolean).join(" · ");
+    return [rate, wait, this.#drafts].filter(Boolean).join(" · ");
   }
 
-  #drafts() {
-    const details = this.#usage?.completion_tokens_details;
-    if (!details) return "";
-    const accepted = details.accepted_prediction_tokens;
-    const drafted = accepted + details.rejected_prediction_tokens;
-    return drafted ? `MTP drafts accepted ${percent(accepted / drafted)} of ${drafted}` : "no MTP drafts";
+  async #look() {
+    this.#timer = setTimeout(() => this.#look(), STATUS_EVERY_MS);
+    const found = await status().catch(() => null);
+    const one = found?.models.find((model) => model.model === this.#model);
+    if (!one || !this.#timer || this.#usage) return;
+    this.#before ??= one;
+    const accepted = one.accepted_tokens - this.#before.accepted_tokens;
+    this.#drafts = drafts(accepted, one.drafted_tokens - this.#before.drafted_tokens);
   }
+}
+
+function drafts(accepted, drafted) {
+  return drafted ? `MTP drafts accepted ${percent(accepted / drafted)} of ${drafted}` : "";
 }
 
 function percent(share) {
@@ -275,9 +307,10 @@ $("show-status").addEventListener("click", () => showView("status"));
 $("show-settings").addEventListener("click", () => showSettings($("settings").hidden));
 $("stop").addEventListener("click", () => running?.abort());
 $("again").addEventListener("click", () => {
-  while (current.messages.at(-1)?.role === "assistant") current.messages.pop();
+  const before = [];
+  while (current.messages.at(-1)?.role === "assistant") before.unshift(current.messages.pop());
   showAll();
-  answer();
+  answer(before);
 });
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -285,7 +318,7 @@ $("form").addEventListener("submit", (event) => {
   if (!content || running) return;
   current.messages.push({ role: "user", content });
   $("prompt").value = "";
-  keep();
+  keep(current);
   showAll();
   answer();
 });
@@ -298,6 +331,8 @@ $("prompt").addEventListener("keydown", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") running?.abort();
 });
+
+addEventListener("storage", () => adopt(store.conversations(), current));
 
 applyTheme();
 showAll();

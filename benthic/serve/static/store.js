@@ -18,19 +18,33 @@ export function conversations() {
   return Array.isArray(found) ? found.filter(sound) : [];
 }
 
-// The oldest are left out where there are too many, or no room. Returns those that were kept.
-export function saveConversations(all) {
+// Other tabs save too: what is theirs is read anew each time. Both return the conversations there are then.
+export function save(conversation) {
+  return write([conversation, ...conversations().filter((one) => one.id !== conversation.id)]);
+}
+
+export function remove(conversation) {
+  return write(conversations().filter((one) => one.id !== conversation.id));
+}
+
+// The oldest are left out where there are too many, or no room. Where the newest alone has none, what is kept stays.
+function write(all) {
   let kept = all.slice(0, MOST);
-  while (kept.length) {
-    try {
-      localStorage.setItem(CONVERSATIONS, JSON.stringify(kept));
-      return kept;
-    } catch {
-      kept = kept.slice(0, -1);
-    }
+  while (!put(CONVERSATIONS, JSON.stringify(kept))) {
+    if (kept.length <= 1) return all;
+    kept = kept.slice(0, -1);
   }
-  localStorage.removeItem(CONVERSATIONS);
   return kept;
+}
+
+// Whether it is kept: a browser may have no room, or be told to keep nothing.
+function put(name, value) {
+  try {
+    localStorage.setItem(name, value);
+    return true;
+  } catch {
+    return false;
+  }
 }
 
 export function setting(name) {
@@ -38,13 +52,24 @@ export function setting(name) {
 }
 
 export function saveSetting(name, value) {
-  localStorage.setItem(SETTINGS, JSON.stringify({ ...read(SETTINGS, {}), [name]: value }));
+  put(SETTINGS, JSON.stringify({ ...read(SETTINGS, {}), [name]: value }));
 }
 
+let keyOfThisPage = "";
+
 export function key() {
-  return sessionStorage.getItem(KEY) ?? "";
+  try {
+    return sessionStorage.getItem(KEY) ?? keyOfThisPage;
+  } catch {
+    return keyOfThisPage;
+  }
 }
 
 export function saveKey(value) {
-  sessionStorage.setItem(KEY, value);
+  keyOfThisPage = value;
+  try {
+    sessionStorage.setItem(KEY, value);
+  } catch {
+    // It lasts as long as the page.
+  }
 }
