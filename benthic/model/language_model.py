@@ -14,6 +14,9 @@ from benthic.model.mtp import MTPModule
 from benthic.model.trainable import Trainable
 from benthic.model.transformer import Transformer, attention_context
 
+_SHARE_OF_STATE = 0.3
+"""Of the state before it that a module adds to an embedding, where it begins as the last layer."""
+
 
 class LanguageModel(Trainable):
     """A transformer and ``num_nextn_predict_layers`` MTP modules that share its embedding and head."""
@@ -25,6 +28,24 @@ class LanguageModel(Trainable):
         self.config = config
         self.transformer = Transformer(config)
         self.mtp = nn.ModuleList(MTPModule(config, depth) for depth in range(config.num_nextn_predict_layers))
+
+    @torch.no_grad()
+    def mtp_as_last_layer(self) -> list[str]:
+        """Let the MTP modules become what the last layer and its norm are; returns the names of what has changed.
+
+        A module reads the embedding of the token it is given as the first layer would, and a share of the state before
+        it. So at first it guesses like a model of that one layer, and not at random. One whose layer is of another
+        kind (dense, where the module has experts) keeps its layer.
+        """
+        last, norm = self.transformer.layers[-1], self.transformer.norm
+        for module in self.mtp:
+            assert isinstance(module, MTPModule)
+            if module.block.state_dict().keys() == last.state_dict().keys():
+                module.block.load_state_dict(last.state_dict())
+            module.norm.load_state_dict(norm.state_dict())
+            identity = torch.eye(module.project.out_features).to(module.project.weight)
+            module.project.weight.copy_(torch.cat((identity, _SHARE_OF_STATE * identity), 1))
+        return [name for name, _ in self.named_parameters() if name.startswith("mtp.")]
 
     def forward(self, tokens_BT: Tensor, **context: Any) -> Tensor:
         """Logits of the next token (B, T, V)."""

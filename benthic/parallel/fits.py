@@ -26,6 +26,11 @@ def refuse_misfit(config: RunConfig, processes: int) -> None:
         return
     if config.train.minutes is not None:
         raise InputError("train.minutes: what a machine does in so many is measured on one process; give train.steps")
+    if config.train.schedule.mtp_from_last_layer:
+        raise InputError(
+            "train.schedule.mtp_from_last_layer=true: the modules and the last layer may be on different processes; "
+            "it is for one process"
+        )
     experts = config.model.n_routed_experts
     if experts % parallel.expert:
         raise InputError(

@@ -1,6 +1,6 @@
 """Exponential moving average of the weights, an early estimate of the model after decay (V3 report section 3.2.3)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -23,6 +23,12 @@ class WeightAverage:
     def update(self) -> None:
         """Move towards the present weights."""
         torch._foreach_lerp_(list(self.tensors.values()), list(self._parameters.values()), 1 - self._decay)
+
+    @torch.no_grad()
+    def begin_anew(self, names: Iterable[str]) -> None:
+        """Forget what these weights were: the average is what they are now."""
+        for name in names:
+            self.tensors[name].copy_(self._parameters[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -329,6 +329,8 @@ class _Trainer:
         start, start_of_work = time.perf_counter(), time.process_time() - self.writer.processor_seconds
         state, settings = self.state, self.course.at(self.state.step)
         before = self.work.spent(state.step)
+        if self.config.train.schedule.mtp_from_last_layer and not self.earlier and self.course.begins_mtp(state.step):
+            state.begin_mtp()
         first = settings.first_sequence + state.sequences_passed_over
         report = train_step(
             state.objective,

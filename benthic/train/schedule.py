@@ -52,6 +52,10 @@ class Course:
         """Of those, how many the MTP modules read too: they do not run where their loss weighs nothing."""
         return self._with_mtp[step]
 
+    def begins_mtp(self, step: int) -> bool:
+        """Whether the MTP modules run for the first time in this step, and not in the very first."""
+        return step > 0 and self._with_mtp[step] == 0 < self._with_mtp[step + 1]
+
     def at(self, step: int) -> StepSettings:
         """Settings of a step, counted from 0."""
         start, end = self._starts[step], self._starts[step + 1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from benthic.config.posttrain import AdapterConfig
 from benthic.config.schema import ModelConfig, RunConfig
 from benthic.errors import InputError
-from benthic.model import Trainable
+from benthic.model import LanguageModel, Trainable
 from benthic.model.initial import InitialWeights, Part
 from benthic.model.memory import give_memory
 from benthic.parallel.local import local
@@ -163,6 +163,13 @@ class TrainState:
             self.adapters.restore(checkpoint.tensors["adapters"], f"{source}/adapters.safetensors")
         self.optimizer.load_state_tensors(checkpoint.tensors["optimizer"], f"{source}/optimizer.safetensors")
         self._restore_numbers(checkpoint.state, f"{source}/state.json")
+
+    def begin_mtp(self) -> None:
+        """Let the MTP modules, which have not run so far, begin as the last layer is by now."""
+        if isinstance(self.model, LanguageModel):
+            changed = self.model.mtp_as_last_layer()
+            if self.average is not None:
+                self.average.begin_anew(changed)
 
     def begin_with(self, checkpoint: Checkpoint, source: str) -> None:
         """Begin a stage with the weights, routers' bias and average that the stage before ended with.
