@@ -209,6 +209,8 @@ class TrainConfig(Settings):
     micro_batch_size: Positive | None = None
     """Sequences per forward and backward pass; by default the whole batch."""
     sequence_length: Positive = 256
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where one process pretrains, context extension included; all else runs on the CPU. No GPU has been tried."""
     recompute: bool = False
     """Compute outputs of norms, MLA's up-projections and SwiGLU again in the backward pass instead of keeping them
     (V3 report section 3.2.3): less memory, a little more time, the same numbers."""

@@ -52,7 +52,7 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
     before = config.model_copy(update={"posttrain": PosttrainConfig()})
     first = (Stage(BASE, _without_phases(before), "base"),) if config.posttrain.base else _pretraining(before)
     posttrain = config.posttrain
-    last = first[-1].config.model_copy(update={"posttrain": posttrain})
+    last = _on_cpu(first[-1].config.model_copy(update={"posttrain": posttrain}))
     later = []
     if posttrain.sft is not None:
         later.append(Stage("sft", _sft(last, posttrain.sft), "sft", posttrain.sft.adapter))
@@ -61,6 +61,10 @@ def stages(config: RunConfig) -> tuple[Stage, ...]:
     if posttrain.reward is not None:
         later.append(Stage("reward", _reward(last, posttrain.reward), "reward"))
     return *first, *later
+
+
+def _on_cpu(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"train": config.train.model_copy(update={"device": "cpu"})})
 
 
 def _pretraining(config: RunConfig) -> tuple[Stage, ...]:

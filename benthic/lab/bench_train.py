@@ -46,7 +46,7 @@ def bench_train(config: RunConfig) -> TrainSpeed:
     seconds = _step_seconds(config, config.train.steps, compute)
     train = config.train
     tokens_per_s = train.batch_size * train.sequence_length / statistics.median(seconds)
-    gemm_gflops = measure_gemm_gflops(compute_dtype(compute))
+    gemm_gflops = measure_gemm_gflops(compute_dtype(compute), train.device)
     flops = training_flops(config.model, train.sequence_length, mtp=heaviest_mtp(config) > 0)
     return TrainSpeed(
         tokens_per_s=tokens_per_s, gemm_gflops=gemm_gflops,

@@ -26,6 +26,8 @@ def refuse_misfit(config: RunConfig, processes: int) -> None:
         return
     if config.train.minutes is not None:
         raise InputError("train.minutes: what a machine does in so many is measured on one process; give train.steps")
+    if config.train.device != "cpu":
+        raise InputError(f'train.device="{config.train.device}" is for one process: several exchange through gloo')
     if config.train.schedule.mtp_from_last_layer:
         raise InputError(
             "train.schedule.mtp_from_last_layer=true: the modules and the last layer may be on different processes; "

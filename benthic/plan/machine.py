@@ -16,16 +16,22 @@ _BUFFER_BYTES = 2**29
 
 
 @cache
-def measure_gemm_gflops(dtype: torch.dtype = torch.float32) -> float:
+def measure_gemm_gflops(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
     """:func:`gemm_gflops`, measured once a process."""
-    return gemm_gflops(dtype)
+    return gemm_gflops(dtype, device)
 
 
-def gemm_gflops(dtype: torch.dtype = torch.float32) -> float:
-    """Best rate of a 2048 x 2048 x 2048 matrix product on this machine's CPU just now, in GFLOP/s."""
-    a, b = torch.randn(2, _SIZE, _SIZE).to(dtype)
+def gemm_gflops(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
+    """Best rate of a 2048 x 2048 x 2048 matrix product on a device of this machine just now, in GFLOP/s."""
+    a, b = torch.randn(2, _SIZE, _SIZE).to(device, dtype)
     out = torch.empty_like(a)
-    return 2 * _SIZE**3 / _best_seconds(lambda: torch.mm(a, b, out=out)) / 1e9
+
+    def multiply() -> None:
+        torch.mm(a, b, out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return 2 * _SIZE**3 / _best_seconds(multiply) / 1e9
 
 
 @cache

@@ -54,7 +54,7 @@ def resolve(
         train = train.model_copy(update={"ema_decay": ema_decay(train.ema_span, train.steps), "ema_span": None})
     if train.optimizer.name == "muon":
         # Of the run, not of the machine: it must not change where the run is resumed.
-        products = {"matrix_products": matrix_products(train.optimizer, torch.device("cpu"))}
+        products = {"matrix_products": matrix_products(train.optimizer, torch.device(train.device))}
         train = train.model_copy(update={"optimizer": train.optimizer.model_copy(update=products)})
     return config.model_copy(update={"precision": precision, "train": train})
 

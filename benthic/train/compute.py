@@ -29,7 +29,10 @@ from benthic.precision.weight_copies import WeightCopies, copies_of_step
 
 
 def compute_in(compute: Compute, module: nn.Module, *args: Any) -> Any:
-    """``module(*args)``, computed in this precision; gradients reach the fp32 weights."""
+    """``module(*args)``, computed in this precision, where its weights are; gradients reach the fp32 weights."""
+    device = next(module.parameters()).device
+    if device.type != "cpu":
+        args = tuple(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args)
     if compute == "fp8":
         with fp8_products(module):
             return module(*args)
@@ -62,6 +65,12 @@ def refuse_without_tiles(compute: str, key: str = "precision.compute") -> None:
             f"{key}={compute}: needs bf16 tiles (AMX), which this processor lacks, or which go unused for "
             "want of a compiler or by BENTHIC_NATIVE; fp32 is as exact"
         )
+
+
+def refuse_without_device(device: str) -> None:
+    """Raises InputError where ``train.device`` is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError('train.device="cuda": PyTorch finds no GPU here; "cpu" needs none')
 
 
 def moments_dtype(compute: Compute) -> torch.dtype:

@@ -11,6 +11,7 @@ from benthic.errors import InputError
 
 MAY_CHANGE = {
     "train.checkpoint_every",
+    "train.device",
     "train.recompute",
     "train.keep_checkpoints",
     "train.validate_every",

@@ -29,7 +29,7 @@ from benthic.precision.compute import compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import latest, load, reached
-from benthic.train.compute import refuse_stages_without_tiles
+from benthic.train.compute import refuse_stages_without_tiles, refuse_without_device
 from benthic.train.corpus import Corpus
 from benthic.train.identity import identity, renewed, resume_settings
 from benthic.train.incidents import (
@@ -98,6 +98,7 @@ def train(
     require_trackers(config.train.track)
     settle_memory()
     refuse_stages_without_tiles(_stages(config, kinds))
+    refuse_without_device(config.train.device)
     out = Path(out)
     known = {kind: kinds[kind](out) for kind in _kinds_of(config, kinds)}
     hashes: dict[str, str] = {}
@@ -116,7 +117,8 @@ def train(
 
     def go(resolved: RunConfig, run: dict[str, Any], given: TimeGiven) -> Trained:
         assert resolved.precision.compute != "auto"
-        peak = 1e9 * measure_gemm_gflops(compute_dtype(resolved.precision.compute)) * world.processes
+        dtype = compute_dtype(resolved.precision.compute)
+        peak = 1e9 * measure_gemm_gflops(dtype, resolved.train.device) * world.processes
         whole = _Run(resolved, _stages(resolved, kinds), out, known, run, architecture, peak, given, world, show)
         with world.watched(out):
             return _train(whole, number, newest)

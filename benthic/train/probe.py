@@ -77,7 +77,7 @@ class _Sums(nn.Module):
         states, routings = self.model.training_hidden(tokens_BS[:, :-1], document_BI)
         batch = Batch(tokens_BS, document_BS, learn_BS)
         right_K, counted_K, positions = _hits(states, self.model.transformer.head.weight, batch)
-        entropies = [affinity_entropy(routing.scores).sum() for routing in routings]
+        entropies = [float(affinity_entropy(routing.scores).sum()) for routing in routings]
         return right_K, counted_K, torch.tensor(entropies), positions
 
 
@@ -88,7 +88,7 @@ def _hits(states: list[Tensor], head_VD: Tensor, batch: Batch) -> tuple[Tensor, 
         top1_hits(x_BTD.flatten(0, 1), head_VD, target_BT.flatten())
         for x_BTD, target_BT in zip(states, targets_KBT, strict=True)
     ]
-    return torch.tensor(right), (targets_KBT != IGNORE).sum((1, 2)), torch.tensor(targets_KBT[0].numel())
+    return torch.tensor(right), (targets_KBT != IGNORE).sum((1, 2)).cpu(), torch.tensor(targets_KBT[0].numel())
 
 
 def probe(

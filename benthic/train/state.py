@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benthic.config.posttrain import AdapterConfig
-from benthic.config.schema import ModelConfig, RunConfig
+from benthic.config.schema import ModelConfig, RunConfig, TrainConfig
 from benthic.errors import InputError
 from benthic.model import LanguageModel, Trainable
 from benthic.model.initial import InitialWeights, Part
@@ -78,6 +78,8 @@ class TrainState:
         if fresh:
             std, train = config.model.initializer_range, config.train
             initial.fill(self._parts(), std, train.seed, embedding_std=train.embedding_std)
+        if config.train.device != "cpu":
+            self.objective.to(device_of(config.train))
         moments = moments_dtype(compute)
         self.adapters = Adapters(self.model, adapter, config.train.seed) if adapter else None
         self.optimizer = (
@@ -200,6 +202,11 @@ class TrainState:
         self.health.restore(saved.get("health"), source)
         self.step, self.bits_per_byte = saved["step"], saved["bits_per_byte"]
         self.sequences_passed_over = saved["sequences_passed_over"]
+
+
+def device_of(train: TrainConfig) -> torch.device:
+    """Where a model is trained."""
+    return torch.device(train.device)
 
 
 def _without_memory(architecture: Architecture, config: ModelConfig) -> Trainable:

@@ -129,7 +129,8 @@ def accumulate_gradients(
     for number, (part, part_KBT, share_K, share) in enumerate(passes, start=1):
         world.begin_pass(objective, last=number == len(passes))
         losses: Losses = compute_in(compute, objective, part.tokens_BS, part.document_BS, part_KBT)
-        weighted = Losses(losses.cross_entropy_K * share_K, losses.balance * share, losses.load_ME * bool(share))
+        nats_K = losses.cross_entropy_K * share_K.to(losses.cross_entropy_K.device)
+        weighted = Losses(nats_K, losses.balance * share, losses.load_ME * bool(share))
         weighted.total(settings.mtp_weight, settings.balance_weight).backward()
         parts.append(Losses(*(part.detach() for part in weighted)))
     return Losses(*(torch.stack(part).sum(0) for part in zip(*parts, strict=True)))

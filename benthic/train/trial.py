@@ -15,7 +15,7 @@ from benthic.data.batches import Batch
 from benthic.parallel.world import ALONE, World
 from benthic.precision.compute import Compute
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
-from benthic.train.compute import refuse_without_tiles
+from benthic.train.compute import refuse_without_device, refuse_without_tiles
 from benthic.train.schedule import StepSettings
 from benthic.train.state import TrainState
 from benthic.train.step import accumulate_gradients, train_step
@@ -59,6 +59,7 @@ class Trial:
     ) -> None:
         refuse_without_tiles(compute)
         train = config.train
+        refuse_without_device(train.device)
         if train.ema_span is not None:
             train = train.model_copy(update={"ema_decay": _ANY_DECAY, "ema_span": None})
         precision = config.precision.model_copy(update={"compute": compute})

@@ -44,7 +44,7 @@ def recipe(tmp_path):
 
 @pytest.fixture(autouse=True)
 def made_up_peak(monkeypatch):
-    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda *of: 100.0)
 
 
 def test_a_run_goes_through_every_stage_and_another_begins_with_it(benthic, recipe, tmp_path):

@@ -26,7 +26,7 @@ from benthic.train import loop
 
 number, delay = int(sys.argv[3]), float(sys.argv[4])
 torch.set_num_threads(int(sys.argv[5]))
-loop.measure_gemm_gflops = lambda dtype: 100.0
+loop.measure_gemm_gflops = lambda *of: 100.0
 real_step, taken = loop.train_step, 0
 
 def kill():
@@ -47,7 +47,7 @@ benthic.train(load_run_config(sys.argv[1]), sys.argv[2])
 
 
 def check(tiny_run_config, tmp_path, monkeypatch, adapter, kills) -> None:
-    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda *of: 100.0)
     chats = tmp_path / "chats.jsonl"
     rng = random.Random(0)
     said = [[("user", f"how deep {n}?"), ("assistant", "deep " * rng.randrange(1, 9))] for n in range(60)]

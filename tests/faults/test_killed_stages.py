@@ -22,7 +22,7 @@ from benthic.train import loop
 
 out, length, number, delay = pathlib.Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
 torch.set_num_threads(int(sys.argv[6]))
-loop.measure_gemm_gflops = lambda dtype: 100.0
+loop.measure_gemm_gflops = lambda *of: 100.0
 real_step, taken = loop.train_step, 0
 
 def kill():

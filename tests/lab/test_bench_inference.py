@@ -16,7 +16,7 @@ KEYS = {"tokens_per_s", "context", "batch", "precision", "cache_precision", "mem
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     monkeypatch.setattr(bench_inference, "measure_bandwidth_gb_s", lambda: 10.0)
-    monkeypatch.setattr(bench_inference, "measure_gemm_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(bench_inference, "measure_gemm_gflops", lambda *of: 100.0)
 
 
 @pytest.mark.parametrize("bench", [bench_prefill, bench_decode])

@@ -12,7 +12,7 @@ from benthic.plan.flops import training_flops
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    monkeypatch.setattr(module, "measure_gemm_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr(module, "measure_gemm_gflops", lambda *of: 100.0)
     monkeypatch.setattr(module, "settle_memory", lambda: None)
 
 

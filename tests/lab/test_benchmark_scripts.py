@@ -140,7 +140,7 @@ def test_equal_time_is_steps_by_what_a_step_takes():
 @pytest.fixture
 def study_directory(tmp_path, texts, prepared, monkeypatch):
     """For a study of a tiny recipe in place of the quickstart, on data that is there already."""
-    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda *of: 100.0)
     recipe = tmp_path / "tiny.toml"
     recipe.write_text(TINY.format(texts=texts))
     real = compare.load_run_config

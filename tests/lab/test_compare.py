@@ -36,7 +36,7 @@ compute = "fp32"
 @pytest.fixture
 def study(tmp_path, texts, prepared, monkeypatch):
     """A study of a tiny recipe on data that is there already."""
-    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda *of: 100.0)
     (tmp_path / "recipe.toml").write_text(RECIPE.format(texts=texts))
     directory = tmp_path / "study"
     directory.mkdir()

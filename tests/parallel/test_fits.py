@@ -26,6 +26,7 @@ def config(*settings):
         (1, ["parallel.layers=[99]"], "parallel.pipeline is 1"),
         (2, ["parallel.shard=2", "parallel.layers=[2,1]"], "parallel.pipeline is 1"),
         (2, ["parallel.shard=2", "train.minutes=3"], "give train.steps"),
+        (2, ["parallel.shard=2", "train.device=cuda"], "through gloo"),
         (2, ["parallel.shard=2", "train.schedule.mtp_from_last_layer=true"], "it is for one process"),
         (64, ["parallel.pipeline=64"], "makes 64 stages, too many for model.num_hidden_layers=3; 5 can"),
         (4, ["parallel.pipeline=4", "parallel.schedule=zbv"], "makes 8 stages, too many"),

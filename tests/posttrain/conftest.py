@@ -66,7 +66,7 @@ def chats_prepared(tmp_path_factory: pytest.TempPathFactory, sft_config: Callabl
 @pytest.fixture
 def make_sft_run(chats_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Fresh run directories on the prepared data. The GEMM peak, which takes a second to measure, is made up."""
-    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda *of: 100.0)
 
     def make(name: str = "run") -> Path:
         out = tmp_path / name

@@ -64,7 +64,7 @@ def whole_config(sources: Path) -> Callable[..., RunConfig]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rate of this machine, which takes a second to measure, is made up."""
-    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda dtype: 100.0)
+    monkeypatch.setattr("benthic.train.loop.measure_gemm_gflops", lambda *of: 100.0)
     monkeypatch.setattr("benthic.run.forecast.measure_gemm_gflops", lambda: 100.0)
 
 
