@@ -153,8 +153,8 @@ class ScheduleConfig(Settings):
     """The MTP loss counts in one step of so many, and in a shorter run in none. Context extension and later stages have
     it in each."""
     mtp_from_last_layer: bool = False
-    """Where the MTP loss first counts in the course of a run, its modules begin as the last layer is by then, and not
-    as they were drawn. Published models train them from the start."""
+    """Where the MTP loss first counts in the course of pretraining, its modules begin as the last layer is by then, and
+    not as they were drawn. Published models train them from the start."""
 
     @property
     def last_factor(self) -> float:

@@ -8,7 +8,7 @@ result ``tool_call_id``. Whatever a message says stays text: only the format its
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 from benthic.data.chat_template import CHAT_TEMPLATE, Message
@@ -45,11 +45,12 @@ class ChatFormat:
         self._own = template == CHAT_TEMPLATE and len(tokenizer.role_ids) == 3
         self._knows_reasoning = "reasoning_content" in template
 
-    def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
-        """Ids of a conversation up to where the assistant is to answer. Raises InputError with the template's own
-        complaint.
+    def prompt(self, messages: Sequence[Message], tools: Tools = (), *, fewer_than: int | None = None) -> list[int]:
+        """Ids of a conversation up to where the assistant is to answer.
+
+        Raises InputError with the template's own complaint; TooLong, as ``Tokenizer.apply_chat``.
         """
-        return self._render(messages, tools, add_generation_prompt=True)
+        return self._render(messages, tools, add_generation_prompt=True, fewer_than=fewer_than)
 
     def sample(self, messages: Sequence[Message], tools: Tools = (), answers: Answers = "all") -> Sample:
         """A whole conversation, with the answers marked that are to be learnt.
@@ -110,21 +111,22 @@ class ChatFormat:
         stops = [place for place in range(len(before), end) if whole[place] in self._tokenizer.stop_ids]
         return stops[-1] + 1 if stops else len(after)
 
-    def _render(self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool) -> list[int]:
-        tokenizer = self._tokenizer
-        if not tokenizer.knows_tools:
-            worded = in_words(messages, tools, reasoning=not self._knows_reasoning)
-            return tokenizer.apply_chat(worded, add_generation_prompt)
+    def _render(
+        self, messages: Sequence[Message], tools: Tools, *, add_generation_prompt: bool, fewer_than: int | None = None
+    ) -> list[int]:  # fmt: skip
+        render = partial(
+            self._tokenizer.apply_chat, add_generation_prompt=add_generation_prompt, fewer_than=fewer_than
+        )  # fmt: skip
+        if not self._tokenizer.knows_tools:
+            return render(in_words(messages, tools, reasoning=not self._knows_reasoning))
         for_template = [self._for_template(message) for message in messages]
         try:
-            return tokenizer.apply_chat(
-                [_with_objects(message) for message in for_template], add_generation_prompt, tools=tools
-            )
+            return render([_with_objects(message) for message in for_template], tools=tools)
         except InputError:
             # Most want a call's arguments as an object, as transformers gives them; DeepSeek's joins them as text.
             if not any(message.get("tool_calls") for message in messages):
                 raise
-            return tokenizer.apply_chat(for_template, add_generation_prompt, tools=tools)
+            return render(for_template, tools=tools)
 
     def _for_template(self, message: Message) -> Message:
         rendered = {key: value for key, value in message.items() if key != "weight" and value is not None}

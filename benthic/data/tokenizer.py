@@ -31,6 +31,14 @@ _GUARD = "\ufdd0"
 """A Unicode noncharacter that breaks up control-token strings in messages while a template is rendered."""
 
 
+class TooLong(InputError):
+    """A conversation has ``fewest`` tokens or more, and that is more than are wanted."""
+
+    def __init__(self, fewest: int) -> None:
+        super().__init__(f"the conversation has {fewest} tokens or more")
+        self.fewest = fewest
+
+
 class Tokenizer:
     """Text to token ids and back.
 
@@ -183,9 +191,11 @@ class Tokenizer:
 
     def apply_chat(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, *,
-        tools: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] = (), fewer_than: int | None = None,
     ) -> list[int]:  # fmt: skip
         """Ids of a conversation, ready for the assistant's next turn or, without the prompt, ended.
+
+        Raises TooLong, before it is encoded, where its length alone says that it has not ``fewer_than`` so many tokens.
 
         ``tools`` are functions the model may call, for a template that has the name (see :attr:`knows_tools`).
 
@@ -202,6 +212,9 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             **({"tools": _guarded(tools, self._control)} if tools else {}),
         )
+        fewest = self.fewest(len(_unguard(text).encode(errors="surrogatepass")))
+        if fewer_than is not None and fewest >= fewer_than:
+            raise TooLong(fewest)
         return [index for piece in self._split(text) for index in piece]
 
     def _guard(self, message: Message) -> Message:

@@ -29,7 +29,7 @@ from benthic.run.display import Display, StageProgress
 from benthic.run.evaluation import FAILURES, evaluate_run, finished, records, remaining
 from benthic.run.forecast import Forecast, forecasts, seconds_of
 from benthic.train.checkpoint import latest
-from benthic.train.compute import refuse_stages_without_tiles
+from benthic.train.compute import refuse_stages_without_device, refuse_stages_without_tiles
 from benthic.train.ledger import Ledger
 from benthic.train.loop import PRETRAINING, Trained
 from benthic.train.work import Kinds
@@ -159,6 +159,7 @@ def run(the: Plan, out: Path) -> Outcome:
     refuse_too_large(the.config.model)
     refuse_misfit(the.config, torchrun.processes())
     refuse_stages_without_tiles(stages(the.config))
+    refuse_stages_without_device(stages(the.config))
     outcome = Outcome()
     with Display(the.names, lambda: _seconds(the, out)) as display:
         if "data" in the.names:

@@ -41,7 +41,9 @@ class Bodies:
                 raise ApiError(408, f"the body did not arrive within {self._seconds:g} s", code="timeout") from None
             except ClientDisconnect:
                 raise ClientGone from None
-            yield b"".join(pieces)
+            body = b"".join(pieces)
+            pieces[:] = [body]  # lest it be there twice
+            yield body
         finally:
             self._held -= sum(map(len, pieces))
 

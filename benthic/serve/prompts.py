@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benthic.data.chat import ChatFormat
+from benthic.data.tokenizer import TooLong
 from benthic.errors import InputError
 from benthic.inference.request import Sampling
 from benthic.serve import tools
@@ -44,10 +45,12 @@ def _choices(ids: list[int], sampling: Sampling, asked: Asked, grammar: Grammar 
 
 def chat_ids(served: Served, asked: ChatRequest) -> list[int]:
     """A conversation as the model's template renders it. Raises 400."""
-    _refuse_longer(served, sum(len(_bytes(message.text)) for message in asked.messages), "messages")
-    messages = [tools.as_message(message) for message in asked.messages]
+    messages, told = map(tools.as_message, asked.messages), map(tools.schema, asked.usable_tools)
     try:
-        ids = ChatFormat(served.tokenizer).prompt(messages, [tools.schema(tool) for tool in asked.usable_tools])
+        # To encode megabytes takes seconds.
+        ids = ChatFormat(served.tokenizer).prompt([*messages], [*told], fewer_than=served.context)
+    except TooLong as error:
+        raise _too_long(served, f"at least {error.fewest}", "messages") from None
     except InputError as error:
         raise bad(f"messages: {error}", "messages") from None
     return _checked(served, ids, "messages")
@@ -59,21 +62,12 @@ def text_ids(served: Served, prompt: str | list[int], param: str) -> list[int]:
         raise bad(f"{param}: must not be empty", param)
     if not isinstance(prompt, str):
         return _checked(served, prompt, param)
-    _refuse_longer(served, len(_bytes(prompt)), param)
+    if (fewest := served.tokenizer.fewest(len(prompt.encode(errors="surrogatepass")))) >= served.context:
+        raise _too_long(served, f"at least {fewest}", param)
     try:
         return _checked(served, [served.tokenizer.bos_id, *served.tokenizer.encode(prompt)], param)
     except InputError as error:
         raise bad(f"{param}: {error}", param) from None
-
-
-def _refuse_longer(served: Served, size: int, param: str) -> None:
-    """Raise 400 where so many bytes are more than the model takes: to encode megabytes takes seconds."""
-    if (fewest := served.tokenizer.fewest(size)) >= served.context:
-        raise _too_long(served, f"at least {fewest}", param)
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode(errors="surrogatepass")
 
 
 def _too_long(served: Served, tokens: str, param: str) -> ApiError:

@@ -358,8 +358,9 @@ def _refusal(error: ValidationError) -> ApiError:
 def _path(location: tuple[int | str, ...]) -> str:
     """``messages[0].content`` from pydantic's location, without the alternatives of a union that it tried."""
     path = ""
-    for before, part in zip(("", *location), location, strict=False):
-        if before == "response_format" or (isinstance(before, int) and part in ("text", "refusal")):
+    for place, part in enumerate(location):
+        before = location[place - 1] if place else ""
+        if before == "response_format" or (isinstance(before, int) and "content" in location[:place]):
             continue  # the tag of a union
         if isinstance(part, int):
             path += f"[{part}]"

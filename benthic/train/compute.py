@@ -67,10 +67,21 @@ def refuse_without_tiles(compute: str, key: str = "precision.compute") -> None:
         )
 
 
-def refuse_without_device(device: str) -> None:
-    """Raises InputError where ``train.device`` is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError('train.device="cuda": PyTorch finds no GPU here; "cpu" needs none')
+def refuse_stages_without_device(stages: Iterable[Stage]) -> None:
+    """:func:`refuse_without_device` for each stage that is trained."""
+    for stage in stages:
+        if stage.kind != "base":
+            refuse_without_device(stage.config.train.device, stage.config.precision.compute)
+
+
+def refuse_without_device(device: str, compute: str) -> None:
+    """Raises InputError where ``train.device`` is not there, or has no such precision."""
+    if device == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise InputError(f'train.device="{device}": PyTorch finds no GPU here; "cpu" needs none')
+    if compute == "fp32-tiles":
+        raise InputError(f'precision.compute="{compute}" is of CPUs; on a GPU there are fp32, bf16 and fp8')
 
 
 def moments_dtype(compute: Compute) -> torch.dtype:

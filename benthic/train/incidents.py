@@ -72,8 +72,8 @@ def refuse_weights_not_finite(step: int, bits_per_byte: float) -> None:
 
 def is_finite(model: nn.Module) -> bool:
     """Whether all weights are: losses and gradients of a step tell of those before it only."""
-    largest = torch._foreach_norm([local(weight.detach()) for weight in model.parameters()], math.inf)
-    return all(math.isfinite(float(one)) for one in largest)
+    held = [part for weight in model.parameters() if (part := local(weight.detach())).numel()]  # of some, nothing
+    return not held or all(math.isfinite(float(one)) for one in torch._foreach_norm(held, math.inf))
 
 
 def roll_back_target(root: Path) -> Path | None:

@@ -29,7 +29,7 @@ from benthic.precision.compute import compute_dtype
 from benthic.train.architecture import DEEPSEEK_V3, Architecture
 from benthic.train.calibrate import resolve
 from benthic.train.checkpoint import latest, load, reached
-from benthic.train.compute import refuse_stages_without_tiles, refuse_without_device
+from benthic.train.compute import refuse_stages_without_device, refuse_stages_without_tiles
 from benthic.train.corpus import Corpus
 from benthic.train.identity import identity, renewed, resume_settings
 from benthic.train.incidents import (
@@ -98,7 +98,7 @@ def train(
     require_trackers(config.train.track)
     settle_memory()
     refuse_stages_without_tiles(_stages(config, kinds))
-    refuse_without_device(config.train.device)
+    refuse_stages_without_device(_stages(config, kinds))
     out = Path(out)
     known = {kind: kinds[kind](out) for kind in _kinds_of(config, kinds)}
     hashes: dict[str, str] = {}
@@ -277,7 +277,7 @@ class _Trainer:
         ):
             progress.note(
                 f"{self.stage.name}: {self.stage.steps} steps of {self.work.describe()} in {self.place.compute}, "
-                f"{torch.get_num_threads()} threads, {native.status()}"
+                f"{torch.get_num_threads()} threads, {self._kernels()}"
             )
             if self.state.step == 0 and self.work.validates_first:
                 self._validate(metrics, progress)
@@ -290,6 +290,10 @@ class _Trainer:
         # One that came too late for the last step, during a validation of minutes maybe.
         if self.world.any(stop.signal is not None):
             raise Interrupted(stop.signal or SIGTERM, f"stopped after {self.stage.name}, saved in {self.run.out}")
+
+    def _kernels(self) -> str:
+        device = self.config.train.device
+        return native.status() if device == "cpu" else f"PyTorch's operations on {device}"
 
     def _open_metrics(self, note: Callable[[str], None]) -> Metrics:
         earlier = {stage.name: stage.steps for stage in self.earlier}

@@ -105,6 +105,8 @@ def open_trackers(
         try:
             trackers.append(Optional(name, _open(name, run, step, settings), note))
         except Exception as error:  # libraries that talk to services, each with errors of its own
+            for earlier in trackers:
+                earlier.close()
             raise InputError(f"train.track: {name} does not start: {_line(error)}") from error
     return trackers
 

@@ -59,7 +59,7 @@ class Trial:
     ) -> None:
         refuse_without_tiles(compute)
         train = config.train
-        refuse_without_device(train.device)
+        refuse_without_device(train.device, compute)
         if train.ema_span is not None:
             train = train.model_copy(update={"ema_decay": _ANY_DECAY, "ema_span": None})
         precision = config.precision.model_copy(update={"compute": compute})

@@ -294,6 +294,8 @@ def test_the_field_at_fault_has_its_name(http):
     parts = [{"type": "text", "text": 3}]
     assert refused(ask(http, messages=[{"role": "user", "content": parts}]))["param"] == "messages[0].content"
     refused(ask(http, messages=[{"role": "user", "content": "x", "refusal": "no"}]), 400)
+    for message in ({"role": "assistant", "content": "x", "refusal": 3}, {"role": "user", "content": "x", "text": 3}):
+        assert refused(ask(http, messages=[message]))["param"] == f"messages[0].{[*message][-1]}"
     assert "HEAD" in http.post("/health").headers["allow"]
 
 

@@ -12,7 +12,7 @@ import torch
 from benthic.data.batches import Batches
 from benthic.train import loop
 from benthic.train.checkpoint import committed, load
-from benthic.train.incidents import Diverged
+from benthic.train.incidents import Diverged, is_finite
 from benthic.train.loop import train
 from benthic.train.metrics import read_metrics
 from benthic.train.signals import Interrupted
@@ -120,6 +120,16 @@ def test_three_skipped_in_a_row_end_the_run(tiny_run_config, make_run, monkeypat
     spoil(monkeypatch, {24 * BATCH, 25 * BATCH, 26 * BATCH}, 300.0)
     with pytest.raises(Diverged, match=r"step 27: loss spike 3 times in a row, last in sequences 104 to 107"):
         train(tiny_run_config(**LENGTH, on_spike="skip"), out)
+
+
+def test_a_process_may_hold_nothing_of_some_weights():
+    model = torch.nn.Module()
+    model.register_parameter("nothing", torch.nn.Parameter(torch.empty(0, 4)))
+    assert is_finite(model)
+    model.further = torch.nn.Linear(2, 2)
+    assert is_finite(model)
+    model.further.weight.data[0, 1] = math.nan
+    assert not is_finite(model)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
