@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from threading import Event
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -45,8 +46,8 @@ class Endpoints:
         self._preparing = ThreadPoolExecutor(_PREPARING, "prepare")
         self._compiling = ThreadPoolExecutor(1, "compile")
         self._embedding = ThreadPoolExecutor(1, "embed")
-        self._at_work: set[Callable[[], object]] = set()
-        """What ends the work on each request before its time."""
+        # Weakly, lest a thousand requests wait to be found by Python's collector, which then holds up everybody.
+        self._at_work: WeakSet[Generation | asyncio.Future[Any]] = WeakSet()
         self._over = False
 
     async def chat(self, request: Request) -> Response:
@@ -89,7 +90,7 @@ class Endpoints:
             served = self._models.find(asked.model)
             leave, gone = served.admit(1, "input"), Event()
             work = asyncio.ensure_future(self._run(self._embedding, embed, served, asked, gone))
-            self._at_work.add(work.cancel)
+            self._at_work.add(work)
             try:
                 async with asyncio.timeout_at(request.scope[ARRIVED] + self._config.request_seconds):
                     return _json(await unless_disconnected(request.receive, work))
@@ -100,7 +101,6 @@ class Endpoints:
                     raise shutting_down() from None
                 raise
             finally:
-                self._at_work.discard(work.cancel)
                 gone.set()
                 leave()
 
@@ -134,8 +134,8 @@ class Endpoints:
     def give_up(self) -> None:
         """Let go of all requests that are being answered: each is told that the server shuts down."""
         self._over = True
-        for end in list(self._at_work):
-            end()
+        for work in list(self._at_work):
+            work.cancel()
 
     def close(self) -> None:
         """End the threads."""
@@ -151,17 +151,11 @@ class Endpoints:
             yield parse(kind, body)
 
     def _admitted(self, request: Request, served: Served, choices: int, param: str) -> Generation:
-        leave = served.admit(choices, param)
-
-        def end() -> None:
-            self._at_work.discard(generation.cancel)
-            leave()
-
         generation = Generation(
-            served, end, self.metrics, arrived=request.scope[ARRIVED], seconds=self._config.request_seconds,
-            scope=request.scope[SCOPE_OF_CACHE],
+            served, served.admit(choices, param), self.metrics, arrived=request.scope[ARRIVED],
+            seconds=self._config.request_seconds, scope=request.scope[SCOPE_OF_CACHE],
         )  # fmt: skip
-        self._at_work.add(generation.cancel)
+        self._at_work.add(generation)
         return generation
 
     async def _start(
